@@ -1,0 +1,93 @@
+"""What every model returns, and how a model is called."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import jax
+
+from simgrad.typing import Array, Float, Int, Theta
+
+__all__ = ["Apply", "Output", "Use"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["input", "outputs"], meta_fields=["kind", "sites"]
+)
+@dataclass(frozen=True)
+class Use:
+    """One array that parameters acted on during a forward pass.
+
+    ``sites`` are the paths of the parameters that read it (query, key and value share one input), and
+    ``kind`` says how: ``linear`` y = x W + b, ``affine`` y = x * gain + b, ``lookup`` y = table[x],
+    ``readout`` y = table @ x.
+    """
+
+    kind: Literal["linear", "affine", "lookup", "readout"]
+    sites: tuple[str, ...]
+    input: Array
+    outputs: tuple[Array, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """Result of a forward pass.
+
+    Attributes:
+        logits: at the requested rows, or at every position.
+        hidden: the state that multiplies the unembedding, at every position.
+        uses: inputs of the parameterised operations (only with ``taps``), else empty.
+    """
+
+    logits: Float[Array, "N Q V"]
+    hidden: Float[Array, "N T D"]
+    uses: dict[str, Use] = field(default_factory=dict)
+
+
+class Apply(Protocol):
+    """A model as a pure, hashable function of parameters and tokens.
+
+    ``positions`` restart at each response of a packed sequence. ``streams`` are bit sets: a token sees
+    another when it stands no earlier and all its streams are also the other's, so a prompt (streams 1
+    and 2) is read by both responses and neither reads the other; 0 is padding. ``rows`` are the
+    positions that need logits. Missing arguments mean one plain sequence.
+    """
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of the parameters that are never trained."""
+        ...
+
+    def __call__(
+        self,
+        theta: Theta,
+        tokens: Int[Array, "N T"],
+        positions: Int[Array, "N T"] | None = None,
+        streams: Int[Array, "N T"] | None = None,
+        rows: Int[Array, "N Q"] | None = None,
+    ) -> Output:
+        """Logits and hidden states."""
+        ...
+
+
+class TappedApply(Apply, Protocol):
+    """A model that can also report what its parameters acted on."""
+
+    def __call__(
+        self,
+        theta: Theta,
+        tokens: Int[Array, "N T"],
+        positions: Int[Array, "N T"] | None = None,
+        streams: Int[Array, "N T"] | None = None,
+        rows: Int[Array, "N Q"] | None = None,
+        taps: dict[str, Array] | None = None,
+    ) -> Output:
+        """With ``taps``, each is added to its operation's output and ``Output.uses`` is filled."""
+        ...
+
+    def taps(self, theta: Theta, tokens: Int[Array, "N T"], rows: Int[Array, "N Q"]) -> dict[str, Array]:
+        """Zeros shaped like the output of every parameterised operation."""
+        ...

@@ -1,0 +1,202 @@
+"""Preference pairs as arrays: one pair, padded batches, packed batches.
+
+A :class:`Batch` holds B pairs, each laid out on S sequences of T positions. ``padded`` uses two
+sequences, prompt + chosen and prompt + rejected. ``packed`` uses one, prompt + chosen + rejected, with
+positions that restart at the rejected response and streams that hide the responses from each other, so
+that the prompt is computed once. Both give the same log-probs and hidden states.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from simgrad.typing import Array, Bool, Int
+
+__all__ = ["CHOSEN", "REJECTED", "Batch", "Pair", "packed", "padded"]
+
+CHOSEN, REJECTED = 1, 2
+"""Stream bits: tokens that the chosen, and that the rejected response reads (a prompt is in both)."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a prompt, its chosen and its rejected response.
+
+    The end-of-sequence or end-of-turn token belongs to the response.
+
+    >>> Pair([1, 5], [7, 2], [8, 2])
+    Pair(prompt=(1, 5), chosen=(7, 2), rejected=(8, 2))
+    """
+
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+
+    def __post_init__(self) -> None:
+        """Store plain tuples of ints, so that pairs hash and compare."""
+        for name in ("prompt", "chosen", "rejected"):
+            object.__setattr__(self, name, tuple(int(t) for t in getattr(self, name)))
+
+    def problem(self) -> str | None:
+        """Why this pair says nothing about preferences, or None.
+
+        >>> Pair([1], [7], [7]).problem()
+        'chosen and rejected are identical'
+        """
+        if not self.prompt:
+            return "empty prompt: no state predicts the first response token (is a BOS token missing?)"
+        if not self.chosen:
+            return "empty chosen response"
+        if not self.rejected:
+            return "empty rejected response"
+        if self.chosen == self.rejected:
+            return "chosen and rejected are identical"
+        return None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "positions", "streams", "rows", "targets", "valid", "last"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Batch:
+    """B preference pairs on S sequences each; see the module's text for the two layouts.
+
+    Attributes:
+        tokens: ids, 0 where padded.
+        positions: position of each token in its own response's sequence.
+        streams: bits of :data:`CHOSEN` and :data:`REJECTED`, 0 where padded.
+        rows: for each response token, the position (in its sequence) of the state that predicts it:
+            last prompt position to last-but-one response position.
+        targets: the response tokens.
+        valid: which rows hold a response token.
+        last: position of each response's last token.
+    """
+
+    tokens: Int[Array, "*pairs S T"]
+    positions: Int[Array, "*pairs S T"]
+    streams: Int[Array, "*pairs S T"]
+    rows: Int[Array, "*pairs 2 R"]
+    targets: Int[Array, "*pairs 2 R"]
+    valid: Bool[Array, "*pairs 2 R"]
+    last: Int[Array, "*pairs 2"]
+
+    @property
+    def size(self) -> int:
+        """Pairs in the batch."""
+        return self.tokens.shape[0]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether each pair lies on one sequence."""
+        return self.tokens.shape[-2] == 1
+
+    @property
+    def lengths(self) -> Int[Array, "*pairs 2"]:
+        """Response lengths in tokens."""
+        return self.valid.sum(-1)
+
+
+def _check(pairs: Sequence[Pair]) -> None:
+    if not pairs:
+        raise ValueError("no pairs: a batch needs at least one")
+    for i, pair in enumerate(pairs):
+        if problem := pair.problem():
+            raise ValueError(f"pair {i}: {problem}")
+
+
+def _fit(need: int, given: int | None, name: str) -> int:
+    if given is not None and given < need:
+        raise ValueError(f"{name}={given} is too small: the longest needs {need}")
+    return need if given is None else given
+
+
+def _empty(pairs: Sequence[Pair], sequences: int, length: int, rows: int) -> Batch:
+    b = len(pairs)
+    grid = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+    return Batch(
+        tokens=grid(b, sequences, length),
+        positions=grid(b, sequences, length),
+        streams=grid(b, sequences, length),
+        rows=grid(b, 2, rows),
+        targets=grid(b, 2, rows),
+        valid=np.zeros((b, 2, rows), bool),
+        last=grid(b, 2),
+    )
+
+
+def _longest_response(pairs: Sequence[Pair]) -> int:
+    return max(max(len(p.chosen), len(p.rejected)) for p in pairs)
+
+
+def padded(pairs: Sequence[Pair], length: int | None = None, rows: int | None = None) -> Batch:
+    """Two right-padded sequences a pair: prompt + chosen, prompt + rejected.
+
+    ``length`` (T) and ``rows`` (R) default to what the longest needs; a larger value pads.
+
+    >>> batch = padded([Pair([1, 5], [7, 2], [8, 9, 2])])
+    >>> batch.tokens.tolist()
+    [[[1, 5, 7, 2, 0], [1, 5, 8, 9, 2]]]
+    >>> batch.rows.tolist(), batch.lengths.tolist()
+    ([[[1, 2, 0], [1, 2, 3]]], [[2, 3]])
+
+    Raises:
+        ValueError: no pairs, an unusable pair (:meth:`Pair.problem`), or a size that is too small.
+    """
+    _check(pairs)
+    rows = _fit(_longest_response(pairs), rows, "rows")
+    need = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
+    batch = _empty(pairs, 2, _fit(need, length, "length"), rows)
+    for i, pair in enumerate(pairs):
+        start = len(pair.prompt)
+        for side, (response, bit) in enumerate(((pair.chosen, CHOSEN), (pair.rejected, REJECTED))):
+            end, n = start + len(response), len(response)
+            batch.tokens[i, side, :end] = (*pair.prompt, *response)
+            batch.positions[i, side, :end] = np.arange(end)
+            batch.streams[i, side, :end] = bit
+            batch.rows[i, side, :n] = np.arange(start - 1, end - 1)
+            batch.targets[i, side, :n] = response
+            batch.valid[i, side, :n] = True
+            batch.last[i, side] = end - 1
+    return batch
+
+
+def packed(pairs: Sequence[Pair], length: int | None = None, rows: int | None = None) -> Batch:
+    """One right-padded sequence a pair: prompt, chosen, rejected.
+
+    >>> batch = packed([Pair([1, 5], [7, 2], [8, 9, 2])])
+    >>> batch.tokens.tolist(), batch.positions.tolist()
+    ([[[1, 5, 7, 2, 8, 9, 2]]], [[[0, 1, 2, 3, 2, 3, 4]]])
+    >>> batch.streams.tolist(), batch.rows.tolist()
+    ([[[3, 3, 1, 1, 2, 2, 2]]], [[[1, 2, 0], [1, 4, 5]]])
+
+    Raises:
+        ValueError: no pairs, an unusable pair (:meth:`Pair.problem`), or a size that is too small.
+    """
+    _check(pairs)
+    rows = _fit(_longest_response(pairs), rows, "rows")
+    need = max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    batch = _empty(pairs, 1, _fit(need, length, "length"), rows)
+    for i, pair in enumerate(pairs):
+        start = len(pair.prompt)
+        batch.tokens[i, 0, :start] = pair.prompt
+        batch.positions[i, 0, :start] = np.arange(start)
+        batch.streams[i, 0, :start] = CHOSEN | REJECTED
+        at = start
+        for side, (response, bit) in enumerate(((pair.chosen, CHOSEN), (pair.rejected, REJECTED))):
+            n = len(response)
+            batch.tokens[i, 0, at : at + n] = response
+            batch.positions[i, 0, at : at + n] = np.arange(start, start + n)
+            batch.streams[i, 0, at : at + n] = bit
+            batch.rows[i, side, :n] = (start - 1, *range(at, at + n - 1))
+            batch.targets[i, side, :n] = response
+            batch.valid[i, side, :n] = True
+            batch.last[i, side] = at + n - 1
+            at += n
+    return batch

@@ -1,0 +1,72 @@
+"""Log-probs and hidden states of the responses in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from simgrad.models import Apply, Output
+from simgrad.pairs import Batch
+from simgrad.typing import Array, Float, Int, Theta
+
+__all__ = ["Responses", "flat_rows", "read", "responses"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Responses:
+    """What a model says about both responses of each pair; the axis of length 2 is (chosen, rejected).
+
+    Attributes:
+        token_logp: log π(y_k | x, y_<k) in nats, 0 where padded.
+        logits: of the states that predict the response tokens, float32 or better.
+        hidden: those states (last prompt position to last-but-one response position), 0 where padded.
+        last_hidden: state at each response's last token, which has read the whole response.
+    """
+
+    token_logp: Float[Array, "B 2 R"]
+    logits: Float[Array, "B 2 R V"]
+    hidden: Float[Array, "B 2 R D"]
+    last_hidden: Float[Array, "B 2 D"]
+
+    @property
+    def logp(self) -> Float[Array, "B 2"]:
+        """log π(y | x) = Σ_k log π(y_k | x, y_<k) in nats."""
+        return self.token_logp.sum(-1)
+
+
+def flat_rows(batch: Batch) -> Int[Array, "N Q"]:
+    """The batch's rows as each of its N = B S sequences wants them (Q = 2 R / S)."""
+    b, s, _ = batch.tokens.shape
+    return jnp.asarray(batch.rows).reshape(b * s, -1)
+
+
+def responses(apply: Apply, theta: Theta, batch: Batch) -> Responses:
+    """Evaluate both responses of every pair in one forward pass, logits on response rows only.
+
+    >>> from simgrad.models import ModelConfig, create
+    >>> from simgrad.pairs import Pair, packed
+    >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
+    >>> responses(apply, theta, packed([Pair([1, 2], [3], [4, 5])])).logp.shape
+    (1, 2)
+    """
+    b, s, t = batch.tokens.shape
+    flat = (jnp.asarray(x).reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams))
+    return read(apply(theta, *flat, rows=flat_rows(batch)), batch)
+
+
+def read(output: Output, batch: Batch) -> Responses:
+    """Arrange a model's output on the batch's sequences by pair and response."""
+    b, s, t = batch.tokens.shape
+    rows, last = jnp.asarray(batch.rows), jnp.asarray(batch.last)
+    valid, targets = jnp.asarray(batch.valid), jnp.asarray(batch.targets)
+    logits = output.logits.reshape(*rows.shape, -1)
+    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    token_logp = jnp.where(valid, at_target - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    states = jnp.broadcast_to(output.hidden.reshape(b, s, t, -1), (b, 2, t, output.hidden.shape[-1]))
+    hidden = jnp.take_along_axis(states, rows[..., None], axis=2)
+    hidden = jnp.where(valid[..., None], hidden, jnp.zeros((), hidden.dtype))
+    last_hidden = jnp.take_along_axis(states, last[..., None, None], axis=2)[:, :, 0]
+    return Responses(token_logp, logits, hidden, last_hidden)

@@ -1,0 +1,90 @@
+"""Pytrees of parameters: names, selections, inner products that do not drift."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import jax
+import jax.numpy as jnp
+
+from simgrad.typing import Array, Float, Theta
+
+__all__ = ["accumulator", "combine", "dot", "inner", "names", "partition", "selected", "widen"]
+
+
+def names(theta: Theta) -> list[str]:
+    """Path of every leaf, in tree order.
+
+    >>> names({"embedding": {"table": 0}, "final_norm": {"scale": 0}})
+    ['embedding/table', 'final_norm/scale']
+    """
+    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(theta), strict=True)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+
+
+def selected(name: str, include: Sequence[str] | None, exclude: Sequence[str] = ()) -> bool:
+    """Whether a leaf's path matches ``include`` (None: all) and no pattern of ``exclude``."""
+    return (include is None or any(fnmatch(name, p) for p in include)) and not any(
+        fnmatch(name, p) for p in exclude
+    )
+
+
+def partition(theta: Theta, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> tuple[Theta, Theta]:
+    """Split ``theta`` in two trees of the same shape: selected leaves, and the rest (None elsewhere).
+
+    Patterns are ``fnmatch`` patterns over :func:`names`; :func:`combine` puts the trees together again.
+
+    >>> partition({"a": {"kernel": 1, "bias": 2}}, ["*/kernel"])
+    ({'a': {'bias': None, 'kernel': 1}}, {'a': {'bias': 2, 'kernel': None}})
+
+    Raises:
+        ValueError: a pattern of ``include`` matches nothing, or nothing is left.
+    """
+    leaves, treedef = jax.tree.flatten(theta)
+    paths = names(theta)
+    for pattern in include or ():
+        if not any(fnmatch(name, pattern) for name in paths):
+            raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(paths)}")
+    keep = [selected(name, include, exclude) for name in paths]
+    if not any(keep):
+        raise ValueError(f"no parameter is left: include={include}, exclude (frozen)={tuple(exclude)}")
+    chosen = treedef.unflatten([x if k else None for x, k in zip(leaves, keep, strict=True)])
+    rest = treedef.unflatten([None if k else x for x, k in zip(leaves, keep, strict=True)])
+    return chosen, rest
+
+
+def combine(first: Theta, second: Theta) -> Theta:
+    """Undo :func:`partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
+
+
+def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Dtype in which sums over values of ``dtype`` are accumulated: float32 or better.
+
+    >>> accumulator("bfloat16"), accumulator("float64")
+    (dtype('float32'), dtype('float64'))
+    """
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``x`` in its accumulator's dtype."""
+    return x.astype(accumulator(x.dtype))
+
+
+def dot(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """Sum of products in float32 or better, last axis first so that rounding does not pile up."""
+    product = widen(a) * widen(b)
+    return product.sum(-1).sum() if product.ndim else product
+
+
+def inner(a: Theta, b: Theta) -> Float[Array, ""]:
+    """Inner product of two trees: leaf by leaf, then the sum.
+
+    >>> import jax.numpy as jnp
+    >>> inner({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}).item()
+    11.0
+    """
+    return jnp.stack(jax.tree.leaves(jax.tree.map(dot, a, b))).sum()

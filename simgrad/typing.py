@@ -1,0 +1,31 @@
+"""Array aliases and the one glossary of axis letters used in every annotation.
+
+======  =====================================================================
+letter  meaning
+======  =====================================================================
+B       preference pairs in a batch
+S       sequences that hold one pair: 1 when packed, 2 when padded
+N       sequences given to a model (N = B * S when they come from a batch)
+T       token positions of a sequence
+R       rows of a response: the most response tokens in the batch
+Q       positions at which a model is asked for logits
+V       vocabulary
+D       width: size of the hidden state that multiplies the unembedding
+I, O    input and output features of one linear map
+C       contexts of a context table
+======  =====================================================================
+
+The axis of length two in ``B 2 R`` is always (chosen, rejected), in that order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+__all__ = ["Array", "Bool", "Float", "Int", "Theta"]
+
+Theta = Any
+"""Parameters: a plain pytree of arrays (nested dictionaries)."""
