@@ -1,0 +1,27 @@
+"""simgrad: what preference optimisation does to the probability of each response, and of the rest.
+
+    >>> import simgrad
+    >>> policy = simgrad.load("path/to/checkpoint")                    # doctest: +SKIP
+    >>> table = simgrad.score(policy, "preferences.jsonl")             # doctest: +SKIP
+    >>> table["regime"][:3]                                            # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simgrad.bridge import Policy, ScoreTable, load, score
+
+__version__ = "0.1.0"
+__all__ = ["Policy", "ScoreTable", "load", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the bridge when it is first asked for, so that ``import simgrad`` is quick."""
+    if name in __all__:
+        return getattr(importlib.import_module("simgrad.bridge"), name)
+    if name in ("bridge", "models", "objectives", "pairs", "theory", "tree"):
+        return importlib.import_module(f"simgrad.{name}")
+    raise AttributeError(f"module 'simgrad' has no attribute {name!r}")

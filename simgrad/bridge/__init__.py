@@ -1,0 +1,22 @@
+"""Hugging Face checkpoints, preference data and the scoring engine."""
+
+from simgrad.bridge.checkpoint import Policy, load
+from simgrad.bridge.engine import score
+from simgrad.bridge.families import UnsupportedCheckpointError
+from simgrad.bridge.journal import RunMismatchError
+from simgrad.bridge.preferences import Encoded, PreferenceDataError, Skipped, encode, read_rows
+from simgrad.bridge.table import ScoreTable
+
+__all__ = [
+    "Encoded",
+    "Policy",
+    "PreferenceDataError",
+    "RunMismatchError",
+    "ScoreTable",
+    "Skipped",
+    "UnsupportedCheckpointError",
+    "encode",
+    "load",
+    "read_rows",
+    "score",
+]

@@ -1,0 +1,295 @@
+"""Scoring: preference pairs in, one row of numbers a pair out. ``simgrad.score``."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simgrad import objectives, tree
+from simgrad.bridge.checkpoint import Policy
+from simgrad.bridge.journal import Journal, RunMismatchError, check_same_run
+from simgrad.bridge.plan import Work, plan
+from simgrad.bridge.preferences import Encoded, Skipped, encode, read_rows
+from simgrad.bridge.provenance import provenance
+from simgrad.bridge.table import ScoreTable
+from simgrad.models import Apply
+from simgrad.objectives import Objective
+from simgrad.pairs import Batch, Pair, packed, padded
+from simgrad.theory import (
+    Regime,
+    Responses,
+    ches,
+    embedding_cosine,
+    first_order,
+    head_gap,
+    kernel_and_responses,
+    last_hidden_inner,
+    ln_ches,
+    normalized_edit_distance,
+    regime,
+    responses,
+)
+from simgrad.typing import Array, Theta
+
+__all__ = ["score", "score_batch"]
+
+Progress = Callable[[int, int], None]
+
+
+def score(
+    policy: Policy,
+    pairs: str | Path | Sequence[Pair] | Sequence[Mapping[str, Any]] | Encoded,
+    *,
+    objective: str | Objective = "dpo",
+    learning_rate: float | None = None,
+    gradients: bool = True,
+    max_length: int | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    out: str | Path | None = None,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> ScoreTable:
+    """Score every preference pair under a policy.
+
+    Columns (log-probs in nats, g = ∇_θ log π(y|x) over all parameters):
+
+    ========================  ==============================================================
+    index                     row number in the data, from 0
+    n_prompt, n_chosen, ...   tokens; the end-of-sequence token counts in the response
+    logp_chosen, ...          Σ_k log π(y_k | x, y_<k)
+    ches, ln_ches             :func:`simgrad.theory.ches`, :func:`simgrad.theory.ln_ches`
+    last_hidden_inner         :func:`simgrad.theory.last_hidden_inner`
+    edit_distance             :func:`simgrad.theory.normalized_edit_distance`, of tokens
+    embedding_cosine          :func:`simgrad.theory.embedding_cosine`
+    head_gap                  :func:`simgrad.theory.head_gap`
+    d_chosen, d_rejected      the objective's d_w, d_l, with the policy as its own reference
+    grad_inner, grad_cosine   ⟨g_w, g_l⟩ and its cosine
+    grad_sq_chosen, ...       ‖g_w‖², ‖g_l‖²
+    predicted_dlogp_...       first-order Δlog π after one SGD step on the pair alone, per unit
+                              learning rate (or for ``learning_rate``, when given)
+    regime                    ideal, both_fall, both_rise or reversed
+    ========================  ==============================================================
+
+    Args:
+        policy: from :func:`simgrad.load`, or any ``Policy(apply, theta, config)``.
+        pairs: a file or Hub data set, rows as in TRL, or :class:`simgrad.pairs.Pair` objects.
+        objective: name, or an object of :func:`simgrad.objectives.get`.
+        learning_rate: η of the predicted change; None predicts per unit learning rate.
+        gradients: without them, columns from ``grad_`` to ``regime`` are left out; about 5 times faster.
+        max_length: longest prompt + response in tokens (None: what the model allows).
+        limit: use only the first rows.
+        split: of a Hub data set.
+        out: parquet file. Progress is kept beside it: killed at any moment and run again with the same
+            arguments, it continues and gives the table an uninterrupted run gives.
+        batch_tokens: token positions evaluated at once (None: by device).
+        progress: called with (pairs done, pairs in all).
+
+    Returns:
+        The table, in input order; rows that cannot be scored are in ``table.skipped``.
+
+    Raises:
+        PreferenceDataError: data that cannot be read, with file, line or row.
+        RunMismatchError: ``out`` holds, or is being written by, a run with other arguments.
+        ValueError: ``max_length`` beyond the model's, unknown objective.
+    """
+    objective = objectives.get(objective) if isinstance(objective, str) else objective
+    encoded = _encoded(policy, pairs, max_length, limit, split)
+    run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens)
+    if out is not None and Path(out).exists():
+        return _finished(Path(out), run)
+    if batch_tokens is None:
+        batch_tokens = 1024 if jax.default_backend() == "cpu" else 16384
+    one = functools.partial(_score_work, policy, encoded.pairs, objective, learning_rate, gradients)
+    todo = plan(encoded.pairs, packed=not gradients, budget=batch_tokens) if encoded.pairs else []
+    if out is None:
+        results: dict[int, dict[str, Any]] = {}
+        _work_through(todo, results, one, results.update, progress)
+        return _assemble(encoded, results, run)
+    with Journal(Path(f"{out}.partial.jsonl"), run) as journal:
+        _work_through(todo, journal.done, one, journal.add, progress)
+        table = _assemble(encoded, journal.done, run)
+        table.save(out)
+        journal.remove()
+    return table
+
+
+def _encoded(policy: Policy, pairs: Any, max_length: int | None, limit: int | None, split: str) -> Encoded:
+    if isinstance(pairs, Encoded):
+        return pairs
+    longest = policy.config.max_length
+    if max_length is not None and not 1 <= max_length <= longest:
+        raise ValueError(f"max_length={max_length} is out of range: the model reads 1 to {longest} tokens")
+    if isinstance(pairs, str | Path):
+        pairs = read_rows(pairs, limit, split)
+    pairs = list(pairs)[:limit]
+    if all(isinstance(pair, Pair) for pair in pairs):
+        return _checked(pairs, max_length or longest)
+    if policy.tokenizer is None:
+        raise ValueError(f"{policy.name} has no tokenizer: pass simgrad.pairs.Pair objects instead of text")
+    return encode(pairs, policy.tokenizer, max_length or longest, policy.config.vocab_size)
+
+
+def _checked(pairs: Sequence[Pair], max_length: int) -> Encoded:
+    encoded = Encoded()
+    for i, pair in enumerate(pairs):
+        problem = pair.problem()
+        total = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        if problem is None and total > max_length:
+            problem = f"{total} tokens, but the model reads {max_length}"
+        if problem:
+            encoded.skipped.append(Skipped(i, problem))
+        else:
+            encoded.indices.append(i)
+            encoded.pairs.append(pair)
+    return encoded
+
+
+def _run(
+    policy: Policy, encoded: Encoded, objective: Objective, learning_rate: float | None, gradients: bool, budget: int | None
+) -> dict[str, Any]:
+    """What must agree for two runs to give the same numbers."""
+    data = json.dumps([encoded.indices, [(p.prompt, p.chosen, p.rejected) for p in encoded.pairs]])
+    return {
+        "model": policy.name,
+        "weights": _fingerprint(policy.theta),
+        "dtype": policy.config.dtype,
+        "data": hashlib.sha256(data.encode()).hexdigest()[:16],
+        "pairs": len(encoded.pairs),
+        "objective": repr(objective),
+        "learning_rate": learning_rate,
+        "gradients": gradients,
+        "batch_tokens": budget,
+        **{k: v for k, v in provenance().items() if k in ("simgrad", "jax", "device")},
+    }
+
+
+def _fingerprint(theta: Theta) -> str:
+    """Hash of every leaf's name and shape and of at most 4096 of its values."""
+    digest = hashlib.sha256()
+    for name, leaf in zip(tree.names(theta), jax.tree.leaves(theta), strict=True):
+        flat = leaf.reshape(-1)
+        sample = np.asarray(flat[:: max(1, flat.size // 4096)][:4096])
+        digest.update(f"{name}{leaf.shape}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _finished(out: Path, run: dict[str, Any]) -> ScoreTable:
+    try:
+        table = ScoreTable.load(out)
+    except ValueError as error:
+        raise RunMismatchError(f"{error}: choose another --out or delete it") from error
+    check_same_run(out, table.metadata["run"], run)
+    return table
+
+
+def _work_through(
+    todo: Iterable[Work],
+    done: Mapping[int, Any],
+    one: Callable[[Work], dict[int, dict[str, Any]]],
+    keep: Callable[[dict[int, dict[str, Any]]], None],
+    progress: Progress | None,
+) -> None:
+    todo = list(todo)
+    total = sum(len(work.members) for work in todo)
+    for work in todo:
+        if not all(i in done for i in work.members):
+            keep(one(work))
+        if progress:
+            progress(len(done), total)
+
+
+def _score_work(
+    policy: Policy, pairs: Sequence[Pair], objective: Objective, learning_rate: float | None, gradients: bool, work: Work
+) -> dict[int, dict[str, Any]]:
+    members = [pairs[i] for i in work.members]
+    batch = (padded if gradients else packed)(members, work.length, work.rows)
+    device = score_batch(policy.apply, policy.theta, batch, objective, learning_rate or 1.0, gradients)
+    host = {name: np.asarray(values, np.float64) for name, values in jax.device_get(device).items()}
+    results = {}
+    for k, (i, pair) in enumerate(zip(work.members, members, strict=True)):
+        values = {name: column[k].item() for name, column in host.items()}
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            results[i] = {"skip": f"non-finite {', '.join(bad)}"}
+            continue
+        distance = normalized_edit_distance(pair.chosen, pair.rejected)
+        counts = {"n_prompt": len(pair.prompt), "n_chosen": len(pair.chosen), "n_rejected": len(pair.rejected)}
+        results[i] = {"row": {**counts, "edit_distance": distance, **values}}
+    return results
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "objective", "gradients"))
+def score_batch(
+    apply: Apply, theta: Theta, batch: Batch, objective: Objective, learning_rate: float, gradients: bool
+) -> dict[str, Array]:
+    """All scores of a batch that need the model: column name to array (B,)."""
+    if gradients:
+        kernel, result = kernel_and_responses(apply, theta, batch)
+    else:
+        kernel, result = None, responses(apply, theta, batch)
+    chosen, rejected = result.logp[:, 0], result.logp[:, 1]
+    lengths = jnp.asarray(batch.valid).sum(-1)
+    coefficients = objective.coefficients(chosen, rejected, chosen, rejected, lengths[:, 0], lengths[:, 1])
+    columns = {
+        "logp_chosen": chosen,
+        "logp_rejected": rejected,
+        **_similarities(result, batch),
+        "d_chosen": coefficients.chosen,
+        "d_rejected": coefficients.rejected,
+    }
+    if kernel is None:
+        return columns
+    change = first_order(kernel, coefficients, learning_rate)
+    return columns | {
+        "grad_inner": kernel.inner,
+        "grad_sq_chosen": kernel.sq_chosen,
+        "grad_sq_rejected": kernel.sq_rejected,
+        "grad_cosine": kernel.cosine,
+        "predicted_dlogp_chosen": change.chosen,
+        "predicted_dlogp_rejected": change.rejected,
+        "regime": regime(kernel, coefficients),
+    }
+
+
+def _similarities(result: Responses, batch: Batch) -> dict[str, Array]:
+    return {
+        "ches": ches(result, batch),
+        "ln_ches": ln_ches(result, batch),
+        "last_hidden_inner": last_hidden_inner(result),
+        "embedding_cosine": embedding_cosine(result, batch),
+        "head_gap": head_gap(result, batch),
+    }
+
+
+_ORDER = (
+    "index n_prompt n_chosen n_rejected logp_chosen logp_rejected ches ln_ches last_hidden_inner edit_distance "
+    "embedding_cosine head_gap grad_inner grad_sq_chosen grad_sq_rejected grad_cosine d_chosen d_rejected "
+    "predicted_dlogp_chosen predicted_dlogp_rejected regime"
+).split()
+_COUNTS = {"index", "n_prompt", "n_chosen", "n_rejected"}
+
+
+def _assemble(encoded: Encoded, results: Mapping[int, dict[str, Any]], run: dict[str, Any]) -> ScoreTable:
+    rows, skipped = [], list(encoded.skipped)
+    for i, index in enumerate(encoded.indices):
+        if "skip" in results[i]:
+            skipped.append(Skipped(index, results[i]["skip"]))
+        else:
+            rows.append({"index": index, **results[i]["row"]})
+    grads = run["gradients"]
+    names = [n for n in _ORDER if grads or not (n.startswith(("grad_", "predicted_")) or n == "regime")]
+    columns = {n: np.array([row[n] for row in rows], np.int64 if n in _COUNTS else np.float64) for n in names}
+    if grads:
+        columns["regime"] = np.array([Regime(int(value)).label for value in columns["regime"]], object)
+    counts = {"scored": len(rows), "skipped": len(skipped), "merged": encoded.merged, "truncated": encoded.truncated}
+    metadata = {"run": run, "provenance": provenance(), "counts": counts}
+    return ScoreTable(columns, tuple(sorted(skipped, key=lambda s: s.index)), metadata)

@@ -1,0 +1,92 @@
+"""An append-only record of finished pairs, so that an interrupted run loses nothing.
+
+The file holds one JSON object a line: first the run's arguments, then one line a pair. Lines are
+written and synced a batch at a time; a torn last line (the process was killed while writing) is cut.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+__all__ = ["Journal", "RunMismatchError", "check_same_run"]
+
+
+class RunMismatchError(ValueError):
+    """Results of another run are in the way."""
+
+
+def check_same_run(path: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Refuse to mix: raise unless ``stored`` and ``run`` are the same arguments."""
+    differ = sorted(k for k in {*stored, *run} if stored.get(k) != run.get(k))
+    if differ:
+        listing = "; ".join(f"{k}: {stored.get(k)!r} there, {run.get(k)!r} now" for k in differ)
+        raise RunMismatchError(f"{path} belongs to a run with other arguments ({listing}). Choose another --out or delete it")
+
+
+class Journal:
+    """Results by pair number, kept on disk; a context manager that holds a lock on the file."""
+
+    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        self.path = path
+        self._run = dict(run)
+        self._lock = FileLock(f"{path}.lock")
+        self.done: dict[int, dict[str, Any]] = {}
+
+    def __enter__(self) -> Journal:
+        """Read what an earlier run left, or begin."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunMismatchError(f"{self.path} is in use by another process") from error
+        try:
+            if self.path.exists():
+                self._read()
+            self._file = self.path.open("a", encoding="utf-8")
+            if self._file.tell() == 0:
+                self._append([{"run": self._run}])
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file; it stays until :meth:`remove`."""
+        self._file.close()
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def add(self, results: Mapping[int, Mapping[str, Any]]) -> None:
+        """Record finished pairs and force them to disk."""
+        self._append([{"pair": i, **result} for i, result in results.items()])
+        self.done.update({i: dict(result) for i, result in results.items()})
+
+    def remove(self) -> None:
+        """Delete the file, once its content is safe elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(record) + "\n" for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+            try:
+                record = json.loads(line)
+                if number == 1:
+                    check_same_run(self.path, record["run"], json.loads(json.dumps(self._run)))
+                else:
+                    self.done[record.pop("pair")] = record
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise RunMismatchError(f"{self.path}, line {number} is damaged: delete the file to start over") from error

@@ -1,0 +1,298 @@
+"""Preference data: rows from files or the Hub, and their token ids.
+
+Three kinds of rows are understood, as in TRL: standard (strings ``prompt``, ``chosen``, ``rejected``),
+conversational (lists of messages), and implicit-prompt (no ``prompt``: what chosen and rejected share
+is the prompt; lists of messages, or HH-style transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:").
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from simgrad.pairs import Pair
+
+__all__ = ["Encoded", "PreferenceDataError", "Skipped", "encode", "read_rows"]
+
+Row = Mapping[str, Any]
+_ASSISTANT = "\n\nAssistant:"
+
+
+class PreferenceDataError(ValueError):
+    """Preference data that cannot be read, with the file, line or row at fault."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot be scored, and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass
+class Encoded:
+    """Token ids of a data set.
+
+    Attributes:
+        indices: row number of each pair in the data, in order.
+        pairs: the pairs that can be scored.
+        skipped: the rows that cannot.
+        merged: responses tokenised apart from their prompt because tokenisation merged across the boundary.
+        truncated: responses cut at ``max_length``.
+    """
+
+    indices: list[int] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    merged: int = 0
+    truncated: int = 0
+
+
+def read_rows(source: str | Path, limit: int | None = None, split: str = "train") -> list[dict[str, Any]]:
+    """Rows of a .jsonl, .json, .csv or .parquet file, or of a data set (folder or Hub name).
+
+    Args:
+        source: file, folder or Hub name; a Hub configuration follows a colon ("org/name:config").
+        limit: read no more rows than this.
+        split: of a folder or Hub data set.
+
+    Raises:
+        PreferenceDataError: names the file and line, or what the Hub answered.
+    """
+    path = Path(source)
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if path.is_file():
+        if path.suffix not in readers:
+            raise PreferenceDataError(f"{path}: unknown ending {path.suffix!r}; there are: {', '.join(readers)}")
+        rows = list(islice(readers[path.suffix](path), limit))
+    elif path.suffix in readers:
+        raise PreferenceDataError(f"{path}: no such file")
+    else:
+        rows = list(islice(_data_set(str(source), split), limit))
+    if not rows:
+        raise PreferenceDataError(f"{source}: no rows")
+    return rows
+
+
+def _jsonl(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise PreferenceDataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise PreferenceDataError(f"{path}, line {number}: a row must be an object, not {type(row).__name__}")
+            yield row
+
+
+def _json(path: Path) -> Iterator[dict]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise PreferenceDataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise PreferenceDataError(f"{path}: must hold a list of objects (one object a line is .jsonl)")
+    yield from rows
+
+
+def _csv(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for row in reader:
+            if None in row or None in row.values():
+                raise PreferenceDataError(f"{path}, line {reader.line_num}: as many fields as the header has, please")
+            yield row
+
+
+def _parquet(path: Path) -> Iterator[dict]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise PreferenceDataError(f"{path}: not a parquet file") from error
+    for batch in table.iter_batches():
+        yield from batch.to_pylist()
+
+
+def _data_set(name: str, split: str) -> Iterator[dict]:
+    import datasets
+
+    local = os.path.isdir(name)
+    repository, _, config = (name, "", "") if local else name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split)
+    except Exception as error:
+        raise PreferenceDataError(
+            f"{name!r} (split {split!r}) is no file, and `datasets` could not load it: {type(error).__name__}: {error}"
+        ) from error
+    yield from map(dict, rows)
+
+
+def encode(
+    rows: Iterable[Row], tokenizer: Any, max_length: int | None = None, vocab_size: int | None = None
+) -> Encoded:
+    """Token ids of every row.
+
+    Plain text: ids(prompt + response) is split at ids(prompt) and EOS is appended to the response. Where
+    tokenisation merges across the boundary, prompt and response are tokenised apart and counted.
+    Messages: the tokenizer's chat template, whose end-of-turn tokens belong to the response.
+
+    Args:
+        rows: see the module's text.
+        tokenizer: a transformers tokenizer.
+        max_length: longest prompt + response in tokens; the end of longer responses is cut (as TRL's
+            ``truncation_mode="keep_start"`` does).
+        vocab_size: the model's; a token id beyond it is an error rather than a wrong embedding.
+
+    Raises:
+        PreferenceDataError: a row lacks a field or has an unknown form, messages without a chat template,
+            a token id that the model does not have; names the row (counted from 0).
+    """
+    result = Encoded()
+    for index, row in enumerate(rows):
+        try:
+            pair, merged, truncated = _encode_row(row, tokenizer, max_length)
+        except _UnusableRowError as error:
+            result.skipped.append(Skipped(index, str(error)))
+            continue
+        except PreferenceDataError as error:
+            raise PreferenceDataError(f"row {index}: {error}") from error
+        top = max((*pair.prompt, *pair.chosen, *pair.rejected))
+        if vocab_size is not None and top >= vocab_size:
+            raise PreferenceDataError(
+                f"row {index}: token id {top} is outside the model's vocabulary of {vocab_size}: "
+                "tokenizer and model do not belong together"
+            )
+        result.indices.append(index)
+        result.pairs.append(pair)
+        result.merged += merged
+        result.truncated += truncated
+    return result
+
+
+class _UnusableRowError(Exception):
+    """This row says nothing about preferences; the others may."""
+
+
+def _encode_row(row: Row, tokenizer: Any, max_length: int | None) -> tuple[Pair, int, int]:
+    prompt, chosen, rejected = _split(row)
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if not response or (isinstance(response, list) and not any(m["content"] for m in response)):
+            raise _UnusableRowError(f"empty {name} response")
+    if chosen == rejected:
+        raise _UnusableRowError("chosen and rejected are identical")
+    encode_one = _messages if isinstance(prompt, list) else _text
+    prompt_ids, responses, merged = encode_one(prompt, (chosen, rejected), tokenizer)
+    room = None if max_length is None else max(max_length - len(prompt_ids), 0)
+    if room == 0:
+        raise _UnusableRowError(f"nothing left of the responses: prompt has {len(prompt_ids)} of {max_length} tokens")
+    cut = [ids[:room] for ids in responses]
+    pair = Pair(prompt_ids, *cut)
+    truncated = sum(len(a) < len(b) for a, b in zip(cut, responses, strict=True))
+    if problem := pair.problem():
+        raise _UnusableRowError(problem + (f" after truncation to {max_length} tokens" if truncated else ""))
+    return pair, merged, truncated
+
+
+def _split(row: Row) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected: three strings, or three lists of messages."""
+    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+    if missing:
+        raise PreferenceDataError(f"no field {', '.join(missing)}; the row has: {', '.join(map(str, row))}")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if type(chosen) is not type(rejected):
+        raise PreferenceDataError("chosen and rejected must both be strings or both be lists of messages")
+    if isinstance(chosen, str):
+        if prompt is None:
+            return _implicit_text(chosen, rejected)
+        if not isinstance(prompt, str):
+            raise PreferenceDataError("prompt must be a string when the responses are")
+        return prompt, chosen, rejected
+    for name, messages in (("chosen", chosen), ("rejected", rejected), ("prompt", prompt)):
+        if isinstance(messages, str | None) and name == "prompt":
+            continue
+        if not isinstance(messages, Sequence) or not all(
+            isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str) for m in messages
+        ):
+            raise PreferenceDataError(f"{name} must be a string or a list of messages with role and content")
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        return list(prompt), list(chosen), list(rejected)
+    shared, chosen, rejected = _implicit_messages(chosen, rejected)
+    if not shared and prompt is not None:
+        shared = [{"role": "user", "content": prompt}]
+    return shared, chosen, rejected
+
+
+def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    common = os.path.commonprefix([chosen, rejected])
+    turn = common.rfind(_ASSISTANT)
+    end = turn + len(_ASSISTANT) if turn >= 0 else common.rfind(" ")
+    if chosen == rejected:
+        raise _UnusableRowError("chosen and rejected are identical")
+    if end <= 0:
+        raise _UnusableRowError("no prompt: chosen and rejected share no beginning, and there is no field prompt")
+    return common[:end], chosen[end:], rejected[end:]
+
+
+def _implicit_messages(chosen: Sequence, rejected: Sequence) -> tuple[list, list, list]:
+    if list(chosen) == list(rejected):
+        raise _UnusableRowError("chosen and rejected are identical")
+    n = 0
+    while n < min(len(chosen), len(rejected)) - 1 and dict(chosen[n]) == dict(rejected[n]):
+        n += 1
+    return list(chosen[:n]), list(chosen[n:]), list(rejected[n:])
+
+
+def _text(prompt: str, responses: tuple[str, str], tokenizer: Any) -> tuple[list[int], list[list[int]], int]:
+    eos = tokenizer.eos_token_id
+    prompt_ids = list(tokenizer(prompt)["input_ids"])
+    if len(prompt_ids) > 1 and prompt_ids[-1] == eos and not prompt.endswith(tokenizer.eos_token):
+        prompt_ids.pop()  # a tokenizer that closes every text
+    out, merged = [], 0
+    for response in responses:
+        ids = list(tokenizer(prompt + response)["input_ids"])
+        if ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        else:
+            ids, merged = list(tokenizer(response, add_special_tokens=False)["input_ids"]), merged + 1
+        if eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        out.append(ids)
+    return prompt_ids, out, merged
+
+
+def _messages(prompt: list, responses: tuple[list, list], tokenizer: Any) -> tuple[list[int], list[list[int]], int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise PreferenceDataError("the data hold messages but the tokenizer has no chat template: use plain text rows")
+    if not prompt:
+        raise _UnusableRowError("no prompt: chosen and rejected share no message, and there is no field prompt")
+    start = {"continue_final_message": True} if prompt[-1]["role"] == "assistant" else {"add_generation_prompt": True}
+    prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, **start)
+    prompt_ids = _plain_ids(tokenizer, prompt_text)
+    out, merged = [], 0
+    for response in responses:
+        text = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
+        if not text.startswith(prompt_text):
+            raise _UnusableRowError("the chat template does not continue the prompt (it rewrites earlier turns)")
+        ids = _plain_ids(tokenizer, text)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        else:
+            ids, merged = _plain_ids(tokenizer, text[len(prompt_text) :]), merged + 1
+        out.append(ids)
+    return prompt_ids, out, merged
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
