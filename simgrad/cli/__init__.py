@@ -1,0 +1,37 @@
+"""The ``simgrad`` command. Parses and calls; all work happens below this floor."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point: ``simgrad score | figures | bench``."""
+    import tyro
+
+    from simgrad.cli.bench import Bench
+    from simgrad.cli.figures import Figures
+    from simgrad.cli.score import Score
+
+    commands = (
+        Annotated[Score, tyro.conf.subcommand(name="score")]
+        | Annotated[Figures, tyro.conf.subcommand(name="figures")]
+        | Annotated[Bench, tyro.conf.subcommand(name="bench")]
+    )
+    command = tyro.cli(
+        commands,  # type: ignore[arg-type]
+        prog="simgrad",
+        description="What preference optimisation does to the probability of each response, before training.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+    try:
+        sys.exit(command.run())
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command again to continue.", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"simgrad: {error}", file=sys.stderr)
+        sys.exit(2)
