@@ -8,11 +8,12 @@ that the prompt is computed once. Both give the same log-probs and hidden states
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from simgrad.typing import Array, Bool, Int
@@ -59,11 +60,7 @@ class Pair:
         return None
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "streams", "rows", "targets", "valid", "last"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """B preference pairs on S sequences each; see the module's text for the two layouts.
@@ -117,18 +114,20 @@ def _fit(need: int, given: int | None, name: str) -> int:
     return need if given is None else given
 
 
-def _empty(pairs: Sequence[Pair], sequences: int, length: int, rows: int) -> Batch:
-    b = len(pairs)
-    grid = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
-    return Batch(
-        tokens=grid(b, sequences, length),
-        positions=grid(b, sequences, length),
-        streams=grid(b, sequences, length),
-        rows=grid(b, 2, rows),
-        targets=grid(b, 2, rows),
-        valid=np.zeros((b, 2, rows), bool),
-        last=grid(b, 2),
-    )
+class _Draft(SimpleNamespace):
+    """A batch of numpy arrays to be filled in."""
+
+    def __init__(self, pairs: Sequence[Pair], sequences: int, length: int, rows: int) -> None:
+        b = len(pairs)
+        for name in ("tokens", "positions", "streams"):
+            setattr(self, name, np.zeros((b, sequences, length), np.int32))
+        for name in ("rows", "targets"):
+            setattr(self, name, np.zeros((b, 2, rows), np.int32))
+        self.valid = np.zeros((b, 2, rows), bool)
+        self.last = np.zeros((b, 2), np.int32)
+
+    def batch(self) -> Batch:
+        return Batch(**{name: jnp.asarray(array) for name, array in vars(self).items()})
 
 
 def _longest_response(pairs: Sequence[Pair]) -> int:
@@ -152,19 +151,19 @@ def padded(pairs: Sequence[Pair], length: int | None = None, rows: int | None = 
     _check(pairs)
     rows = _fit(_longest_response(pairs), rows, "rows")
     need = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
-    batch = _empty(pairs, 2, _fit(need, length, "length"), rows)
+    draft = _Draft(pairs, 2, _fit(need, length, "length"), rows)
     for i, pair in enumerate(pairs):
         start = len(pair.prompt)
         for side, (response, bit) in enumerate(((pair.chosen, CHOSEN), (pair.rejected, REJECTED))):
             end, n = start + len(response), len(response)
-            batch.tokens[i, side, :end] = (*pair.prompt, *response)
-            batch.positions[i, side, :end] = np.arange(end)
-            batch.streams[i, side, :end] = bit
-            batch.rows[i, side, :n] = np.arange(start - 1, end - 1)
-            batch.targets[i, side, :n] = response
-            batch.valid[i, side, :n] = True
-            batch.last[i, side] = end - 1
-    return batch
+            draft.tokens[i, side, :end] = (*pair.prompt, *response)
+            draft.positions[i, side, :end] = np.arange(end)
+            draft.streams[i, side, :end] = bit
+            draft.rows[i, side, :n] = np.arange(start - 1, end - 1)
+            draft.targets[i, side, :n] = response
+            draft.valid[i, side, :n] = True
+            draft.last[i, side] = end - 1
+    return draft.batch()
 
 
 def packed(pairs: Sequence[Pair], length: int | None = None, rows: int | None = None) -> Batch:
@@ -182,21 +181,21 @@ def packed(pairs: Sequence[Pair], length: int | None = None, rows: int | None = 
     _check(pairs)
     rows = _fit(_longest_response(pairs), rows, "rows")
     need = max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-    batch = _empty(pairs, 1, _fit(need, length, "length"), rows)
+    draft = _Draft(pairs, 1, _fit(need, length, "length"), rows)
     for i, pair in enumerate(pairs):
         start = len(pair.prompt)
-        batch.tokens[i, 0, :start] = pair.prompt
-        batch.positions[i, 0, :start] = np.arange(start)
-        batch.streams[i, 0, :start] = CHOSEN | REJECTED
+        draft.tokens[i, 0, :start] = pair.prompt
+        draft.positions[i, 0, :start] = np.arange(start)
+        draft.streams[i, 0, :start] = CHOSEN | REJECTED
         at = start
         for side, (response, bit) in enumerate(((pair.chosen, CHOSEN), (pair.rejected, REJECTED))):
             n = len(response)
-            batch.tokens[i, 0, at : at + n] = response
-            batch.positions[i, 0, at : at + n] = np.arange(start, start + n)
-            batch.streams[i, 0, at : at + n] = bit
-            batch.rows[i, side, :n] = (start - 1, *range(at, at + n - 1))
-            batch.targets[i, side, :n] = response
-            batch.valid[i, side, :n] = True
-            batch.last[i, side] = at + n - 1
+            draft.tokens[i, 0, at : at + n] = response
+            draft.positions[i, 0, at : at + n] = np.arange(start, start + n)
+            draft.streams[i, 0, at : at + n] = bit
+            draft.rows[i, side, :n] = (start - 1, *range(at, at + n - 1))
+            draft.targets[i, side, :n] = response
+            draft.valid[i, side, :n] = True
+            draft.last[i, side] = at + n - 1
             at += n
-    return batch
+    return draft.batch()

@@ -237,7 +237,7 @@ def score_batch(
     else:
         kernel, result = None, responses(apply, theta, batch)
     chosen, rejected = result.logp[:, 0], result.logp[:, 1]
-    lengths = jnp.asarray(batch.valid).sum(-1)
+    lengths = batch.lengths
     coefficients = objective.coefficients(chosen, rejected, chosen, rejected, lengths[:, 0], lengths[:, 1])
     columns = {
         "logp_chosen": chosen,

@@ -9,7 +9,7 @@ from simgrad.pairs import Pair
 
 __all__ = ["Work", "plan"]
 
-_COMPILE = 4096  # tokens that could be evaluated while one more shape compiles
+_COMPILE = 2048  # tokens that could be evaluated while one more shape compiles
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def _round(n: int) -> int:
     [16, 32, 48, 80, 320]
     """
     step = 16
-    while n > 4 * step:
+    while n > 8 * step:
         step *= 2
     return -(-n // step) * step
 
@@ -40,8 +40,9 @@ def plan(pairs: Sequence[Pair], packed: bool, budget: int) -> list[Work]:
     than compiling one more shape would, by dynamic programming over the grid. The plan depends on the
     lengths alone, so an interrupted run that plans again gets the same batches.
 
-    >>> [work.length for work in plan([Pair([1], [2], [3]), Pair([1] * 300, [2], [3])], True, 512)]
-    [16, 320]
+    >>> short, long = Pair([1], [2], [3]), Pair([1] * 300, [2], [3])
+    >>> [(len(work.members), work.length) for work in plan([long] + 20 * [short], True, 512)]
+    [(20, 16), (1, 320)]
     """
     sequences = 1 if packed else 2
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -77,12 +78,28 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
         console.print(f"• {line}", highlight=False)
 
 
-def _worst(table: ScoreTable, order: str, rows) -> Table:  # noqa: ANN001
-    names = ["index", "n_prompt", "n_chosen", "n_rejected", "logp_chosen", "ln_ches"]
-    names += ["grad_cosine", "predicted_dlogp_chosen", "regime"] if "regime" in table else ["ches", "head_gap"]
-    view = Table(title=f"Worst pairs: {order}", title_justify="left", title_style="bold")
+_LABELS = {
+    "index": "row",
+    "n_prompt": "prompt\ntokens",
+    "n_chosen": "chosen\ntokens",
+    "n_rejected": "rejected\ntokens",
+    "logp_chosen": "log π\nchosen",
+    "ln_ches": "ln-CHES",
+    "ches": "CHES",
+    "head_gap": "head\ngap",
+    "grad_cosine": "gradient\ncosine",
+    "predicted_dlogp_chosen": "Δ log π\nchosen",
+    "regime": "regime",
+}
+
+
+def _worst(table: ScoreTable, order: str, rows: Iterable[int]) -> Table:
+    exact = "regime" in table
+    hidden = {"ches", "head_gap"} if exact else {"grad_cosine", "predicted_dlogp_chosen", "regime"}
+    names = [name for name in _LABELS if name not in hidden]
+    view = Table(title=f"Worst pairs: {order}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in names:
-        view.add_column(name, justify="right")
+        view.add_column(_LABELS[name], justify="right")
     for row in rows:
         values = (table[name][row] for name in names)
         view.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -23,8 +24,8 @@ __all__ = ["CAPTION", "Config", "Result", "compute", "plot"]
 CAPTION = (
     "One SGD step of DPO on a single pair, in float64. Top: first-order prediction of Δ log π against the measured "
     "change, chosen and rejected, for {pairs} random pairs at {rates} learning rates; points leave the diagonal as the "
-    "step grows. Bottom: size of what the prediction misses (median and quartiles over pairs). A slope of 2 says that "
-    "the prediction holds every first-order term; the number is the fitted slope over rates where the miss is below 10 % "
+    "step grows. Bottom: remainder |measured − predicted| (median and quartiles over pairs). A slope of 2 says that "
+    "the prediction holds every first-order term; the number is the fitted slope over rates where it is below 1 % "
     "of the change, with its standard error over pairs."
 )
 
@@ -35,17 +36,16 @@ class Config:
 
     Attributes:
         pairs: random pairs per model.
-        rates: learning rates, log-spaced from ``lowest`` to ``highest``.
-        lowest: smallest learning rate.
-        highest: largest learning rate.
+        rates: learning rates, log-spaced over four decades up to the largest of each model.
+        largest: largest learning rate of the linear-softmax model, the unconstrained-features model and
+            the transformer.
         vocab_size: tokens.
         seed: of pairs and parameters.
     """
 
     pairs: int = 16
     rates: int = 13
-    lowest: float = 1e-4
-    highest: float = 1.0
+    largest: tuple[float, float, float] = (100.0, 100.0, 1.0)
     vocab_size: int = 32
     seed: int = 0
 
@@ -55,7 +55,7 @@ class Result:
     """Changes in nats; axes: model, learning rate, pair, (chosen, rejected)."""
 
     models: tuple[str, ...]
-    learning_rates: Float[np.ndarray, " E"]
+    learning_rates: Float[np.ndarray, "M E"]
     predicted: Float[np.ndarray, "M E B 2"]
     measured: Float[np.ndarray, "M E B 2"]
     slopes: Float[np.ndarray, " M"]
@@ -63,15 +63,13 @@ class Result:
 
 
 def _random_pairs(config: Config) -> list[Pair]:
-    """Prompts of 3 tokens; responses of 1 to 6 that share a beginning about half of the time."""
+    """Prompts of 3 tokens; responses that differ in one to three tokens and may share an ending of up to 4."""
     rng = np.random.default_rng(config.seed)
     pairs = []
     while len(pairs) < config.pairs:
-        shared = rng.integers(0, config.vocab_size, rng.integers(0, 4)).tolist()
-        chosen, rejected = (
-            shared + rng.integers(0, config.vocab_size, rng.integers(1, 4)).tolist() for _ in range(2)
-        )
-        pair = Pair(rng.integers(0, config.vocab_size, 3).tolist(), chosen, rejected)
+        prompt, shared = (rng.integers(0, config.vocab_size, n).tolist() for n in (3, rng.integers(0, 5)))
+        chosen, rejected = (rng.integers(0, config.vocab_size, rng.integers(1, 4)).tolist() for _ in range(2))
+        pair = Pair(prompt, chosen + shared, rejected + shared)
         if pair.problem() is None:
             pairs.append(pair)
     return pairs
@@ -94,7 +92,7 @@ def _steps(apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates
         return responses(apply, tree.combine(trained, rest), batch).logp
 
     reference = logp(trained)
-    lengths = jnp.asarray(batch.valid).sum(-1)
+    lengths = batch.lengths
 
     def loss(trained: Theta) -> Array:
         now = logp(trained)
@@ -115,22 +113,24 @@ def _steps(apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates
 
 def compute(config: Config) -> Result:
     """Predict and take the steps, in float64."""
+    objective = objectives.get("dpo")
+    pairs = _random_pairs(config)
+    length = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     with jax.enable_x64(True):
-        pairs = _random_pairs(config)
-        rates = jnp.geomspace(config.lowest, config.highest, config.rates)
-        objective = objectives.get("dpo")
-        longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
-        batches = [jax.tree.map(jnp.asarray, padded([p], longest, longest)) for p in pairs]
+        batches = [padded([p], length, length) for p in pairs]
         stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
-        predicted, measured = [], []
-        for apply, theta in _models(config, pairs).values():
-            both = jax.jit(lambda b, a=apply, t=theta: jax.lax.map(lambda x: _steps(a, t, x, objective, rates), b))
-            p, m = both(stacked)
+        models = _models(config, pairs)
+        rates, predicted, measured = [], [], []
+        for (apply, theta), largest in zip(models.values(), config.largest, strict=True):
+            eta = jnp.geomspace(1e-4 * largest, largest, config.rates)
+            steps = functools.partial(_steps, apply, theta, objective=objective, rates=eta)
+            p, m = jax.jit(functools.partial(jax.lax.map, steps))(stacked)
+            rates.append(np.asarray(eta))
             predicted.append(np.asarray(p).swapaxes(0, 1))
             measured.append(np.asarray(m).swapaxes(0, 1))
-        names = tuple(_models(config, pairs))
-    slopes, errors = zip(*(_slope(np.asarray(rates), p, m) for p, m in zip(predicted, measured, strict=True)), strict=True)
-    return Result(names, np.asarray(rates), np.stack(predicted), np.stack(measured), np.array(slopes), np.array(errors))
+    fits = [_slope(*columns) for columns in zip(rates, predicted, measured, strict=True)]
+    slopes, errors = np.array(fits).T
+    return Result(tuple(models), np.stack(rates), np.stack(predicted), np.stack(measured), slopes, errors)
 
 
 def _slope(rates: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
@@ -140,17 +140,17 @@ def _slope(rates: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> tu
     for pair in range(miss.shape[1]):
         for side in range(2):
             y, size_ = miss[:, pair, side], np.abs(measured[:, pair, side])
-            use = (y < 0.1 * size_) & (y > 1e-12)
+            use = (y < 0.01 * size_) & (y > 1e-12)
             if use.sum() >= 3:
                 slopes.append(np.polyfit(np.log(rates[use]), np.log(y[use]), 1)[0])
     if not slopes:
-        raise ValueError("no learning rate is small enough to fit a slope: lower Config.lowest")
+        raise ValueError("no learning rate is small enough to fit a slope: lower Config.largest")
     return float(np.mean(slopes)), float(np.std(slopes) / np.sqrt(len(slopes)))
 
 
 def plot(result: Result) -> Figure:
     """Two rows of panels, one column a model."""
-    figure, axes = plt.subplots(2, len(result.models), figsize=size(2, len(result.models)), layout="constrained")
+    figure, axes = plt.subplots(2, len(result.models), figsize=size(2, len(result.models), 1.0), layout="constrained")
     sides = (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "^"))
     for column, name in enumerate(result.models):
         top, bottom = axes[:, column]
@@ -158,7 +158,7 @@ def plot(result: Result) -> Figure:
         top.set_title(name)
         _remainder(bottom, result, column, sides)
     axes[0, 0].set_ylabel("measured Δ log π (nats)")
-    axes[1, 0].set_ylabel("|measured − predicted| (nats)")
+    axes[1, 0].set_ylabel("remainder (nats)")
     return figure
 
 
@@ -183,7 +183,7 @@ def _scatter(axis: plt.Axes, predicted: np.ndarray, measured: np.ndarray, sides:
 
 
 def _remainder(axis: plt.Axes, result: Result, column: int, sides: tuple) -> None:
-    rates = result.learning_rates
+    rates = result.learning_rates[column]
     miss = np.abs(result.measured[column] - result.predicted[column])
     for side, (_, colour, marker) in enumerate(sides):
         low, middle, high = np.quantile(miss[..., side], [0.25, 0.5, 0.75], axis=1)
@@ -191,9 +191,9 @@ def _remainder(axis: plt.Axes, result: Result, column: int, sides: tuple) -> Non
         axis.plot(rates, middle, color=colour, marker=marker)
     guide = np.median(miss[0]) * (rates / rates[0]) ** 2 / 8
     axis.plot(rates, guide, color=GUIDE, ls="--", lw=0.8)
-    axis.text(rates[len(rates) // 2], guide[len(rates) // 2] / 4, "slope 2", color=GUIDE, fontsize=7, va="top")
     slope, error = result.slopes[column], result.slope_errors[column]
-    axis.text(0.04, 0.96, f"fitted slope {slope:.2f} ± {error:.2f}", transform=axis.transAxes, va="top", fontsize=7)
+    text = f"fitted slope\n{slope:.3f} ± {error:.3f}\n(dashed: 2)"
+    axis.text(0.97, 0.04, text, transform=axis.transAxes, va="bottom", ha="right", fontsize=7)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("learning rate η")

@@ -79,7 +79,7 @@ class ContextApply:
         at = positions[:, None, :, None] == jnp.arange(longest, dtype=positions.dtype)[None, None, None, :]
         seen = visible(positions, streams)[:, :, :, None] & at
         prefix = jnp.where(seen, tokens[:, None, :, None] + 1, 0).max(axis=2) - 1
-        same = (prefix[:, :, None, :] == jnp.asarray(table)[None, None]).all(-1)
+        same = (prefix[:, :, None, :] == jnp.asarray(table, tokens.dtype)[None, None]).all(-1)
         same = same & (positions < longest)[:, :, None]
         return jnp.where(same.any(-1), same.argmax(-1), -1)
 

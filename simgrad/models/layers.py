@@ -173,6 +173,23 @@ def visible(positions: Int[Array, "N T"], streams: Int[Array, "N T"]) -> Bool[Ar
     return (positions[:, None, :] <= positions[:, :, None]) & ((query & key) == query)
 
 
+@jax.checkpoint
+def attend(
+    query: Float[Array, "N T H E"], key: Float[Array, "N T K E"], value: Float[Array, "N T K E"], mask: Bool[Array, "N T T"]
+) -> Float[Array, "N T H E"]:
+    """softmax(q k^T / sqrt(head_dim)) v over the visible positions; H is a multiple of K.
+
+    The T x T weights are computed again in the backward pass: that is cheaper than keeping them.
+    """
+    n, t, h, e = query.shape
+    wide = accumulator(query.dtype)
+    grouped = (query / math.sqrt(e)).reshape(n, t, key.shape[2], -1, e)
+    scores = jnp.einsum("nqkge,nske->nkgqs", grouped, key, preferred_element_type=wide)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("nkgqs,nske->nqkge", weights, value).reshape(n, t, h, e)
+
+
 class Attention(nnx.Module):
     """Multi-head, grouped-query or multi-query attention."""
 
@@ -198,12 +215,7 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(n, t, -1, c.head_features) for y in tape("linear", x, outputs))
         if c.positions == "rope":
             q, k = (rotate(y, positions, c.rope, c.max_length) for y in (q, k))
-        wide = accumulator(x.dtype)
-        q = q.reshape(n, t, c.n_kv_heads, -1, c.head_features)
-        scores = jnp.einsum("nqkge,nske->nkgqs", q, k, preferred_element_type=wide) / math.sqrt(c.head_features)
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("nkgqs,nske->nqkge", weights, v).reshape(n, t, -1)
+        mixed = attend(q, k, v, mask).reshape(n, t, -1)
         return tape("linear", mixed, {"attention/output": self.output(mixed)})[0]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["Apply", "Output", "Use"]
+__all__ = ["Apply", "Output", "TappedApply", "Use"]
 
 
 @functools.partial(
@@ -47,6 +47,7 @@ class Output:
     uses: dict[str, Use] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Apply(Protocol):
     """A model as a pure, hashable function of parameters and tokens.
 
@@ -73,6 +74,7 @@ class Apply(Protocol):
         ...
 
 
+@runtime_checkable
 class TappedApply(Apply, Protocol):
     """A model that can also report what its parameters acted on."""
 

@@ -129,12 +129,12 @@ class TransformerApply:
         rows: Int[Array, "N Q"],
     ) -> dict[str, Float[Array, "..."]]:
         """Zeros shaped like the output of every parameterised operation."""
-        uses = jax.eval_shape(lambda t: self(t, tokens, rows=rows, taps={}), theta).uses
-        return {
-            site: jnp.zeros(y.shape, y.dtype)
-            for use in uses.values()
-            for site, y in zip(use.sites, use.outputs, strict=True)
-        }
+
+        def outputs(theta: Theta) -> dict[str, Array]:
+            uses = self(theta, tokens, rows=rows, taps={}).uses.values()
+            return {site: y for use in uses for site, y in zip(use.sites, use.outputs, strict=True)}
+
+        return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(outputs, theta))
 
 
 def init_transformer(config: ModelConfig, seed: int = 0) -> Theta:

@@ -57,7 +57,7 @@ def ghost_blocks(
         raise ValueError("ghost kernels need a padded batch: use pairs.padded instead of pairs.packed")
     b, s, t = batch.tokens.shape
     tokens, positions, streams = (
-        jnp.asarray(x).reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams)
+        x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams)
     )
     rows = flat_rows(batch)
 

@@ -7,6 +7,7 @@ number here is accumulated leaf by leaf in float32 or better.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models import Apply
+from simgrad.models import Apply, TappedApply
 from simgrad.pairs import Batch
 from simgrad.theory.ghost import ghost_blocks
 from simgrad.theory.gram import PairKernel, gradients, outer_products
@@ -40,7 +41,7 @@ def pair_kernel(
         method: ``plain`` takes two gradients a pair (any model, any layout, the reference). ``ghost``
             takes one backward pass for the batch and no weight gradients, ``explicit`` the same with
             weight gradients one leaf at a time. ``auto`` is the cheaper of the last two for each leaf
-            where the model and the layout allow, else plain.
+            where the model and the layout allow, else plain. Compiled once per model and batch shape.
 
     Raises:
         ValueError: a pattern matches no parameter; nothing is trainable; packed batch with ``ghost``.
@@ -61,7 +62,7 @@ def kernel_and_responses(
     apply: Apply, theta: Theta, batch: Batch, include: Sequence[str] | None = None, method: Method = "auto"
 ) -> tuple[PairKernel, Responses]:
     """:func:`pair_kernel` together with the forward pass it needed anyway."""
-    blocks, result = _blocks(apply, theta, batch, include, method)
+    blocks, result = _blocks(apply, theta, batch, _patterns(include), method)
     flat = [jax.tree.map(lambda x: x.reshape(x.shape[0], -1).sum(-1), k) for k in blocks.values()]
     return jax.tree.map(lambda *xs: jnp.stack(xs).sum(0), *flat), result
 
@@ -70,25 +71,25 @@ def pair_kernel_blocks(
     apply: Apply, theta: Theta, batch: Batch, include: Sequence[str] | None = None, method: Method = "auto"
 ) -> dict[str, PairKernel]:
     """:func:`pair_kernel` of each parameter leaf by path; leaves under ``layers/`` give (B, depth)."""
-    return _blocks(apply, theta, batch, include, method)[0]
+    return _blocks(apply, theta, batch, _patterns(include), method)[0]
 
 
+def _patterns(include: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if include is None else tuple(include)
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "include", "method"))
 def _blocks(
-    apply: Apply, theta: Theta, batch: Batch, include: Sequence[str] | None, method: Method
+    apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | None, method: Method
 ) -> tuple[dict[str, PairKernel], Responses]:
-    include = None if include is None else tuple(include)
     tree.partition(theta, include, apply.frozen)  # raises where the selection is empty
-    tapped = hasattr(apply, "taps")
-    if method == "auto":
-        method = "ghost" if tapped and not batch.is_packed else "plain"
-        route = None
-    else:
-        route = method == "ghost"
-    if method == "plain":
+    tapped = isinstance(apply, TappedApply)
+    if method == "plain" or (method == "auto" and (batch.is_packed or not tapped)):
         return _plain(apply, theta, batch, include), responses(apply, theta, batch)
     if not tapped:
         raise ValueError(f"method {method!r} needs a transformer; {type(apply).__name__} has method 'plain' only")
-    return ghost_blocks(apply, theta, batch, include, route)  # type: ignore[arg-type]
+    route = None if method == "auto" else method == "ghost"
+    return ghost_blocks(apply, theta, batch, include, route)
 
 
 def _plain(apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | None) -> dict[str, PairKernel]:
@@ -105,7 +106,7 @@ def _plain(apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | 
         (both,) = jax.vmap(pullback)(jnp.eye(2, dtype=jax.eval_shape(logp, trained).dtype))
         return {path: _leaf_kernel(path, g) for path, g in zip(paths, jax.tree.leaves(both), strict=True)}
 
-    return jax.lax.map(one, jax.tree.map(jnp.asarray, batch))
+    return jax.lax.map(one, batch)
 
 
 def _leaf_kernel(path: str, g: Array) -> PairKernel:
@@ -121,7 +122,7 @@ def head_kernel(result: Responses, batch: Batch) -> PairKernel:
     accumulated in float32 or better. With every second factor set to 1 its gap ⟨g_w,g_l⟩ - ‖g_w‖² is
     the CHES score.
     """
-    targets, valid = jnp.asarray(batch.targets), jnp.asarray(batch.valid)
+    targets, valid = batch.targets, batch.valid
     one_hot = jax.nn.one_hot(targets, result.logits.shape[-1], dtype=result.logits.dtype)
     error = jnp.where(valid[..., None], one_hot - jax.nn.softmax(result.logits, axis=-1), 0.0)
     return outer_products(result.hidden, error)

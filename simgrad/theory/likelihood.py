@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -40,11 +41,14 @@ class Responses:
 def flat_rows(batch: Batch) -> Int[Array, "N Q"]:
     """The batch's rows as each of its N = B S sequences wants them (Q = 2 R / S)."""
     b, s, _ = batch.tokens.shape
-    return jnp.asarray(batch.rows).reshape(b * s, -1)
+    return batch.rows.reshape(b * s, -1)
 
 
+@functools.partial(jax.jit, static_argnames="apply")
 def responses(apply: Apply, theta: Theta, batch: Batch) -> Responses:
     """Evaluate both responses of every pair in one forward pass, logits on response rows only.
+
+    Compiled once per ``apply`` (which must be hashable) and batch shape.
 
     >>> from simgrad.models import ModelConfig, create
     >>> from simgrad.pairs import Pair, packed
@@ -53,15 +57,15 @@ def responses(apply: Apply, theta: Theta, batch: Batch) -> Responses:
     (1, 2)
     """
     b, s, t = batch.tokens.shape
-    flat = (jnp.asarray(x).reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams))
+    flat = (x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams))
     return read(apply(theta, *flat, rows=flat_rows(batch)), batch)
 
 
 def read(output: Output, batch: Batch) -> Responses:
     """Arrange a model's output on the batch's sequences by pair and response."""
     b, s, t = batch.tokens.shape
-    rows, last = jnp.asarray(batch.rows), jnp.asarray(batch.last)
-    valid, targets = jnp.asarray(batch.valid), jnp.asarray(batch.targets)
+    rows, last = batch.rows, batch.last
+    valid, targets = batch.valid, batch.targets
     logits = output.logits.reshape(*rows.shape, -1)
     at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     token_logp = jnp.where(valid, at_target - jax.nn.logsumexp(logits, axis=-1), 0.0)

@@ -27,7 +27,7 @@ def _sums(result: Responses, batch: Batch, states: States) -> tuple[Float[Array,
     if states not in ("predicting", "all"):
         raise ValueError(f"states={states!r}: choose 'predicting' (the definition) or 'all' (keeps the final state)")
     total = tree.widen(result.hidden).sum(2)
-    count = jnp.asarray(batch.valid).sum(-1).astype(total.dtype)
+    count = batch.lengths.astype(total.dtype)
     if states == "all":
         total, count = total + tree.widen(result.last_hidden), count + 1
     return total, count
