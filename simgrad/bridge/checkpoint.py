@@ -58,7 +58,10 @@ def load(path_or_hub_id: str | Path, dtype: Dtype = "float32", revision: str | N
     folder = _folder(str(path_or_hub_id), revision)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UnsupportedCheckpointError(f"{folder} holds an adapter, not a model: merge it into its base first")
-    attributes = AutoConfig.from_pretrained(folder).to_dict()
+    try:
+        attributes = AutoConfig.from_pretrained(folder).to_dict()
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedCheckpointError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     family, fields = family_of(attributes)
     config = ModelConfig(**fields, dtype=dtype)
     theta = _parameters(folder, family, config)

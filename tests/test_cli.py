@@ -1,0 +1,109 @@
+"""The command as a user runs it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from simgrad.bridge import ScoreTable
+
+COMMAND = [sys.executable, "-c", "from simgrad.cli import main; main()"]
+ROWS = [{"prompt": "is it", "chosen": f" {a} so", "rejected": f" {b} so"} for a in ("yes", "good") for b in ("no", "never")]
+
+
+def simgrad(*arguments, cache, check=True):
+    environment = {**os.environ, "SIMGRAD_CACHE": str(cache), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*ROWS, {**ROWS[0], "chosen": ""}]))
+    return path
+
+
+@pytest.mark.parametrize("arguments", [(), ("score",), ("figures",), ("bench",)])
+def test_help(arguments, tmp_path):
+    text = simgrad(*arguments, "--help", cache=tmp_path).stdout
+    assert "usage: simgrad" in text
+
+
+def test_help_does_not_import_jax(tmp_path):
+    code = (
+        "import sys; sys.argv = ['simgrad', '--help']\nfrom simgrad.cli import main\n"
+        "try: main()\nexcept SystemExit: print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_score_writes_a_table_and_a_summary(checkpoint, data, tmp_path):
+    out = tmp_path / "scores.parquet"
+    done = simgrad("score", "--model", checkpoint, "--data", data, "--out", out, "--lr", "1e-4", cache=tmp_path / "c")
+    table = ScoreTable.load(out)
+    assert table["index"].tolist() == [0, 1, 2, 3]
+    assert "4 pairs scored, 1 skipped" in done.stdout
+    assert "empty chosen response" in done.stdout
+    assert "Worst pairs" in done.stdout
+    assert "both_fall" in done.stdout
+    assert json.loads((tmp_path / "scores.skipped.jsonl").read_text()) == {"index": 4, "reason": "empty chosen response"}
+
+
+def test_killed_with_signal_nine_it_continues(checkpoint, data, tmp_path):
+    arguments = ("score", "--model", checkpoint, "--data", data, "--batch-tokens", "1", "--no-gradients")
+    whole, part = tmp_path / "whole.parquet", tmp_path / "part.parquet"
+    simgrad(*arguments, "--out", whole, cache=tmp_path / "c")
+    environment = {**os.environ, "SIMGRAD_CACHE": str(tmp_path / "other")}
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments), "--out", str(part)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    journal = tmp_path / "part.parquet.partial.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") >= 2:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    process.communicate()
+    simgrad(*arguments, "--out", part, cache=tmp_path / "c")
+    assert part.read_bytes() == whole.read_bytes()
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--objective", "dpoo"), "did you mean 'dpo'"),
+        (("--gamma", "1.0"), "dpo has no hyperparameter gamma"),
+        (("--model", "no/such/folder"), "neither a folder nor a valid Hub id"),
+        (("--data", "none.jsonl"), "none.jsonl: no such file"),
+        (("--max-length", "100"), "the model reads 1 to 32 tokens"),
+    ],
+)
+def test_mistakes_end_in_one_line(checkpoint, data, tmp_path, change, message):
+    arguments = {"--model": checkpoint, "--data": data, "--out": tmp_path / "s.parquet"} | {change[0]: change[1]}
+    done = simgrad("score", *(x for item in arguments.items() for x in item), cache=tmp_path, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "s.parquet").exists()
+
+
+def test_float64_is_float64(checkpoint, data, tmp_path):
+    out = tmp_path / "s.parquet"
+    for dtype in ("float64", "float32"):
+        simgrad("score", "--model", checkpoint, "--data", data, "--out", tmp_path / f"{dtype}.parquet",
+                "--dtype", dtype, "--no-gradients", cache=tmp_path / "c")  # fmt: skip
+    a, b = (ScoreTable.load(tmp_path / f"{d}.parquet")["logp_chosen"] for d in ("float64", "float32"))
+    assert 0 < np.abs(a - b).max() < 1e-5
+    assert not out.exists()

@@ -1,0 +1,250 @@
+"""Scoring end to end: right numbers, in order, resumable, honest about what it leaves out."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import close
+
+import simgrad
+from simgrad import objectives
+from simgrad.bridge import Encoded, Policy, RunMismatchError, ScoreTable, encode, engine
+from simgrad.bridge.plan import plan
+from simgrad.bridge.summary import summarise
+from simgrad.pairs import Pair
+from simgrad.theory import Regime
+
+RNG = np.random.default_rng(3)
+WORDS = ["yes", "no", "never", "maybe", "is", "it", "so", "?", "good"]
+
+
+def sentence(low, high):
+    return " ".join(RNG.choice(WORDS, RNG.integers(low, high)))
+
+
+ROWS = [{"prompt": sentence(1, 8), "chosen": " " + sentence(1, 9), "rejected": " " + sentence(1, 9)} for _ in range(14)]
+ROWS[4] = {"prompt": "is it", "chosen": " so", "rejected": " so"}
+ROWS[9] = {"prompt": "is it", "chosen": "", "rejected": " so"}
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint):
+    return simgrad.load(checkpoint, "float64")
+
+
+@pytest.fixture(scope="module")
+def table(policy):
+    return simgrad.score(policy, ROWS, objective="simpo", learning_rate=1e-3)
+
+
+def test_every_column_against_its_definition(policy, table):
+    pairs = encode(ROWS, policy.tokenizer).pairs
+    objective = objectives.get("simpo")
+    for k, pair in enumerate(pairs[:5]):
+        (logp_w, logits_w, w, last_w), (logp_l, logits_l, l, last_l) = (  # noqa: E741
+            reference.sequence(policy.apply, policy.theta, pair.prompt, r) for r in (pair.chosen, pair.rejected)
+        )
+        g_w, g_l = (reference.gradient(policy.apply, policy.theta, pair.prompt, r) for r in (pair.chosen, pair.rejected))
+        ww, wl, ll = reference.dot(g_w, g_w), reference.dot(g_w, g_l), reference.dot(g_l, g_l)
+        h_w = reference.head_gradient(logits_w, w, pair.chosen)
+        h_l = reference.head_gradient(logits_l, l, pair.rejected)
+        a, b = logp_w.sum(), logp_l.sum()
+        d = objective.coefficients(*map(jnp.float64, (a, b, a, b)), *map(jnp.int64, (len(pair.chosen), len(pair.rejected))))
+        d_w, d_l = float(d.chosen), float(d.rejected)
+        plain, normal = reference.ches(w, l)
+        expected = {
+            "n_prompt": len(pair.prompt),
+            "n_chosen": len(pair.chosen),
+            "n_rejected": len(pair.rejected),
+            "logp_chosen": a,
+            "logp_rejected": b,
+            "ches": plain,
+            "ln_ches": normal,
+            "last_hidden_inner": last_w @ last_l,
+            "edit_distance": reference.edit_distance(pair.chosen, pair.rejected)
+            / max(len(pair.chosen), len(pair.rejected)),
+            "embedding_cosine": w.sum(0) @ l.sum(0) / np.linalg.norm(w.sum(0)) / np.linalg.norm(l.sum(0)),
+            "head_gap": (h_w * h_l).sum() - (h_w * h_w).sum(),
+            "grad_inner": wl,
+            "grad_sq_chosen": ww,
+            "grad_sq_rejected": ll,
+            "grad_cosine": wl / np.sqrt(ww * ll),
+            "d_chosen": d_w,
+            "d_rejected": d_l,
+            "predicted_dlogp_chosen": 1e-3 * (d_w * ww - d_l * wl),
+            "predicted_dlogp_rejected": 1e-3 * (d_w * wl - d_l * ll),
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(table[name][k], value, rtol=1e-9, atol=1e-9, err_msg=name)
+        assert set(table) == {"index", "regime", *expected}
+    changes = zip(table["predicted_dlogp_chosen"], table["predicted_dlogp_rejected"], strict=True)
+    for label, (up, down) in zip(table["regime"], changes, strict=True):
+        expected = {(True, True): "ideal", (False, True): "both_fall", (True, False): "both_rise"}
+        assert label == expected.get((up >= 0, down <= 0), "reversed")
+        assert label in {r.label for r in Regime}
+
+
+def test_rows_in_input_order_and_the_rest_with_reasons(table):
+    assert table["index"].tolist() == [i for i in range(14) if i not in (4, 9)]
+    assert [(s.index, s.reason) for s in table.skipped] == [
+        (4, "chosen and rejected are identical"),
+        (9, "empty chosen response"),
+    ]
+    assert table.metadata["counts"] == {"scored": 12, "skipped": 2, "merged": 0, "truncated": 0}
+
+
+def test_batching_and_gradients_do_not_change_the_numbers(policy, table):
+    small = simgrad.score(policy, ROWS, objective="simpo", learning_rate=1e-3, batch_tokens=1)
+    forward = simgrad.score(policy, ROWS, objective="simpo", gradients=False)
+    assert "regime" not in forward
+    assert not any(name.startswith(("grad", "predicted")) for name in forward)
+    for name in table:
+        if name != "regime":
+            close(small[name], table[name])
+        if name in forward:
+            close(forward[name], table[name])
+
+
+def test_limit_and_pairs_from_python(policy, table):
+    pairs = encode(ROWS, policy.tokenizer).pairs
+    bare = Policy(policy.apply, policy.theta, policy.config)
+    again = simgrad.score(bare, [*pairs[:3], Pair([1], [2], [2])], objective="simpo", learning_rate=1e-3)
+    close(again["grad_inner"], table["grad_inner"][:3])
+    assert again.skipped[0].index == 3
+    assert len(simgrad.score(policy, ROWS, limit=2, gradients=False)) == 2
+    with pytest.raises(ValueError, match="no tokenizer: pass simgrad.pairs.Pair"):
+        simgrad.score(bare, ROWS)
+    with pytest.raises(ValueError, match="the model reads 1 to 32 tokens"):
+        simgrad.score(policy, ROWS, max_length=33)
+
+
+def test_non_finite_rows_are_kept_out(policy):
+    """A token whose embedding is infinite spoils its own pairs only."""
+    table = policy.theta["embedding"]["table"].at[7].set(jnp.inf)
+    broken = dataclasses.replace(policy, theta=policy.theta | {"embedding": {"table": table}})
+    result = simgrad.score(broken, [Pair([1], [2, 3], [3, 3]), Pair([1, 7], [2, 3], [3, 3])])
+    assert result["index"].tolist() == [0]
+    assert result.skipped[0].reason.startswith("non-finite logp_chosen")
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_killed_runs_continue_and_end_up_equal(policy, tmp_path, torn):
+    whole, part = tmp_path / "whole.parquet", tmp_path / "part.parquet"
+    simgrad.score(policy, ROWS, out=whole, batch_tokens=1)
+
+    def kill(done, total):
+        if done >= 5:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        simgrad.score(policy, ROWS, out=part, batch_tokens=1, progress=kill)
+    journal = tmp_path / "part.parquet.partial.jsonl"
+    kept = journal.read_bytes()
+    assert kept.count(b"\n") == 6
+    if torn:
+        journal.write_bytes(kept + b'{"pair": 11, "row": {"n_pro')
+    seen = []
+    simgrad.score(policy, ROWS, out=part, batch_tokens=1, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (12, 12)
+    assert part.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "part.parquet", "part.skipped.jsonl", "whole.parquet", "whole.skipped.jsonl",
+    ]  # fmt: skip
+
+
+def test_finished_work_is_not_done_again(policy, tmp_path, monkeypatch):
+    out = tmp_path / "scores.parquet"
+    first = simgrad.score(policy, ROWS, out=out)
+    monkeypatch.setattr(engine, "score_batch", None)
+    again = simgrad.score(policy, ROWS, out=out)
+    assert again.skipped == first.skipped
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+
+
+def test_other_arguments_refuse_to_mix(policy, tmp_path):
+    out = tmp_path / "scores.parquet"
+
+    def kill(done, total):
+        raise _Killed
+
+    with pytest.raises(_Killed):
+        simgrad.score(policy, ROWS, out=out, progress=kill)
+    with pytest.raises(RunMismatchError, match=r"objective: 'DPO\(beta=0.1\)' there, 'IPO\(beta=0.1\)' now"):
+        simgrad.score(policy, ROWS, out=out, objective="ipo")
+    simgrad.score(policy, ROWS, out=out)
+    with pytest.raises(RunMismatchError, match="data: .*pairs: 12 there, 3 now"):
+        simgrad.score(policy, ROWS[:3], out=out)
+    other = dataclasses.replace(policy, theta=jax.tree.map(lambda x: x * 1.001, policy.theta))
+    with pytest.raises(RunMismatchError, match="weights"):
+        simgrad.score(other, ROWS, out=out)
+    (tmp_path / "alien.parquet").write_text("not ours")
+    with pytest.raises(RunMismatchError, match="is not a score table of simgrad: choose another --out"):
+        simgrad.score(policy, ROWS, out=tmp_path / "alien.parquet")
+
+
+def test_damaged_journal_is_named(policy, tmp_path):
+    out = tmp_path / "scores.parquet"
+    simgrad.score(policy, ROWS, out=out)
+    run = json.loads(json.dumps(ScoreTable.load(out).metadata["run"]))
+    out.unlink()
+    (tmp_path / "scores.parquet.partial.jsonl").write_text(json.dumps({"run": run}) + "\nrubbish\n")
+    with pytest.raises(RunMismatchError, match="line 2 is damaged: delete the file"):
+        simgrad.score(policy, ROWS, out=out)
+
+
+def test_table_survives_saving(table, tmp_path):
+    table.save(tmp_path / "t.parquet")
+    back = ScoreTable.load(tmp_path / "t.parquet")
+    assert back.skipped == table.skipped
+    assert back.metadata == table.metadata
+    for name in table:
+        np.testing.assert_array_equal(back[name], table[name])
+    assert len(back.to_pandas()) == len(table)
+    with pytest.raises(KeyError, match="no column 'chess'; there are: index"):
+        table["chess"]
+
+
+def test_summary_counts_and_advises(table):
+    s = summarise(table, worst=3)
+    assert s.scored == 12
+    assert sum(s.regimes.values()) == 12
+    assert s.skipped == {"chosen and rejected are identical": 1, "empty chosen response": 1}
+    changes = table["predicted_dlogp_chosen"]
+    assert changes[s.worst].tolist() == sorted(changes)[:3]
+    falling = changes < 0
+    assert (s.ratio is None) == (not falling.any())
+    if s.ratio:  # raising d_w / d_l to the 90th percentile of the needed ratio saves 90 % of the falling pairs
+        need = (table["grad_inner"] / table["grad_sq_chosen"])[falling]
+        assert np.mean(need <= s.ratio[1]) >= 0.85
+
+
+def test_empty_result(policy):
+    nothing = simgrad.score(policy, Encoded())
+    assert len(nothing) == 0
+    assert summarise(nothing).advice == ("No pair could be scored: see the reasons above.",)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_plan_covers_every_pair_once_and_fits(packed):
+    lengths = RNG.integers(1, 400, (200, 3))
+    pairs = [Pair([1] * a, [1] * b, [2] * c) for a, b, c in lengths]
+    works = plan(pairs, packed, 2048)
+    assert sorted(i for work in works for i in work.members) == list(range(200))
+    for work in works:
+        assert len(work.members) == 1 or len(work.members) * work.length * (1 if packed else 2) <= 2048
+        for i in work.members:
+            p = pairs[i]
+            sizes = (len(p.chosen), len(p.rejected))
+            assert len(p.prompt) + (sum(sizes) if packed else max(sizes)) <= work.length
+            assert max(sizes) <= work.rows
+    assert plan(pairs, packed, 2048) == works
+    assert len({(w.length, w.rows) for w in works}) <= 12

@@ -1,0 +1,70 @@
+"""First-order predictions: the remainder is of second order, and not if a term is missing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import PAIRS, close, model
+
+from simgrad import objectives, tree
+from simgrad.pairs import padded
+from simgrad.theory import first_order, pair_kernel, responses
+
+CHANGES = np.geomspace(1e-5, 1e-3, 5)
+"""Sizes of the predicted change, in nats: small enough for the order, large enough for float64."""
+
+
+def measured_and_predicted(kind, objective, pair, drop_inner=False):
+    """Arrays (changes, 2) for one pair; the reference is a perturbed policy, so that the margin is not zero."""
+    apply, theta = model(kind)
+    batch = padded([pair])
+    trained, rest = tree.partition(theta, exclude=apply.frozen)
+    reference = responses(apply, theta, batch).logp - jnp.array([[0.3, -0.2]])
+    lengths = batch.lengths
+
+    @jax.jit
+    def logp(trained):
+        return responses(apply, tree.combine(trained, rest), batch).logp
+
+    def columns(values):
+        return (values[:, 0], values[:, 1], reference[:, 0], reference[:, 1], lengths[:, 0], lengths[:, 1])
+
+    gradient = jax.jit(jax.grad(lambda t: objective.loss(*columns(logp(t))).sum()))(trained)
+    start = logp(trained)
+    kernel = pair_kernel(apply, theta, batch)
+    if drop_inner:
+        kernel = dataclasses.replace(kernel, inner=jnp.zeros_like(kernel.inner))
+    coefficients = objective.coefficients(*columns(start))
+    per_unit = first_order(kernel, coefficients)
+    rates = CHANGES / float(jnp.abs(per_unit.chosen[0]))
+    measured = [logp(jax.tree.map(lambda t, g, r=r: t - r * g, trained, gradient)) - start for r in rates]
+    predicted = [first_order(kernel, coefficients, float(r)) for r in rates]
+    return np.stack(measured)[:, 0], np.array([[p.chosen[0], p.rejected[0]] for p in predicted])
+
+
+def order(measured, predicted):
+    miss = np.abs(measured - predicted)
+    return np.polyfit(np.log(CHANGES), np.log(miss), 1)[0]
+
+
+@pytest.mark.parametrize("name", objectives.names())
+@pytest.mark.parametrize("kind", ["plain", "linear_softmax", "unconstrained_features"])
+def test_remainder_is_of_second_order(kind, name):
+    slopes = order(*measured_and_predicted(kind, objectives.get(name), PAIRS[0]))
+    np.testing.assert_allclose(slopes, 2.0, atol=0.05)
+
+
+def test_without_the_entanglement_term_it_is_of_first_order():
+    """Dropping ⟨g_w, g_l⟩ leaves an error that shrinks only as fast as the step."""
+    slopes = order(*measured_and_predicted("plain", objectives.get("dpo"), PAIRS[0], drop_inner=True))
+    np.testing.assert_allclose(slopes, 1.0, atol=0.05)
+
+
+def test_learning_rate_scales_the_change():
+    kernel = pair_kernel(*model("plain"), padded(PAIRS))
+    ones = jnp.ones(len(PAIRS))
+    d = objectives.get("dpo").coefficients(*(ones,) * 4, *(jnp.ones(len(PAIRS), int),) * 2)
+    per_unit = first_order(kernel, d)
+    close(first_order(kernel, d, 0.3).chosen, 0.3 * per_unit.chosen)
