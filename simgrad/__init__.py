@@ -1,9 +1,9 @@
 """simgrad: what preference optimisation does to the probability of each response, and of the rest.
 
-    >>> import simgrad
-    >>> policy = simgrad.load("path/to/checkpoint")                    # doctest: +SKIP
-    >>> table = simgrad.score(policy, "preferences.jsonl")             # doctest: +SKIP
-    >>> table["regime"][:3]                                            # doctest: +SKIP
+>>> import simgrad
+>>> policy = simgrad.load("path/to/checkpoint")                    # doctest: +SKIP
+>>> table = simgrad.score(policy, "preferences.jsonl")             # doctest: +SKIP
+>>> table["regime"][:3]                                            # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class DPO(Objective):
         """Refuse β ≤ 0."""
         _require_positive(self, "beta")
 
-    def loss(self, logp_chosen, logp_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected):  # noqa: ANN001, ANN201, D102
+    def loss(self, logp_chosen, logp_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected):  # noqa: D102
         margin = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
         return -jax.nn.log_sigmoid(self.beta * margin)
 
@@ -116,7 +116,7 @@ class IPO(Objective):
         """Refuse β ≤ 0."""
         _require_positive(self, "beta")
 
-    def loss(self, logp_chosen, logp_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected):  # noqa: ANN001, ANN201, D102
+    def loss(self, logp_chosen, logp_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected):  # noqa: D102
         margin = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
         return jnp.square(margin - 1 / (2 * self.beta))
 
@@ -137,7 +137,7 @@ class SimPO(Objective):
         """Refuse β ≤ 0."""
         _require_positive(self, "beta")
 
-    def loss(self, logp_chosen, logp_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected):  # noqa: ANN001, ANN201, D102
+    def loss(self, logp_chosen, logp_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected):  # noqa: D102
         chosen = logp_chosen / len_chosen.astype(logp_chosen.dtype)
         rejected = logp_rejected / len_rejected.astype(logp_rejected.dtype)
         return -jax.nn.log_sigmoid(self.beta * (chosen - rejected) - self.gamma)

@@ -25,9 +25,7 @@ def names(theta: Theta) -> list[str]:
 
 def selected(name: str, include: Sequence[str] | None, exclude: Sequence[str] = ()) -> bool:
     """Whether a leaf's path matches ``include`` (None: all) and no pattern of ``exclude``."""
-    return (include is None or any(fnmatch(name, p) for p in include)) and not any(
-        fnmatch(name, p) for p in exclude
-    )
+    return (include is None or any(fnmatch(name, p) for p in include)) and not any(fnmatch(name, p) for p in exclude)
 
 
 def partition(theta: Theta, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> tuple[Theta, Theta]:

@@ -29,7 +29,9 @@ def close(a, b, dtype="float64", scale=1.0):
     """Assert that two trees agree to the dtype's tolerance, relative to the larger entries."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, rtol=tolerance(dtype), atol=scale * tolerance(dtype) * (np.abs(y).max() + 1e-300))
+        np.testing.assert_allclose(
+            x, y, rtol=tolerance(dtype), atol=scale * tolerance(dtype) * (np.abs(y).max() + 1e-300)
+        )
 
 
 TRANSFORMERS = {
@@ -63,7 +65,22 @@ def model(kind, dtype="float64", pairs=PAIRS, **overrides):
     return apply, jax.tree.map(lambda x: x + (0.1 * jax.random.normal(next(keys), x.shape)).astype(x.dtype), theta)
 
 
-WORDS = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "yes", "no", "never", "maybe", "is", "it", "so", "?", "good"]
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|user|>",
+    "<|assistant|>",
+    "yes",
+    "no",
+    "never",
+    "maybe",
+    "is",
+    "it",
+    "so",
+    "?",
+    "good",
+]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
@@ -77,9 +94,7 @@ def write_tokenizer(folder, template=True):
 
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     if template:
         tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

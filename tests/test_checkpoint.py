@@ -27,7 +27,11 @@ def load(folder, case=LLAMA, dtype="float64", **changes):
         (LLAMA, {"surprise": 3}, "unknown attribute surprise=3"),
         (LLAMA, {"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "quantization_config"),
         (LLAMA, {"hidden_act": "tanh"}, "activation 'tanh'"),
-        (LLAMA, {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}, "cannot read .*longrope"),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}},
+            "cannot read .*longrope",
+        ),
         (LLAMA, {"rope_parameters": {**LONGROPE, "rope_theta": 1e4}}, "rope_type 'longrope'"),
         (LLAMA, {"model_type": "no_such_family"}, "cannot read .*no_such_family"),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved=True"),
@@ -53,8 +57,14 @@ def test_harmless_attributes_are_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up" not in k}, "missing tensors: model.layers.1.mlp.up"),
-        (lambda t: t | {"model.layers.0.extra.weight": np.zeros(2, np.float32)}, "surplus.*model.layers.0.extra.weight"),
+        (
+            lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up" not in k},
+            "missing tensors: model.layers.1.mlp.up",
+        ),
+        (
+            lambda t: t | {"model.layers.0.extra.weight": np.zeros(2, np.float32)},
+            "surplus.*model.layers.0.extra.weight",
+        ),
         (lambda t: t | {"model.layers.2.mlp.up_proj.weight": np.zeros(2, np.float32)}, "surplus.*layers.2"),
         (lambda t: t | {"model.norm.weight": np.zeros(5, np.float32)}, r"model.norm.weight gives shape \(5,\)"),
         (lambda t: t | {"model.norm.weight": np.zeros(24, np.int8)}, "dtype int8: quantised"),
@@ -84,7 +94,10 @@ def test_gpt2_files_without_prefix_and_with_buffers(tmp_path):
 
     def as_on_the_hub(tensors):
         bare = {k.removeprefix("transformer."): v for k, v in tensors.items()}
-        return bare | {"h.0.attn.bias": np.ones((1, 1, 8, 8), np.float32), "h.1.attn.masked_bias": np.ones(1, np.float32)}
+        return bare | {
+            "h.0.attn.bias": np.ones((1, 1, 8, 8), np.float32),
+            "h.1.attn.masked_bias": np.ones(1, np.float32),
+        }
 
     policy = load(tmp_path, "gpt2_tied", change=as_on_the_hub)
     assert np.abs(policy.apply(policy.theta, jnp.asarray(TOKENS)).logits - golden("gpt2_tied")[0]).max() < 1e-10

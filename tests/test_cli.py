@@ -13,7 +13,9 @@ import pytest
 from simgrad.bridge import ScoreTable
 
 COMMAND = [sys.executable, "-c", "from simgrad.cli import main; main()"]
-ROWS = [{"prompt": "is it", "chosen": f" {a} so", "rejected": f" {b} so"} for a in ("yes", "good") for b in ("no", "never")]
+ROWS = [
+    {"prompt": "is it", "chosen": f" {a} so", "rejected": f" {b} so"} for a in ("yes", "good") for b in ("no", "never")
+]
 
 
 def simgrad(*arguments, cache, check=True):
@@ -56,7 +58,10 @@ def test_score_writes_a_table_and_a_summary(checkpoint, data, tmp_path):
     assert "empty chosen response" in done.stdout
     assert "Worst pairs" in done.stdout
     assert "both_fall" in done.stdout
-    assert json.loads((tmp_path / "scores.skipped.jsonl").read_text()) == {"index": 4, "reason": "empty chosen response"}
+    assert json.loads((tmp_path / "scores.skipped.jsonl").read_text()) == {
+        "index": 4,
+        "reason": "empty chosen response",
+    }
 
 
 def test_killed_with_signal_nine_it_continues(checkpoint, data, tmp_path):
@@ -65,7 +70,10 @@ def test_killed_with_signal_nine_it_continues(checkpoint, data, tmp_path):
     simgrad(*arguments, "--out", whole, cache=tmp_path / "c")
     environment = {**os.environ, "SIMGRAD_CACHE": str(tmp_path / "other")}
     process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments), "--out", str(part)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [*COMMAND, *map(str, arguments), "--out", str(part)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     journal = tmp_path / "part.parquet.partial.jsonl"
     deadline = time.monotonic() + 120

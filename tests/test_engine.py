@@ -48,12 +48,16 @@ def test_every_column_against_its_definition(policy, table):
         (logp_w, logits_w, w, last_w), (logp_l, logits_l, l, last_l) = (  # noqa: E741
             reference.sequence(policy.apply, policy.theta, pair.prompt, r) for r in (pair.chosen, pair.rejected)
         )
-        g_w, g_l = (reference.gradient(policy.apply, policy.theta, pair.prompt, r) for r in (pair.chosen, pair.rejected))
+        g_w, g_l = (
+            reference.gradient(policy.apply, policy.theta, pair.prompt, r) for r in (pair.chosen, pair.rejected)
+        )
         ww, wl, ll = reference.dot(g_w, g_w), reference.dot(g_w, g_l), reference.dot(g_l, g_l)
         h_w = reference.head_gradient(logits_w, w, pair.chosen)
         h_l = reference.head_gradient(logits_l, l, pair.rejected)
         a, b = logp_w.sum(), logp_l.sum()
-        d = objective.coefficients(*map(jnp.float64, (a, b, a, b)), *map(jnp.int64, (len(pair.chosen), len(pair.rejected))))
+        d = objective.coefficients(
+            *map(jnp.float64, (a, b, a, b)), *map(jnp.int64, (len(pair.chosen), len(pair.rejected)))
+        )
         d_w, d_l = float(d.chosen), float(d.rejected)
         plain, normal = reference.ches(w, l)
         expected = {

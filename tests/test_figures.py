@@ -31,6 +31,6 @@ def test_predictions_hold_and_slopes_are_two(tmp_path):
     assert np.isfinite(result.measured).all()
 
 
-def test_unknown_figure():
+def test_unknown_figure(tmp_path):
     with pytest.raises(ValueError, match="no figure 'nothing'; there are: predicted_vs_measured"):
-        render("nothing", None)
+        render("nothing", tmp_path)

@@ -86,7 +86,9 @@ def test_a_response_that_ends_with_eos_gets_no_second_one(tokenizer):
 
 
 def test_conversational_rows(tokenizer):
-    user, yes, no = ({"role": r, "content": c} for r, c in (("user", "is it"), ("assistant", "yes"), ("assistant", "no")))
+    user, yes, no = (
+        {"role": r, "content": c} for r, c in (("user", "is it"), ("assistant", "yes"), ("assistant", "no"))
+    )
     explicit = {"prompt": [user], "chosen": [yes], "rejected": [no]}
     implicit = {"chosen": [user, yes], "rejected": [user, no]}
     mixed = {"prompt": "is it", "chosen": [user, yes], "rejected": [user, no]}
@@ -123,7 +125,10 @@ def test_merges_across_the_boundary_fall_back_and_are_counted():
         ({"prompt": "", "chosen": " no", "rejected": " yes"}, "empty prompt"),
         ({"chosen": "yes", "rejected": "no"}, "no prompt: chosen and rejected share no beginning"),
         ({"chosen": [{"role": "user", "content": "x"}], "rejected": [{"role": "user", "content": "so"}]}, "no prompt"),
-        ({"prompt": "is it so is it so", "chosen": " yes", "rejected": " no"}, "nothing left of the responses: prompt has 6"),
+        (
+            {"prompt": "is it so is it so", "chosen": " yes", "rejected": " no"},
+            "nothing left of the responses: prompt has 6",
+        ),
         ({"prompt": "is it", "chosen": " yes yes so", "rejected": " yes yes no"}, "identical after truncation to 4"),
     ],
 )
@@ -144,9 +149,15 @@ def test_truncation_is_counted(tokenizer):
     ("row", "message"),
     [
         ({"prompt": "is it", "chosen": " so"}, "row 1: no field rejected; the row has: prompt, chosen"),
-        ({"prompt": "is it", "chosen": " so", "rejected": [{"role": "a", "content": "b"}]}, "row 1: .* both be strings"),
+        (
+            {"prompt": "is it", "chosen": " so", "rejected": [{"role": "a", "content": "b"}]},
+            "row 1: .* both be strings",
+        ),
         ({"prompt": ["is"], "chosen": " so", "rejected": " no"}, "row 1: prompt must be a string"),
-        ({"prompt": "is", "chosen": ["so"], "rejected": ["no"]}, "row 1: chosen must be a string or a list of messages"),
+        (
+            {"prompt": "is", "chosen": ["so"], "rejected": ["no"]},
+            "row 1: chosen must be a string or a list of messages",
+        ),
     ],
 )
 def test_rows_of_unknown_form_are_named(tokenizer, row, message):

@@ -51,7 +51,7 @@ def load(path_or_hub_id: str | Path, dtype: Dtype = "float32", revision: str | N
         FileNotFoundError: no such folder, and the Hub has no such model or cannot be reached.
         ValueError: ``dtype="float64"`` while JAX is in 32-bit mode.
     """
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError('dtype="float64" needs jax.config.update("jax_enable_x64", True) before loading')
     from transformers import AutoConfig
 
@@ -151,9 +151,12 @@ def _parameters(folder: Path, family: Family, config: ModelConfig) -> Theta:
         raise UnsupportedCheckpointError(f"surplus tensors that this model has no place for: {_listing(surplus)}")
     if missing := sorted(set(expected) - seen):
         raise UnsupportedCheckpointError(f"missing tensors: {_listing([family.prefix + m for m in missing])}")
-    if tied_head is not None and not np.array_equal(tied_head.astype(leaves["embedding/table"].dtype), leaves["embedding/table"]):
+    if tied_head is not None and not np.array_equal(
+        tied_head.astype(leaves["embedding/table"].dtype), leaves["embedding/table"]
+    ):
         raise UnsupportedCheckpointError(
-            "lm_head.weight differs from the embedding although tie_word_embeddings=True: set it to false in config.json"
+            "lm_head.weight differs from the embedding although tie_word_embeddings=True: "
+            "set it to false in config.json"
         )
     treedef = jax.tree.structure(abstract)
     return treedef.unflatten([jnp.asarray(leaves[path]) for path in paths])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from simgrad import objectives, tree
@@ -37,7 +36,7 @@ from simgrad.theory import (
     regime,
     responses,
 )
-from simgrad.typing import Array, Theta
+from simgrad.typing import Array, Float, Theta
 
 __all__ = ["score", "score_batch"]
 
@@ -154,7 +153,12 @@ def _checked(pairs: Sequence[Pair], max_length: int) -> Encoded:
 
 
 def _run(
-    policy: Policy, encoded: Encoded, objective: Objective, learning_rate: float | None, gradients: bool, budget: int | None
+    policy: Policy,
+    encoded: Encoded,
+    objective: Objective,
+    learning_rate: float | None,
+    gradients: bool,
+    budget: int | None,
 ) -> dict[str, Any]:
     """What must agree for two runs to give the same numbers."""
     data = json.dumps([encoded.indices, [(p.prompt, p.chosen, p.rejected) for p in encoded.pairs]])
@@ -208,7 +212,12 @@ def _work_through(
 
 
 def _score_work(
-    policy: Policy, pairs: Sequence[Pair], objective: Objective, learning_rate: float | None, gradients: bool, work: Work
+    policy: Policy,
+    pairs: Sequence[Pair],
+    objective: Objective,
+    learning_rate: float | None,
+    gradients: bool,
+    work: Work,
 ) -> dict[int, dict[str, Any]]:
     members = [pairs[i] for i in work.members]
     batch = (padded if gradients else packed)(members, work.length, work.rows)
@@ -217,9 +226,10 @@ def _score_work(
     results = {}
     for k, (i, pair) in enumerate(zip(work.members, members, strict=True)):
         values = {name: column[k].item() for name, column in host.items()}
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        bad = [name for name in _ORDER if not np.isfinite(values.get(name, 0.0))]
         if bad:
-            results[i] = {"skip": f"non-finite {', '.join(bad)}"}
+            more = f" and {len(bad) - 1} more columns" if len(bad) > 1 else ""
+            results[i] = {"skip": f"non-finite {bad[0]}{more}"}
             continue
         distance = normalized_edit_distance(pair.chosen, pair.rejected)
         counts = {"n_prompt": len(pair.prompt), "n_chosen": len(pair.chosen), "n_rejected": len(pair.rejected)}
@@ -229,7 +239,12 @@ def _score_work(
 
 @functools.partial(jax.jit, static_argnames=("apply", "objective", "gradients"))
 def score_batch(
-    apply: Apply, theta: Theta, batch: Batch, objective: Objective, learning_rate: float, gradients: bool
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    objective: Objective,
+    learning_rate: float | Float[Array, ""],
+    gradients: bool,
 ) -> dict[str, Array]:
     """All scores of a batch that need the model: column name to array (B,)."""
     if gradients:

@@ -84,9 +84,7 @@ _REQUIRED = {
 
 def _activation(name: str) -> str:
     if name not in _ACTIVATIONS:
-        raise UnsupportedCheckpointError(
-            f"activation {name!r} is not supported; there are: {', '.join(_ACTIVATIONS)}"
-        )
+        raise UnsupportedCheckpointError(f"activation {name!r} is not supported; there are: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
@@ -118,9 +116,7 @@ def _rope(parameters: Mapping[str, Any] | None) -> Rope:
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     if kind not in _ROPE_FIELDS:
-        raise UnsupportedCheckpointError(
-            f"rope_type {kind!r} is not supported; there are: {', '.join(_ROPE_FIELDS)}"
-        )
+        raise UnsupportedCheckpointError(f"rope_type {kind!r} is not supported; there are: {', '.join(_ROPE_FIELDS)}")
     if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedCheckpointError("partial_rotary_factor other than 1 is not supported")
     fields = _ROPE_FIELDS[kind] | {"rope_theta": "theta"}

@@ -26,7 +26,9 @@ def check_same_run(path: Path, stored: Mapping[str, Any], run: Mapping[str, Any]
     differ = sorted(k for k in {*stored, *run} if stored.get(k) != run.get(k))
     if differ:
         listing = "; ".join(f"{k}: {stored.get(k)!r} there, {run.get(k)!r} now" for k in differ)
-        raise RunMismatchError(f"{path} belongs to a run with other arguments ({listing}). Choose another --out or delete it")
+        raise RunMismatchError(
+            f"{path} belongs to a run with other arguments ({listing}). Choose another --out or delete it"
+        )
 
 
 class Journal:
@@ -89,4 +91,6 @@ class Journal:
                 else:
                     self.done[record.pop("pair")] = record
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise RunMismatchError(f"{self.path}, line {number} is damaged: delete the file to start over") from error
+                raise RunMismatchError(
+                    f"{self.path}, line {number} is damaged: delete the file to start over"
+                ) from error

@@ -1,8 +1,8 @@
-"""Preference data: rows from files or the Hub, and their token ids.
+r"""Preference data: rows from files or the Hub, and their token ids.
 
 Three kinds of rows are understood, as in TRL: standard (strings ``prompt``, ``chosen``, ``rejected``),
 conversational (lists of messages), and implicit-prompt (no ``prompt``: what chosen and rejected share
-is the prompt; lists of messages, or HH-style transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:").
+is the prompt; lists of messages, or HH-style transcripts with "\n\nHuman:" and "\n\nAssistant:").
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _jsonl(path: Path) -> Iterator[dict]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise PreferenceDataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+                raise PreferenceDataError(
+                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})"
+                ) from error
             if not isinstance(row, dict):
                 raise PreferenceDataError(f"{path}, line {number}: a row must be an object, not {type(row).__name__}")
             yield row
@@ -192,8 +194,10 @@ def _encode_row(row: Row, tokenizer: Any, max_length: int | None) -> tuple[Pair,
             raise _UnusableRowError(f"empty {name} response")
     if chosen == rejected:
         raise _UnusableRowError("chosen and rejected are identical")
-    encode_one = _messages if isinstance(prompt, list) else _text
-    prompt_ids, responses, merged = encode_one(prompt, (chosen, rejected), tokenizer)
+    if isinstance(prompt, list):
+        prompt_ids, responses, merged = _messages(prompt, (chosen, rejected), tokenizer)
+    else:
+        prompt_ids, responses, merged = _text(prompt, (chosen, rejected), tokenizer)
     room = None if max_length is None else max(max_length - len(prompt_ids), 0)
     if room == 0:
         raise _UnusableRowError(f"nothing left of the responses: prompt has {len(prompt_ids)} of {max_length} tokens")
@@ -235,7 +239,7 @@ def _split(row: Row) -> tuple[Any, Any, Any]:
 
 
 def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    common = os.path.commonprefix([chosen, rejected])
+    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (of characters, as meant)
     turn = common.rfind(_ASSISTANT)
     end = turn + len(_ASSISTANT) if turn >= 0 else common.rfind(" ")
     if chosen == rejected:

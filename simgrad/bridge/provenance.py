@@ -37,5 +37,5 @@ def provenance() -> dict[str, Any]:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": bool(jax.config.read("jax_enable_x64")),
     }

@@ -77,24 +77,20 @@ def _advice(table: ScoreTable, ratio: tuple[float, float] | None, exact: bool) -
     if not len(table):
         return ("No pair could be scored: see the reasons above.",)
     if not exact:
-        return (
-            "CHES grows with response length: compare ln_ches too, and score with gradients for signs and sizes.",
-        )
+        return ("CHES grows with response length: compare ln_ches too, and score with gradients for signs and sizes.",)
     shared = "These are each pair's own effect; in joint training the other pairs of a batch add theirs."
     if ratio is None:
         return ("No pair lowers its own chosen response to first order.", shared)
     median, high = ratio
+    share = f"{high:.2f} times keeps 90 % of the falling pairs from falling"
+    if high > median:
+        share = f"{median:.2f} times keeps half of the falling pairs from falling, {high:.2f} times 90 %"
+    advice = [f"Pull on the chosen harder than the rejected is pushed (d_w/d_l): {share}."]
     pull = float(np.median(table["d_rejected"]))
-    advice = [
-        f"To keep half of the falling pairs from falling, pull on the chosen {median:.2f} times as hard as the "
-        f"rejected is pushed (d_w/d_l); {high:.2f} times keeps 90 %.",
-    ]
-    if pull > 0:
+    if pull > 0 and high > 1:
         advice.append(
-            f"An SFT term of weight λ adds λ to d_w: λ ≈ {max(high - 1, 0) * pull:.3g} gives {high:.2f}; "
-            f"so does shrinking the push on the rejected (DPO-Shift, λ = {1 / high:.2f})."
-            if high > 1
-            else "Length normalisation or an SFT term changes d_w/d_l in the right direction."
+            f"An SFT term of weight λ on the summed log-prob adds λ to d_w: λ ≈ {(high - 1) * pull:.3g} gives "
+            f"{high:.2f}; so does shrinking the push on the rejected (DPO-Shift, λ = {1 / high:.2f})."
         )
     advice.append("Or drop the worst pairs: filter on predicted_dlogp_chosen < 0.")
     return (*advice, shared)

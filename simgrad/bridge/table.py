@@ -51,7 +51,7 @@ class ScoreTable:
         """Number of rows."""
         return len(next(iter(self.columns.values()), ()))
 
-    def to_pandas(self):  # noqa: ANN201 (pandas is optional)
+    def to_pandas(self):
         """The columns as a pandas DataFrame."""
         import pandas
 

@@ -78,29 +78,27 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
         console.print(f"• {line}", highlight=False)
 
 
-_LABELS = {
-    "index": "row",
-    "n_prompt": "prompt\ntokens",
-    "n_chosen": "chosen\ntokens",
-    "n_rejected": "rejected\ntokens",
-    "logp_chosen": "log π\nchosen",
-    "ln_ches": "ln-CHES",
-    "ches": "CHES",
-    "head_gap": "head\ngap",
-    "grad_cosine": "gradient\ncosine",
-    "predicted_dlogp_chosen": "Δ log π\nchosen",
-    "regime": "regime",
-}
-
-
 def _worst(table: ScoreTable, order: str, rows: Iterable[int]) -> Table:
-    exact = "regime" in table
-    hidden = {"ches", "head_gap"} if exact else {"grad_cosine", "predicted_dlogp_chosen", "regime"}
-    names = [name for name in _LABELS if name not in hidden]
-    view = Table(title=f"Worst pairs: {order}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for name in names:
-        view.add_column(_LABELS[name], justify="right")
+    columns = {
+        "row": "{index}",
+        "tokens: prompt +\nchosen / rejected": "{n_prompt} + {n_chosen} / {n_rejected}",
+        "log π\nchosen": "{logp_chosen:.4g}",
+        "ln-CHES": "{ln_ches:.3g}",
+    }
+    if "regime" in table:
+        columns |= {
+            "cosine of\ngradients": "{grad_cosine:.3f}",
+            "Δ log π\nchosen": "{predicted_dlogp_chosen:.4g}",
+            "regime": "{regime}",
+        }
+    else:
+        columns |= {"CHES": "{ches:.4g}", "head gap": "{head_gap:.4g}"}
+    view = Table(
+        title=f"\nWorst pairs: {order}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for name in columns:
+        view.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        values = (table[name][row] for name in names)
-        view.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+        values = {name: table[name][row] for name in table}
+        view.add_row(*(template.format(**values) for template in columns.values()))
     return view

@@ -79,5 +79,3 @@ def render(name: str, folder: Path, config: Any = None) -> list[Path]:
             written.append(path)
         plt.close(figure)
     return written
-
-

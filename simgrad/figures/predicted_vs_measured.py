@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simgrad import objectives, tree
@@ -100,8 +101,8 @@ def _steps(apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates
         return objective.loss(*columns).sum()
 
     gradient = jax.grad(loss)(trained)
-    arguments = (reference[:, 0], reference[:, 1]) * 2
-    coefficients = objective.coefficients(*arguments, lengths[:, 0], lengths[:, 1])
+    w, l = reference[:, 0], reference[:, 1]  # noqa: E741
+    coefficients = objective.coefficients(w, l, w, l, lengths[:, 0], lengths[:, 1])
     change = first_order(pair_kernel(apply, theta, batch), coefficients)
     predicted = rates[:, None] * jnp.concatenate([change.chosen, change.rejected])[None]
 
@@ -162,7 +163,7 @@ def plot(result: Result) -> Figure:
     return figure
 
 
-def _scatter(axis: plt.Axes, predicted: np.ndarray, measured: np.ndarray, sides: tuple) -> None:
+def _scatter(axis: Axes, predicted: np.ndarray, measured: np.ndarray, sides: tuple) -> None:
     linear = 1e-2
     reach = 2 * max(np.abs(predicted).max(), np.abs(measured).max())
     axis.plot([-reach, reach], [-reach, reach], color=GUIDE, lw=0.8, zorder=0)
@@ -182,7 +183,7 @@ def _scatter(axis: plt.Axes, predicted: np.ndarray, measured: np.ndarray, sides:
     axis.text(0.04, 0.86, "rejected", color=sides[1][1], transform=axis.transAxes, va="top", fontsize=7)
 
 
-def _remainder(axis: plt.Axes, result: Result, column: int, sides: tuple) -> None:
+def _remainder(axis: Axes, result: Result, column: int, sides: tuple) -> None:
     rates = result.learning_rates[column]
     miss = np.abs(result.measured[column] - result.predicted[column])
     for side, (_, colour, marker) in enumerate(sides):

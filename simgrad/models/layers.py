@@ -93,7 +93,7 @@ class Norm(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(config.width, config.dtype))
 
     def __call__(self, x: Float[Array, "N T D"], site: str, tape: Tape) -> Float[Array, "N T D"]:
-        """x / rms(x) * gain, or (x - mean) / std * gain + bias."""
+        """X / rms(x) * gain, or (x - mean) / std * gain + bias."""
         wide = x.astype(accumulator(x.dtype))
         if self.kind == "layernorm":
             wide = wide - wide.mean(-1, keepdims=True)
@@ -175,7 +175,10 @@ def visible(positions: Int[Array, "N T"], streams: Int[Array, "N T"]) -> Bool[Ar
 
 @jax.checkpoint
 def attend(
-    query: Float[Array, "N T H E"], key: Float[Array, "N T K E"], value: Float[Array, "N T K E"], mask: Bool[Array, "N T T"]
+    query: Float[Array, "N T H E"],
+    key: Float[Array, "N T K E"],
+    value: Float[Array, "N T K E"],
+    mask: Bool[Array, "N T T"],
 ) -> Float[Array, "N T H E"]:
     """softmax(q k^T / sqrt(head_dim)) v over the visible positions; H is a multiple of K.
 
@@ -266,7 +269,7 @@ class Block(nnx.Module):
             x = self._residual(x, "mlp_norm", tape, lambda y: self.mlp(y, tape))
         return x
 
-    def _residual(self, x: Array, site: str, tape: Tape, sublayer) -> Array:  # noqa: ANN001
+    def _residual(self, x: Array, site: str, tape: Tape, sublayer) -> Array:
         norm = getattr(self, site, None)
         if norm is None:
             return x + sublayer(x)

@@ -13,9 +13,7 @@ from simgrad.typing import Array, Float, Int, Theta
 __all__ = ["Apply", "Output", "TappedApply", "Use"]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["input", "outputs"], meta_fields=["kind", "sites"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["input", "outputs"], meta_fields=["kind", "sites"])
 @dataclass(frozen=True)
 class Use:
     """One array that parameters acted on during a forward pass.

@@ -67,9 +67,11 @@ class Transformer(nnx.Module):
     def _blocks(self, x: Array, positions: Array, streams: Array, tape: Tape) -> Array:
         mask = visible(positions, streams)
         graph, stacked = nnx.split(self.layers)
-        inner = None if tape.taps is None else {
-            site.removeprefix("layers/"): tap for site, tap in tape.taps.items() if site.startswith("layers/")
-        }
+        inner = (
+            None
+            if tape.taps is None
+            else {site.removeprefix("layers/"): tap for site, tap in tape.taps.items() if site.startswith("layers/")}
+        )
 
         def step(x: Array, layer: tuple) -> tuple[Array, dict[str, Use]]:
             state, taps = layer

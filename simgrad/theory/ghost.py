@@ -56,9 +56,7 @@ def ghost_blocks(
     if batch.is_packed:
         raise ValueError("ghost kernels need a padded batch: use pairs.padded instead of pairs.packed")
     b, s, t = batch.tokens.shape
-    tokens, positions, streams = (
-        x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams)
-    )
+    tokens, positions, streams = (x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams))
     rows = flat_rows(batch)
 
     def total(taps: dict[str, Array]) -> tuple[Array, tuple[Responses, dict[str, Use]]]:
@@ -97,7 +95,9 @@ def _leaf(leaf: str, a: Array, delta: Array, layered: bool, route: bool | None) 
     return jax.tree.map(lambda x: x.T, jax.lax.map(one, (a, delta)))
 
 
-def _tables(uses: dict[str, Use], signal: dict[str, Array], theta: Theta, wanted: list[str], route: bool | None) -> Blocks:
+def _tables(
+    uses: dict[str, Use], signal: dict[str, Array], theta: Theta, wanted: list[str], route: bool | None
+) -> Blocks:
     """Embedding, positions and unembedding; the first and the last may be one tied table."""
     blocks: Blocks = {}
     tied = "unembedding" not in theta
@@ -113,7 +113,10 @@ def _tables(uses: dict[str, Use], signal: dict[str, Array], theta: Theta, wanted
 
 
 def _table(
-    size: int, lookup: tuple[Int[Array, "B 2 T"], Float[Array, "B 2 T D"]], readout: tuple[Array, Array] | None, route: bool | None
+    size: int,
+    lookup: tuple[Int[Array, "B 2 T"], Float[Array, "B 2 T D"]],
+    readout: tuple[Array, Array] | None,
+    route: bool | None,
 ) -> PairKernel:
     ids, delta = lookup
     delta = tree.widen(delta)
@@ -138,8 +141,10 @@ def _table(
 
         return one_way(i, d, h2, e2) + one_way(i2, d2, h, e)
 
-    return kernel + outer_products(hidden, error, route) + chosen_and_rejected(
-        cross, sides(ids), sides(delta), sides(hidden), sides(error)
+    return (
+        kernel
+        + outer_products(hidden, error, route)
+        + chosen_and_rejected(cross, sides(ids), sides(delta), sides(hidden), sides(error))
     )
 
 

@@ -59,7 +59,7 @@ def sides(x: Array) -> Sides:
     return x[:, 0], x[:, 1]
 
 
-def chosen_and_rejected(product, *args: Sides) -> PairKernel:  # noqa: ANN001
+def chosen_and_rejected(product, *args: Sides) -> PairKernel:
     """Evaluate ``product(x_1, .., y_1, ..)`` on (w, w), (w, l) and (l, l)."""
     w, l = zip(*args, strict=True)  # noqa: E741
     return PairKernel(product(*w, *w), product(*w, *l), product(*l, *l))

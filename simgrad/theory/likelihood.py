@@ -34,7 +34,7 @@ class Responses:
 
     @property
     def logp(self) -> Float[Array, "B 2"]:
-        """log π(y | x) = Σ_k log π(y_k | x, y_<k) in nats."""
+        """Log π(y | x) = Σ_k log π(y_k | x, y_<k) in nats."""
         return self.token_logp.sum(-1)
 
 

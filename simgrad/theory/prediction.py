@@ -22,7 +22,9 @@ class Change:
     rejected: Float[Array, "*pairs"]
 
 
-def first_order(kernel: PairKernel, coefficients: Coefficients, learning_rate: float = 1.0) -> Change:
+def first_order(
+    kernel: PairKernel, coefficients: Coefficients, learning_rate: float | Float[Array, ""] = 1.0
+) -> Change:
     """First-order change after one SGD step on the pair alone.
 
         Δlog π_w = η (d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩) + O(η²)

@@ -127,7 +127,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
 
 
-def bench(config: Config = Config(), report: Callable[[Measurement], None] = lambda _: None) -> dict[str, Any]:  # noqa: B008
+def bench(config: Config = Config(), report: Callable[[Measurement], None] = lambda _: None) -> dict[str, Any]:
     """Time scoring and gradient scalars on every shape; returns a record that goes into JSON."""
     policy, model = _policy(config, max(p + r for p, r in config.shapes))
     rng = np.random.default_rng(0)

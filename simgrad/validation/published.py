@@ -38,7 +38,7 @@ def _response(model: Any, prompt: Sequence[int], response: Sequence[int]) -> tup
 
 
 def forward_scores(model: Any, pair: Pair) -> tuple[float, float, float]:
-    """log π_w, log π_l and CHES."""
+    """Log π_w, log π_l and CHES."""
     import torch
 
     with torch.no_grad():

@@ -68,7 +68,13 @@ CASES = {
         "head_dim": 16,
         **_scaled("yarn", factor=4.0, original_max_position_embeddings=8),
     },
-    "mistral_gqa": {"model_type": "mistral", **_LLAMA, "num_key_value_heads": 2, "head_dim": 10, "sliding_window": None},
+    "mistral_gqa": {
+        "model_type": "mistral",
+        **_LLAMA,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "sliding_window": None,
+    },
     "qwen2_tied_yarn": {
         "model_type": "qwen2",
         **_LLAMA,

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import torch
 import transformers
+
 from golden.cases import CASES, TOKENS, weight
 
 
