@@ -34,6 +34,7 @@ def load(folder, case=LLAMA, dtype="float64", **changes):
         ),
         (LLAMA, {"rope_parameters": {**LONGROPE, "rope_theta": 1e4}}, "rope_type 'longrope'"),
         (LLAMA, {"model_type": "no_such_family"}, "cannot read .*no_such_family"),
+        (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": None, "rope_theta": 1e4}}, "'yarn' lack factor"),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved=True"),
         (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (LLAMA, {"num_local_experts": 8}, "num_local_experts=8"),

@@ -120,6 +120,11 @@ def test_limit_and_pairs_from_python(policy, table):
     close(again["grad_inner"], table["grad_inner"][:3])
     assert again.skipped[0].index == 3
     assert len(simgrad.score(policy, ROWS, limit=2, gradients=False)) == 2
+    impossible = [Pair([1], [99], [2]), Pair([-1], [3], [2]), Pair([1] * 40, [3], [2])]
+    reasons = [s.reason for s in simgrad.score(bare, impossible).skipped]
+    assert [r.split(" is outside")[0] for r in reasons[:2]] == ["token id 99", "token id -1"]
+    assert reasons[2] == "41 tokens, but at most 32 are read"
+    assert len(simgrad.score(bare, Encoded([7], [Pair([1] * 9, [3], [2])]), max_length=5)) == 0
     with pytest.raises(ValueError, match="no tokenizer: pass simgrad.pairs.Pair"):
         simgrad.score(bare, ROWS)
     with pytest.raises(ValueError, match="the model reads 1 to 32 tokens"):
@@ -188,6 +193,8 @@ def test_other_arguments_refuse_to_mix(policy, tmp_path):
     with pytest.raises(RunMismatchError, match="data: .*pairs: 12 there, 3 now"):
         simgrad.score(policy, ROWS[:3], out=out)
     other = dataclasses.replace(policy, theta=jax.tree.map(lambda x: x * 1.001, policy.theta))
+    with pytest.raises(RunMismatchError, match="data"):
+        simgrad.score(policy, ROWS[:4] + ROWS[5:], out=out)
     with pytest.raises(RunMismatchError, match="weights"):
         simgrad.score(other, ROWS, out=out)
     (tmp_path / "alien.parquet").write_text("not ours")

@@ -62,6 +62,26 @@ def test_malformed_files_are_named_with_their_line(tmp_path, name, text, message
         read_rows(tmp_path / name)
 
 
+def test_byte_order_marks_do_not_hide_the_prompt(tmp_path):
+    for name, text in (("d.csv", "prompt,chosen,rejected\nis it,so,good\n"), ("d.jsonl", json.dumps(ROWS[0]))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert "prompt" in read_rows(tmp_path / name)[0]
+
+
+def test_json_lines_in_a_json_file_get_a_hint(tmp_path):
+    (tmp_path / "d.json").write_text("\n".join(map(json.dumps, ROWS)))
+    with pytest.raises(PreferenceDataError, match=r"call it \.jsonl"):
+        read_rows(tmp_path / "d.json")
+
+
+def test_a_template_that_refuses_a_row_skips_it(tmp_path):
+    strict = write_tokenizer(tmp_path, template=False)
+    strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    turn = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
+    row = {"prompt": [{"role": "system", "content": "is it"}], "chosen": turn[0], "rejected": turn[1]}
+    assert "refuses this row: no system role" in encode([row], strict).skipped[0].reason
+
+
 def test_missing_sources(tmp_path):
     with pytest.raises(PreferenceDataError, match="no such file"):
         read_rows(tmp_path / "none.jsonl")
@@ -95,6 +115,9 @@ def test_conversational_rows(tokenizer):
     responses_only = {"prompt": "is it", "chosen": [yes], "rejected": [no]}
     expected = Pair(ids("<|user|> is it </s> <|assistant|>"), ids("yes </s>"), ids("no </s>"))
     assert encode([explicit, implicit, mixed, responses_only], tokenizer).pairs == [expected] * 4
+    system = {"role": "system", "content": "good"}
+    (pair,) = encode([{"prompt": "is it", "chosen": [system, yes], "rejected": [system, no]}], tokenizer).pairs
+    assert pair.prompt[-5:] == expected.prompt
 
 
 def test_implicit_prompt_in_transcripts(tokenizer):
@@ -103,8 +126,6 @@ def test_implicit_prompt_in_transcripts(tokenizer):
     (pair,) = encode([row], tokenizer).pairs
     assert (pair.chosen, pair.rejected) == (ids("no never </s>"), ids("no </s>"))
     assert pair.prompt == tuple(tokenizer(start)["input_ids"])
-    (plain,) = encode([{"chosen": "is it so", "rejected": "is it good"}], tokenizer).pairs
-    assert plain == Pair(ids("is it"), ids("so </s>"), ids("good </s>"))
 
 
 def test_merges_across_the_boundary_fall_back_and_are_counted():
@@ -123,7 +144,8 @@ def test_merges_across_the_boundary_fall_back_and_are_counted():
         ({"prompt": "is it", "chosen": " no", "rejected": ""}, "empty rejected response"),
         ({"prompt": "is it", "chosen": " no", "rejected": " no"}, "chosen and rejected are identical"),
         ({"prompt": "", "chosen": " no", "rejected": " yes"}, "empty prompt"),
-        ({"chosen": "yes", "rejected": "no"}, "no prompt: chosen and rejected share no beginning"),
+        ({"prompt": "is it", "chosen": None, "rejected": " no"}, "empty chosen response"),
+        ({"prompt": "is it", "chosen": "  ", "rejected": " no"}, "empty chosen response"),
         ({"chosen": [{"role": "user", "content": "x"}], "rejected": [{"role": "user", "content": "so"}]}, "no prompt"),
         (
             {"prompt": "is it so is it so", "chosen": " yes", "rejected": " no"},
@@ -148,15 +170,16 @@ def test_truncation_is_counted(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "is it", "chosen": " so"}, "row 1: no field rejected; the row has: prompt, chosen"),
+        ({"prompt": "is it", "chosen": " so"}, "row 1 .*: no field rejected; the row has: prompt, chosen"),
         (
             {"prompt": "is it", "chosen": " so", "rejected": [{"role": "a", "content": "b"}]},
-            "row 1: .* both be strings",
+            "row 1 .* both be strings",
         ),
-        ({"prompt": ["is"], "chosen": " so", "rejected": " no"}, "row 1: prompt must be a string"),
+        ({"question": "is it", "chosen": "it so", "rejected": "it good"}, "row 1 .*the row has: question, .*Rename"),
+        ({"prompt": ["is"], "chosen": " so", "rejected": " no"}, "row 1 .*: prompt must be a string"),
         (
             {"prompt": "is", "chosen": ["so"], "rejected": ["no"]},
-            "row 1: chosen must be a string or a list of messages",
+            "row 1 .*: chosen must be a string or a list of messages",
         ),
     ],
 )

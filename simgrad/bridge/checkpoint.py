@@ -20,7 +20,7 @@ from simgrad.typing import Theta
 __all__ = ["Policy", "load"]
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from simgrad import objectives, tree
 from simgrad.bridge.checkpoint import Policy
 from simgrad.bridge.journal import Journal, RunMismatchError, check_same_run
 from simgrad.bridge.plan import Work, plan
-from simgrad.bridge.preferences import Encoded, Skipped, encode, read_rows
+from simgrad.bridge.preferences import Encoded, Skipped, encode, outside, read_rows
 from simgrad.bridge.provenance import provenance
 from simgrad.bridge.table import ScoreTable
 from simgrad.models import Apply
@@ -79,7 +79,8 @@ def score(
     ========================  ==============================================================
 
     Args:
-        policy: from :func:`simgrad.load`, or any ``Policy(apply, theta, config)``.
+        policy: from :func:`simgrad.load`, or ``Policy(apply, theta, apply.config)`` of a transformer from
+            :func:`simgrad.models.create`.
         pairs: a file or Hub data set, rows as in TRL, or :class:`simgrad.pairs.Pair` objects.
         objective: name, or an object of :func:`simgrad.objectives.get`.
         learning_rate: η of the predicted change; None predicts per unit learning rate.
@@ -95,6 +96,9 @@ def score(
     Returns:
         The table, in input order; rows that cannot be scored are in ``table.skipped``.
 
+    In float32 the scalars are good to about 1e-5; a gap that is much smaller than its two terms (responses
+    that differ in one late token) keeps only what remains of that. Score such pairs with float64.
+
     Raises:
         PreferenceDataError: data that cannot be read, with file, line or row.
         RunMismatchError: ``out`` holds, or is being written by, a run with other arguments.
@@ -108,12 +112,15 @@ def score(
     if batch_tokens is None:
         batch_tokens = 1024 if jax.default_backend() == "cpu" else 16384
     one = functools.partial(_score_work, policy, encoded.pairs, objective, learning_rate, gradients)
-    todo = plan(encoded.pairs, packed=not gradients, budget=batch_tokens) if encoded.pairs else []
+    todo = plan(encoded.pairs, not gradients, batch_tokens, policy.config.vocab_size) if encoded.pairs else []
     if out is None:
         results: dict[int, dict[str, Any]] = {}
         _work_through(todo, results, one, results.update, progress)
         return _assemble(encoded, results, run)
     with Journal(Path(f"{out}.partial.jsonl"), run) as journal:
+        if Path(out).exists():  # another process finished it in the meantime
+            journal.remove()
+            return _finished(Path(out), run)
         _work_through(todo, journal.done, one, journal.add, progress)
         table = _assemble(encoded, journal.done, run)
         table.save(out)
@@ -122,34 +129,38 @@ def score(
 
 
 def _encoded(policy: Policy, pairs: Any, max_length: int | None, limit: int | None, split: str) -> Encoded:
-    if isinstance(pairs, Encoded):
-        return pairs
     longest = policy.config.max_length
     if max_length is not None and not 1 <= max_length <= longest:
         raise ValueError(f"max_length={max_length} is out of range: the model reads 1 to {longest} tokens")
+    if isinstance(pairs, Encoded):
+        if limit is not None:
+            raise ValueError("limit goes with rows or pairs; an Encoded data set is scored whole")
+        return _checked(pairs, max_length or longest, policy.config.vocab_size)
     if isinstance(pairs, str | Path):
         pairs = read_rows(pairs, limit, split)
     pairs = list(pairs)[:limit]
     if all(isinstance(pair, Pair) for pair in pairs):
-        return _checked(pairs, max_length or longest)
+        whole = Encoded(list(range(len(pairs))), pairs)
+        return _checked(whole, max_length or longest, policy.config.vocab_size)
     if policy.tokenizer is None:
         raise ValueError(f"{policy.name} has no tokenizer: pass simgrad.pairs.Pair objects instead of text")
     return encode(pairs, policy.tokenizer, max_length or longest, policy.config.vocab_size)
 
 
-def _checked(pairs: Sequence[Pair], max_length: int) -> Encoded:
-    encoded = Encoded()
-    for i, pair in enumerate(pairs):
-        problem = pair.problem()
+def _checked(given: Encoded, max_length: int, vocab_size: int) -> Encoded:
+    """The pairs that the model can read; the others join the skipped rows."""
+    kept = Encoded(skipped=list(given.skipped), merged=given.merged, truncated=given.truncated)
+    for i, pair in zip(given.indices, given.pairs, strict=True):
         total = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        problem = pair.problem() or outside(pair, vocab_size)
         if problem is None and total > max_length:
-            problem = f"{total} tokens, but the model reads {max_length}"
+            problem = f"{total} tokens, but at most {max_length} are read"
         if problem:
-            encoded.skipped.append(Skipped(i, problem))
+            kept.skipped.append(Skipped(i, problem))
         else:
-            encoded.indices.append(i)
-            encoded.pairs.append(pair)
-    return encoded
+            kept.indices.append(i)
+            kept.pairs.append(pair)
+    return kept
 
 
 def _run(
@@ -161,7 +172,9 @@ def _run(
     budget: int | None,
 ) -> dict[str, Any]:
     """What must agree for two runs to give the same numbers."""
-    data = json.dumps([encoded.indices, [(p.prompt, p.chosen, p.rejected) for p in encoded.pairs]])
+    tokens = [(p.prompt, p.chosen, p.rejected) for p in encoded.pairs]
+    left_out = [(s.index, s.reason) for s in encoded.skipped]
+    data = json.dumps([encoded.indices, tokens, left_out, encoded.merged, encoded.truncated])
     return {
         "model": policy.name,
         "weights": _fingerprint(policy.theta),
@@ -221,7 +234,9 @@ def _score_work(
 ) -> dict[int, dict[str, Any]]:
     members = [pairs[i] for i in work.members]
     batch = (padded if gradients else packed)(members, work.length, work.rows)
-    device = score_batch(policy.apply, policy.theta, batch, objective, learning_rate or 1.0, gradients)
+    device = score_batch(
+        policy.apply, policy.theta, batch, objective, 1.0 if learning_rate is None else learning_rate, gradients
+    )
     host = {name: np.asarray(values, np.float64) for name, values in jax.device_get(device).items()}
     results = {}
     for k, (i, pair) in enumerate(zip(work.members, members, strict=True)):

@@ -70,7 +70,7 @@ _WITHOUT_EFFECT = frozenset(
     "pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict "
     "return_dict_in_generate summary_activation summary_first_dropout summary_proj_to_labels summary_type "
     "summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version "
-    "unk_token_id use_cache".split()
+    "torchscript unk_token_id use_bfloat16 use_cache".split()
 )
 _REQUIRED = {
     "is_encoder_decoder": False,
@@ -79,6 +79,8 @@ _REQUIRED = {
     "rope_interleaved": False,
     "use_mrope": False,
     "quantization_config": None,
+    "tie_encoder_decoder": False,
+    "pruned_heads": ({}, None),
 }
 
 
@@ -111,6 +113,13 @@ _ROPE_FIELDS = {
 }
 
 
+_ROPE_NEEDS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+}
+
+
 def _rope(parameters: Mapping[str, Any] | None) -> Rope:
     parameters = dict(parameters or {})
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
@@ -122,6 +131,8 @@ def _rope(parameters: Mapping[str, Any] | None) -> Rope:
     fields = _ROPE_FIELDS[kind] | {"rope_theta": "theta"}
     if unknown := sorted(k for k, v in parameters.items() if k not in fields and v is not None):
         raise UnsupportedCheckpointError(f"rope_parameters of type {kind!r} hold unknown {', '.join(unknown)}")
+    if missing := sorted(k for k in _ROPE_NEEDS.get(kind, ()) if parameters.get(k) is None):
+        raise UnsupportedCheckpointError(f"rope_parameters of type {kind!r} lack {', '.join(missing)}")
     given = {fields[k]: v for k, v in parameters.items() if k in fields and v is not None}
     return Rope(kind=kind, **given)
 

@@ -61,8 +61,9 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         """Close the file; it stays until :meth:`remove`."""
         self._file.close()
+        if os.name == "posix":  # while it is still held, so that nobody locks a file that is about to go
+            Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def add(self, results: Mapping[int, Mapping[str, Any]]) -> None:
         """Record finished pairs and force them to disk."""

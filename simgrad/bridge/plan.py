@@ -9,6 +9,7 @@ from simgrad.pairs import Pair
 
 __all__ = ["Work", "plan"]
 
+_LOGITS, _LOGITS_SHARE = 2**26, 1024  # logits (a quarter gigabyte in float32) for every 1024 positions of the budget
 _COMPILE = 2048  # tokens that could be evaluated while one more shape compiles
 
 
@@ -33,11 +34,12 @@ def _round(n: int) -> int:
     return -(-n // step) * step
 
 
-def plan(pairs: Sequence[Pair], packed: bool, budget: int) -> list[Work]:
+def plan(pairs: Sequence[Pair], packed: bool, budget: int, vocab_size: int = 0) -> list[Work]:
     """Batches of similar lengths, at most ``budget`` token positions each (one pair at least).
 
     Lengths are rounded up to a grid; neighbouring grid lengths are merged where the padding costs less
-    than compiling one more shape would, by dynamic programming over the grid. The plan depends on the
+    than compiling one more shape would, by dynamic programming over the grid. ``vocab_size`` bounds the
+    memory that logits take. The plan depends on the
     lengths alone, so an interrupted run that plans again gets the same batches.
 
     >>> short, long = Pair([1], [2], [3]), Pair([1] * 300, [2], [3])
@@ -72,6 +74,7 @@ def plan(pairs: Sequence[Pair], packed: bool, budget: int) -> list[Work]:
     for first, end in reversed(groups):
         members = [i for n in grid[first:end] for i in by_length[n]]
         length, rows = grid[end - 1], _round(max(longest[n] for n in grid[first:end]))
-        size = max(1, min(budget // (sequences * length), len(members)))
+        logits = _LOGITS * (budget // _LOGITS_SHARE) // (2 * rows * vocab_size) if vocab_size else len(members)
+        size = max(1, min(budget // (sequences * length), logits, len(members)))
         work += [Work(tuple(members[k : k + size]), length, rows) for k in range(0, len(members), size)]
     return work

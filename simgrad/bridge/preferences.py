@@ -82,7 +82,7 @@ def read_rows(source: str | Path, limit: int | None = None, split: str = "train"
 
 
 def _jsonl(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -99,16 +99,18 @@ def _jsonl(path: Path) -> Iterator[dict]:
 
 def _json(path: Path) -> Iterator[dict]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise PreferenceDataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+        hint = "; if it holds one object a line, call it .jsonl" if error.msg == "Extra data" else ""
+        raise PreferenceDataError(f"{path}, line {error.lineno}: not JSON ({error.msg}){hint}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise PreferenceDataError(f"{path}: must hold a list of objects (one object a line is .jsonl)")
     yield from rows
 
 
 def _csv(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        csv.field_size_limit(2**31 - 1)  # responses are longer than csv's default allows
         reader = csv.DictReader(lines)
         for row in reader:
             if None in row or None in row.values():
@@ -169,18 +171,21 @@ def encode(
             result.skipped.append(Skipped(index, str(error)))
             continue
         except PreferenceDataError as error:
-            raise PreferenceDataError(f"row {index}: {error}") from error
-        top = max((*pair.prompt, *pair.chosen, *pair.rejected))
-        if vocab_size is not None and top >= vocab_size:
-            raise PreferenceDataError(
-                f"row {index}: token id {top} is outside the model's vocabulary of {vocab_size}: "
-                "tokenizer and model do not belong together"
-            )
+            raise PreferenceDataError(f"row {index} (counted from 0): {error}") from error
+        if vocab_size is not None and (problem := outside(pair, vocab_size)):
+            raise PreferenceDataError(f"row {index}: {problem}: tokenizer and model do not belong together")
         result.indices.append(index)
         result.pairs.append(pair)
         result.merged += merged
         result.truncated += truncated
     return result
+
+
+def outside(pair: Pair, vocab_size: int) -> str | None:
+    """Names a token id that the model does not have, or None."""
+    ids = (*pair.prompt, *pair.chosen, *pair.rejected)
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    return None if bad is None else f"token id {bad} is outside the model's vocabulary of {vocab_size}"
 
 
 class _UnusableRowError(Exception):
@@ -190,7 +195,8 @@ class _UnusableRowError(Exception):
 def _encode_row(row: Row, tokenizer: Any, max_length: int | None) -> tuple[Pair, int, int]:
     prompt, chosen, rejected = _split(row)
     for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if not response or (isinstance(response, list) and not any(m["content"] for m in response)):
+        text = response if isinstance(response, str) else "".join(m["content"] for m in response)
+        if not text.strip():
             raise _UnusableRowError(f"empty {name} response")
     if chosen == rejected:
         raise _UnusableRowError("chosen and rejected are identical")
@@ -211,15 +217,18 @@ def _encode_row(row: Row, tokenizer: Any, max_length: int | None) -> tuple[Pair,
 
 def _split(row: Row) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected: three strings, or three lists of messages."""
-    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+    missing = [name for name in ("chosen", "rejected") if name not in row]
     if missing:
         raise PreferenceDataError(f"no field {', '.join(missing)}; the row has: {', '.join(map(str, row))}")
+    for name in ("chosen", "rejected"):
+        if row[name] is None:
+            raise _UnusableRowError(f"empty {name} response")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if type(chosen) is not type(rejected):
         raise PreferenceDataError("chosen and rejected must both be strings or both be lists of messages")
     if isinstance(chosen, str):
         if prompt is None:
-            return _implicit_text(chosen, rejected)
+            return _implicit_text(row, chosen, rejected)
         if not isinstance(prompt, str):
             raise PreferenceDataError("prompt must be a string when the responses are")
         return prompt, chosen, rejected
@@ -233,19 +242,22 @@ def _split(row: Row) -> tuple[Any, Any, Any]:
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         return list(prompt), list(chosen), list(rejected)
     shared, chosen, rejected = _implicit_messages(chosen, rejected)
-    if not shared and prompt is not None:
-        shared = [{"role": "user", "content": prompt}]
+    if prompt is not None and not any(m["role"] == "user" for m in shared):
+        shared = [*shared, {"role": "user", "content": prompt}]
     return shared, chosen, rejected
 
 
-def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (of characters, as meant)
-    turn = common.rfind(_ASSISTANT)
-    end = turn + len(_ASSISTANT) if turn >= 0 else common.rfind(" ")
+def _implicit_text(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
     if chosen == rejected:
         raise _UnusableRowError("chosen and rejected are identical")
-    if end <= 0:
-        raise _UnusableRowError("no prompt: chosen and rejected share no beginning, and there is no field prompt")
+    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (of characters, as meant)
+    turn = common.rfind(_ASSISTANT)
+    if turn < 0:
+        raise PreferenceDataError(
+            f"no field prompt, and chosen and rejected share no transcript up to {_ASSISTANT!r}; the row has: "
+            f"{', '.join(map(str, row))}. Rename the column that holds the prompt to 'prompt'"
+        )
+    end = turn + len(_ASSISTANT)
     return common[:end], chosen[end:], rejected[end:]
 
 
@@ -282,11 +294,11 @@ def _messages(prompt: list, responses: tuple[list, list], tokenizer: Any) -> tup
     if not prompt:
         raise _UnusableRowError("no prompt: chosen and rejected share no message, and there is no field prompt")
     start = {"continue_final_message": True} if prompt[-1]["role"] == "assistant" else {"add_generation_prompt": True}
-    prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, **start)
+    prompt_text = _templated(tokenizer, prompt, **start)
     prompt_ids = _plain_ids(tokenizer, prompt_text)
     out, merged = [], 0
     for response in responses:
-        text = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
+        text = _templated(tokenizer, [*prompt, *response])
         if not text.startswith(prompt_text):
             raise _UnusableRowError("the chat template does not continue the prompt (it rewrites earlier turns)")
         ids = _plain_ids(tokenizer, text)
@@ -296,6 +308,15 @@ def _messages(prompt: list, responses: tuple[list, list], tokenizer: Any) -> tup
             ids, merged = _plain_ids(tokenizer, text[len(prompt_text) :]), merged + 1
         out.append(ids)
     return prompt_ids, out, merged
+
+
+def _templated(tokenizer: Any, messages: list, **options: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, ValueError) as error:
+        raise _UnusableRowError(f"the chat template refuses this row: {error}") from error
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:

@@ -35,3 +35,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"simgrad: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("simgrad: out of memory. Lower --batch-tokens or --max-length; finished pairs are kept", file=sys.stderr)
+        sys.exit(3)

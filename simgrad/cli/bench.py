@@ -19,7 +19,7 @@ class Bench:
     """JSON file to write."""
     pairs: int = 4
     """Pairs per shape: one batch for simgrad, one by one for the published procedure."""
-    repeats: int = 5
+    repeats: int = 3
     """Timings of each contestant."""
     shapes: tuple[tuple[int, int], ...] = ((32, 32), (96, 32), (128, 64))
     """Prompt and response tokens of each shape."""
