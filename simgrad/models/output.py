@@ -20,7 +20,7 @@ class Use:
 
     ``sites`` are the paths of the parameters that read it (query, key and value share one input), and
     ``kind`` says how: ``linear`` y = x W + b, ``affine`` y = x * gain + b, ``lookup`` y = table[x],
-    ``readout`` y = table @ x.
+    ``readout`` y = table @ x. ``outputs`` are kept only while tap shapes are being found.
     """
 
     kind: Literal["linear", "affine", "lookup", "readout"]
