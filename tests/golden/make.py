@@ -7,4 +7,5 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from golden.torch_models import main
 
-main()
+if __name__ == "__main__":
+    main()
