@@ -15,14 +15,16 @@ __all__ = ["provenance"]
 
 @functools.cache
 def _git_revision() -> str | None:
-    """Revision of the checkout that the package runs from, with a plus sign if it has local changes."""
+    """Revision that last changed the package in its checkout, with a plus sign if it has local changes."""
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]
     try:
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
         if tracked.returncode:
             return None
-        revision = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        revision = subprocess.check_output(
+            [*git, "log", "-1", "--format=%H", "--", str(folder.parent)], text=True
+        ).strip()
         changes = subprocess.check_output([*git, "status", "--porcelain", "--", str(folder.parent)], text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
