@@ -108,10 +108,8 @@ def test_mistakes_end_in_one_line(checkpoint, data, tmp_path, change, message):
 
 
 def test_float64_is_float64(checkpoint, data, tmp_path):
-    out = tmp_path / "s.parquet"
     for dtype in ("float64", "float32"):
         simgrad("score", "--model", checkpoint, "--data", data, "--out", tmp_path / f"{dtype}.parquet",
                 "--dtype", dtype, "--no-gradients", cache=tmp_path / "c")  # fmt: skip
     a, b = (ScoreTable.load(tmp_path / f"{d}.parquet")["logp_chosen"] for d in ("float64", "float32"))
     assert 0 < np.abs(a - b).max() < 1e-5
-    assert not out.exists()

@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,8 +85,3 @@ def test_band_says_nothing_for_negative_coefficients():
     b = band(kernel, Coefficients(-one, one))
     assert np.isnan(b.log_ratio).all()
     assert not b.inside.any()
-
-
-@pytest.mark.parametrize("member", list(Regime))
-def test_labels(member):
-    assert member.label == member.name.lower()

@@ -189,6 +189,7 @@ def test_other_arguments_refuse_to_mix(policy, tmp_path):
         simgrad.score(policy, ROWS, out=out, progress=kill)
     with pytest.raises(RunMismatchError, match=r"objective: 'DPO\(beta=0.1\)' there, 'IPO\(beta=0.1\)' now"):
         simgrad.score(policy, ROWS, out=out, objective="ipo")
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.parquet.partial.jsonl"]
     simgrad.score(policy, ROWS, out=out)
     with pytest.raises(RunMismatchError, match="data: .*pairs: 12 there, 3 now"):
         simgrad.score(policy, ROWS[:3], out=out)

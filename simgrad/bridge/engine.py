@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +209,12 @@ def _finished(out: Path, run: dict[str, Any]) -> ScoreTable:
 
 
 def _work_through(
-    todo: Iterable[Work],
+    todo: Sequence[Work],
     done: Mapping[int, Any],
     one: Callable[[Work], dict[int, dict[str, Any]]],
     keep: Callable[[dict[int, dict[str, Any]]], None],
     progress: Progress | None,
 ) -> None:
-    todo = list(todo)
     total = sum(len(work.members) for work in todo)
     for work in todo:
         if not all(i in done for i in work.members):

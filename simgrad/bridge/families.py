@@ -91,7 +91,7 @@ def _activation(name: str) -> str:
 
 
 _ROPE_FIELDS = {
-    "default": {"rope_theta": "theta"},
+    "default": {},
     "linear": {"factor": "factor"},
     "dynamic": {"factor": "factor", "original_max_position_embeddings": "original_max_length"},
     "llama3": {

@@ -54,13 +54,16 @@ class Journal:
             if self._file.tell() == 0:
                 self._append([{"run": self._run}])
         except BaseException:
-            self._lock.release()
+            self._unlock()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         """Close the file; it stays until :meth:`remove`."""
         self._file.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if os.name == "posix":  # while it is still held, so that nobody locks a file that is about to go
             Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
