@@ -34,7 +34,7 @@ def data(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("arguments", [(), ("score",), ("figures",), ("bench",)])
+@pytest.mark.parametrize("arguments", [(), ("score",), ("objectives",), ("figures",), ("bench",)])
 def test_help(arguments, tmp_path):
     text = simgrad(*arguments, "--help", cache=tmp_path).stdout
     assert "usage: simgrad" in text
@@ -47,6 +47,25 @@ def test_help_does_not_import_jax(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_objectives_lists_them_all_with_what_they_do(tmp_path):
+    from simgrad.objectives import FAMILIES, catalog
+
+    text = simgrad("objectives", cache=tmp_path).stdout
+    assert max(map(len, text.splitlines())) <= 100
+    joined = " ".join(text.split())
+    for d in catalog():
+        assert f"\n{d.name} " in text
+    for line in ("-logσ(β·m)", "d_w/d_l = |y_l|/|y_w|", "d_w < 0 where m > 1/(2·β)", *FAMILIES):
+        assert line in joined
+    full = simgrad("objectives", "kto", "cdpo", cache=tmp_path).stdout
+    assert "λ_D desirable_weight=1.0" in full
+    assert "where σ(-β·m) < ε" in full
+    listed = json.loads(simgrad("objectives", "bco", "--json", cache=tmp_path).stdout)
+    assert [(d["name"], d["batch_coupled"]) for d in listed] == [("bco", True)]
+    wrong = simgrad("objectives", "dpoo", cache=tmp_path, check=False)
+    assert (wrong.returncode, "did you mean 'dpo'" in wrong.stderr) == (2, True)
 
 
 def test_score_writes_a_table_and_a_summary(checkpoint, data, tmp_path):

@@ -102,9 +102,14 @@ def score(
     Raises:
         PreferenceDataError: data that cannot be read, with file, line or row.
         RunMismatchError: ``out`` holds, or is being written by, a run with other arguments.
-        ValueError: ``max_length`` beyond the model's, unknown objective.
+        ValueError: ``max_length`` beyond the model's; unknown objective, or one that couples pairs.
     """
     objective = objectives.get(objective) if isinstance(objective, str) else objective
+    if objectives.batch_coupled(objective):
+        raise ValueError(
+            f"{objective!r} couples the pairs of a batch, so a pair has no d_w, d_l of its own: score with an objective "
+            "of single pairs, or predict a whole batch with simgrad.theory.optimizer_step"
+        )
     encoded = _encoded(policy, pairs, max_length, limit, split)
     run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens)
     if out is not None and Path(out).exists():

@@ -9,15 +9,17 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point: ``simgrad score | figures | bench``."""
+    """Entry point: ``simgrad score | objectives | figures | bench``."""
     import tyro
 
     from simgrad.cli.bench import Bench
     from simgrad.cli.figures import Figures
+    from simgrad.cli.objectives import Objectives
     from simgrad.cli.score import Score
 
     commands = (
         Annotated[Score, tyro.conf.subcommand(name="score")]
+        | Annotated[Objectives, tyro.conf.subcommand(name="objectives")]
         | Annotated[Figures, tyro.conf.subcommand(name="figures")]
         | Annotated[Bench, tyro.conf.subcommand(name="bench")]
     )

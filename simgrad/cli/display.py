@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from simgrad.bridge import ScoreTable
+    from simgrad.objectives import Description
 
-__all__ = ["loading", "progress_bar", "summary"]
+__all__ = ["loading", "objective_in_full", "objective_table", "progress_bar", "summary"]
 
 
 @contextmanager
@@ -102,3 +105,58 @@ def _worst(table: ScoreTable, order: str, rows: Iterable[int]) -> Table:
         values = {name: table[name][row] for name in table}
         view.add_row(*(template.format(**values) for template in columns.values()))
     return view
+
+
+def objective_table(console: Console, descriptions: Iterable[Description]) -> None:
+    """Every objective in a few lines, by family, and the notation."""
+    from simgrad.objectives import NOTATION
+
+    for family, members in itertools.groupby(descriptions, lambda d: d.family):
+        view = Table.grid(padding=(0, 2), expand=True)
+        view.add_column(width=12, no_wrap=True)
+        view.add_column(ratio=1)
+        view.add_column(width=19)
+        for d in members:
+            view.add_row(d.name, _facts(d), Text(d.source.split(",")[0], style="dim"))
+        console.print(f"\n[bold]{family}[/]", highlight=False)
+        console.print(view)
+    console.print("\n[bold]Notation[/]")
+    notation = Table.grid(padding=(0, 2))
+    for symbol, meaning in NOTATION.items():
+        notation.add_row(Text(f"  {symbol}"), Text(meaning))
+    console.print(notation)
+    console.print("\nWhere no line says when d_w < 0, it never is.", highlight=False)
+    console.print("Hyperparameters, defaults and full sources: simgrad objectives NAME ...", highlight=False)
+    console.print("TRL's loss types: trl:sigmoid, trl:ipo, ..., trl:cpo/simpo, trl:kto/kto", highlight=False)
+
+
+def objective_in_full(console: Console, description: Description) -> None:
+    """One objective with its hyperparameters."""
+    from simgrad.objectives import SYMBOLS
+
+    d = description
+    console.print(f"\n[bold]{d.name}[/]  {d.title}", highlight=False)
+    view = Table.grid(padding=(0, 2))
+    view.add_column(no_wrap=True)
+    values = [f"{SYMBOLS.get(k, '')} {k}={v}".strip() for k, v in d.hyperparameters.items()]
+    rows = {
+        "loss": d.formula,
+        "d_w/d_l": d.ratio,
+        "d_w < 0": f"where {d.pushes_chosen_down}" if d.pushes_chosen_down else "never",
+        "reference": "needed" if d.uses_reference else "not needed",
+        "batch": "couples its pairs" if d.batch_coupled else "each pair by itself",
+        "defaults": ", ".join(values) or "none",
+        "source": d.source,
+    }
+    for key, value in rows.items():
+        view.add_row(Text(f"  {key}"), Text(value))
+    console.print(view)
+
+
+def _facts(d: Description) -> Text:
+    text = Text(d.formula)
+    if d.ratio != "1":
+        text.append(f"\nd_w/d_l = {d.ratio}", style="cyan")
+    if d.pushes_chosen_down:
+        text.append(f"\nd_w < 0 where {d.pushes_chosen_down}", style="red")
+    return text

@@ -1,0 +1,46 @@
+"""``simgrad objectives``: what every preference objective does to the chosen and to the rejected response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+__all__ = ["Objectives"]
+
+
+@dataclass
+class Objectives:
+    """List the preference objectives: loss, d_w/d_l, when d_w < 0, source.
+
+    d_w is the pull of the loss on the log-prob of the chosen response, d_l its push on that of the rejected. Where
+    d_w < 0 the loss itself pushes the chosen response down, before gradients are entangled. Names are for
+    `simgrad score --objective`, which also takes TRL's loss types, as in trl:ipo or trl:cpo/simpo.
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Show these in full, with hyperparameters (default: all, in short)."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print everything as JSON, for programs."""
+
+    def run(self) -> int:
+        """Print the table, some objectives in full, or JSON."""
+        import dataclasses
+        import json
+
+        from rich.console import Console
+
+        from simgrad.cli.display import objective_in_full, objective_table
+        from simgrad.objectives import catalog, describe
+
+        shown = [describe(name) for name in self.names] or catalog()
+        console = Console()
+        if self.json:
+            print(json.dumps([dataclasses.asdict(d) for d in shown], ensure_ascii=False, indent=2))
+        elif self.names:
+            for description in shown:
+                objective_in_full(console, description)
+        else:
+            objective_table(console, shown)
+        return 0

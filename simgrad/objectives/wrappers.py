@@ -1,0 +1,176 @@
+"""Modifiers: objectives made from any other objective. They nest, ``LengthNormalized(LabelSmoothed(DPO(), 0.1))``.
+
+A modifier that changes the log-probs hands changed :class:`Terms` to the objective inside it, so the outermost
+one acts first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from simgrad.objectives.base import Composed, Objective, Terms, require
+from simgrad.typing import Array, Float
+
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "FDivergence",
+    "Gated",
+    "LabelSmoothed",
+    "LengthNormalized",
+    "ReferenceFree",
+    "Robust",
+    "Swapped",
+]
+
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+DIVERGENCES: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "js", "alpha")
+LARGEST_EXPONENT = 80.0
+"""Where exponentials of log-ratios are cut (and their gradients vanish), in every dtype; float32 ends at 88."""
+
+
+@dataclass(frozen=True)
+class Swapped(Objective):
+    """The objective with chosen and rejected exchanged: the loss of a wrong label."""
+
+    objective: Objective
+
+    def per_pair(self, x: Terms):  # noqa: D102
+        return self.objective.per_pair(
+            Terms(x.rejected, x.chosen, x.ref_rejected, x.ref_chosen, x.len_rejected, x.len_chosen)
+        )
+
+
+@dataclass(frozen=True)
+class LabelSmoothed(Composed):
+    """(1-ε) L + ε L_swapped: the loss expected if a share ε of the labels is wrong."""
+
+    objective: Objective
+    epsilon: float
+
+    def build(self) -> Objective:
+        """The weighted sum; refuses ε outside [0, 1)."""
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"{type(self).__name__}: epsilon must lie in [0, 1), got {self.epsilon}")
+        return (1 - self.epsilon) * self.objective + self.epsilon * Swapped(self.objective)
+
+
+@dataclass(frozen=True)
+class Robust(Composed):
+    """((1-ε) L - ε L_swapped)/(1-2ε): under labels flipped with probability ε its mean is L on clean labels."""
+
+    objective: Objective
+    epsilon: float
+
+    def build(self) -> Objective:
+        """The weighted difference; refuses ε outside [0, ½)."""
+        if not 0 <= self.epsilon < 0.5:
+            raise ValueError(f"{type(self).__name__}: epsilon must lie in [0, 0.5), got {self.epsilon}")
+        scale = 1 - 2 * self.epsilon
+        return ((1 - self.epsilon) / scale) * self.objective + (-self.epsilon / scale) * Swapped(self.objective)
+
+
+@dataclass(frozen=True)
+class LengthNormalized(Objective):
+    """The objective on mean instead of summed log-probs, policy and reference; inside it every length is one."""
+
+    objective: Objective
+
+    def per_pair(self, x: Terms):  # noqa: D102
+        one = jnp.ones_like(x.len_chosen)
+        return self.objective.per_pair(
+            Terms(
+                x.chosen / x.len_chosen,
+                x.rejected / x.len_rejected,
+                x.ref_chosen / x.len_chosen,
+                x.ref_rejected / x.len_rejected,
+                one,
+                one,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class ReferenceFree(Objective):
+    """The objective with a reference that gives every response the same probability (log-prob zero)."""
+
+    objective: Objective
+
+    def per_pair(self, x: Terms):  # noqa: D102
+        zero = jnp.zeros_like(x.ref_chosen)
+        return self.objective.per_pair(replace(x, ref_chosen=zero, ref_rejected=zero))
+
+
+@dataclass(frozen=True)
+class FDivergence(Objective):
+    """The objective with another divergence from the reference: log u becomes f'(u), u = π/ref.
+
+    ===========  ======================  ==========================================
+    divergence   f'(u)                   factor on the coefficient, u f''(u)
+    ===========  ======================  ==========================================
+    reverse_kl   log u (+ 1)             1
+    forward_kl   1 - 1/u                 1/u
+    js           log(2u/(1+u))           1/(1+u)
+    alpha        (u^(α-1) - 1)/(α-1)     u^(α-1); α → 1 is reverse_kl, 0 forward_kl
+    ===========  ======================  ==========================================
+
+    f-DPO (arXiv 2309.16240) in the conventions of TRL, whose α is one minus the paper's. Exponents are cut
+    at 80, where the gradient vanishes. Meant for objectives of a margin, in which the divergence's unknown
+    normaliser cancels. Default α = 0.5 is TRL's.
+    """
+
+    objective: Objective
+    divergence: Divergence = "reverse_kl"
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown divergence and α that is not finite."""
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"unknown divergence {self.divergence!r}; there are: {', '.join(DIVERGENCES)}")
+        require(self, "finite", "alpha")
+
+    def score(self, delta: Float[Array, "*pairs"]) -> Float[Array, "*pairs"]:
+        """f'(u) of log u."""
+        if self.divergence == "js":
+            return math.log(2) + jax.nn.log_sigmoid(delta)
+        power = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha": self.alpha - 1}[self.divergence]
+        if abs(power) < 1e-6:
+            return delta
+        return jnp.expm1(jnp.minimum(power * delta, LARGEST_EXPONENT)) / power
+
+    def per_pair(self, x: Terms):  # noqa: D102
+        zero = jnp.zeros_like(x.ref_chosen)
+        scores = self.score(x.delta_chosen), self.score(x.delta_rejected)
+        return self.objective.per_pair(
+            replace(x, chosen=scores[0], rejected=scores[1], ref_chosen=zero, ref_rejected=zero)
+        )
+
+
+@dataclass(frozen=True)
+class Gated(Objective):
+    """The objective with a gate on the gradient through log π_l: d_l is multiplied by g = σ((μ_l - τ)/T).
+
+    μ_l = log π_l/|y_l|; g is a constant of the gradient, and the loss's value and d_w are unchanged, so that a
+    response which is already very improbable is no longer pushed down. The idea is that of Gradient-Gated DPO
+    (arXiv 2605.02626), which attenuates updates on extremely improbable rejected responses; the form of the
+    gate and the defaults τ = -5 nats a token and T = 1 are ours.
+    """
+
+    objective: Objective
+    threshold: float = -5.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a threshold that is not finite and T ≤ 0."""
+        require(self, "finite", "threshold")
+        require(self, "positive", "temperature")
+
+    def per_pair(self, x: Terms):  # noqa: D102
+        gate = jax.nn.sigmoid((x.mean_rejected - self.threshold) / self.temperature)
+        fixed, gate = jax.lax.stop_gradient((x.rejected, gate))
+        return self.objective.per_pair(replace(x, rejected=fixed + gate * (x.rejected - fixed)))
