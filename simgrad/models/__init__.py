@@ -2,6 +2,7 @@
 
 from simgrad.models.config import InitScales, ModelConfig, Rope
 from simgrad.models.context import ContextApply, contexts_of, linear_softmax, unconstrained_features
+from simgrad.models.lora import LoraApply, add_lora, merge_lora
 from simgrad.models.output import Apply, Output, TappedApply, Use
 from simgrad.models.transformer import Transformer, TransformerApply, init_transformer
 from simgrad.typing import Theta
@@ -10,6 +11,7 @@ __all__ = [
     "Apply",
     "ContextApply",
     "InitScales",
+    "LoraApply",
     "ModelConfig",
     "Output",
     "Rope",
@@ -17,10 +19,12 @@ __all__ = [
     "Transformer",
     "TransformerApply",
     "Use",
+    "add_lora",
     "contexts_of",
     "create",
     "init_transformer",
     "linear_softmax",
+    "merge_lora",
     "unconstrained_features",
 ]
 
