@@ -13,6 +13,11 @@ V       vocabulary
 D       width: size of the hidden state that multiplies the unembedding
 I, O    input and output features of one linear map
 C       contexts of a context table
+U       responses of a data set in one row: chosen 1, rejected 1, chosen 2, ... (2 B)
+E       steps of a run
+K       entries of a ranking
+G       responses of a group to one prompt
+M       tokens of a second response; pairs of a minibatch
 ======  =====================================================================
 
 The axis of length two in ``B 2 R`` is always (chosen, rejected), in that order.

@@ -32,6 +32,7 @@ from simgrad.theory.gram import (
     ghost_is_cheaper,
     gradients,
     outer_products,
+    row_inner,
     sides,
 )
 from simgrad.theory.likelihood import Responses, flat_rows, read
@@ -127,7 +128,7 @@ def _table(
 
     def product(i: Array, d: Array, i2: Array, d2: Array) -> Array:
         same = (i[:, :, None] == i2[:, None, :]).astype(d.dtype)
-        return (jnp.einsum("btd,bsd->bts", d, d2) * same).sum(-1).sum(-1)
+        return (row_inner(d, d2) * same).sum(-1).sum(-1)
 
     kernel = chosen_and_rejected(product, sides(ids), sides(delta))
     if readout is None:
@@ -137,7 +138,7 @@ def _table(
     def cross(i: Array, d: Array, h: Array, e: Array, i2: Array, d2: Array, h2: Array, e2: Array) -> Array:
         def one_way(i: Array, d: Array, h: Array, e: Array) -> Array:
             picked = jnp.take_along_axis(e, i[:, None, :], axis=2)  # δ'_r[a_t]: B R T
-            return (jnp.einsum("btd,brd->brt", d, h) * picked).sum(-1).sum(-1)
+            return (jnp.einsum("btd,brd->brt", d, h, precision="highest") * picked).sum(-1).sum(-1)
 
         return one_way(i, d, h2, e2) + one_way(i2, d2, h, e)
 
@@ -156,4 +157,4 @@ def _dense_table(size: int, ids: Array, delta: Array, readout: tuple[Array, Arra
     if readout is None:
         return table
     hidden, error = map(tree.widen, readout)
-    return table + jnp.einsum("bxrv,bxrd->bxvd", error, hidden)
+    return table + jnp.einsum("bxrv,bxrd->bxvd", error, hidden, precision="highest")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from simgrad import tree
 from simgrad.typing import Array, Float
 
-__all__ = ["PairKernel", "chosen_and_rejected", "ghost_is_cheaper", "gradients", "outer_products", "sides"]
+__all__ = ["PairKernel", "chosen_and_rejected", "ghost_is_cheaper", "gradients", "outer_products", "row_inner", "sides"]
 
 Sides = tuple[Array, Array]
 
@@ -70,6 +70,11 @@ def ghost_is_cheaper(tokens: int, fan_in: int, out: int) -> bool:
     return 3 * tokens * (fan_in + out) < 2 * fan_in * out
 
 
+def row_inner(rows: Float[Array, "*n R I"], others: Float[Array, "*n M I"]) -> Float[Array, "*n R M"]:
+    """⟨row, other row⟩ for all rows, in float32 or better, with full-precision products on every device."""
+    return jnp.einsum("...ri,...mi->...rm", tree.widen(rows), tree.widen(others), precision="highest")
+
+
 def outer_products(a: Float[Array, "B 2 T I"], e: Float[Array, "B 2 T O"], ghost: bool | None = None) -> PairKernel:
     """Kernel of G = Σ_t a_t e_t^T for each side; ``ghost`` forces a route (None: the cheaper one).
 
@@ -84,10 +89,10 @@ def outer_products(a: Float[Array, "B 2 T I"], e: Float[Array, "B 2 T O"], ghost
     if ghost:
 
         def product(a: Array, e: Array, a2: Array, e2: Array) -> Array:
-            return (jnp.einsum("bti,bsi->bts", a, a2) * jnp.einsum("bto,bso->bts", e, e2)).sum(-1).sum(-1)
+            return (row_inner(a, a2) * row_inner(e, e2)).sum(-1).sum(-1)
 
         return chosen_and_rejected(product, sides(a), sides(e))
-    return gradients(jnp.einsum("bxti,bxto->bxio", a, e))
+    return gradients(jnp.einsum("bxti,bxto->bxio", a, e, precision="highest"))
 
 
 def gradients(g: Float[Array, "B 2 ..."]) -> PairKernel:

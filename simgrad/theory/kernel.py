@@ -19,7 +19,7 @@ from simgrad.models import Apply, TappedApply
 from simgrad.pairs import Batch
 from simgrad.theory.ghost import ghost_blocks
 from simgrad.theory.gram import PairKernel, gradients, outer_products
-from simgrad.theory.likelihood import Responses, responses
+from simgrad.theory.likelihood import Responses, prediction_error, responses
 from simgrad.typing import Array, Theta
 
 __all__ = ["Method", "PairKernel", "head_kernel", "kernel_and_responses", "pair_kernel", "pair_kernel_blocks"]
@@ -122,7 +122,5 @@ def head_kernel(result: Responses, batch: Batch) -> PairKernel:
     accumulated in float32 or better. With every second factor set to 1 its gap ⟨g_w,g_l⟩ - ‖g_w‖² is
     the CHES score.
     """
-    targets, valid = batch.targets, batch.valid
-    one_hot = jax.nn.one_hot(targets, result.logits.shape[-1], dtype=result.logits.dtype)
-    error = jnp.where(valid[..., None], one_hot - jax.nn.softmax(result.logits, axis=-1), 0.0)
+    error = prediction_error(result.logits, batch.targets, batch.valid)
     return outer_products(result.hidden, error)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+from simgrad import tree
 from simgrad.models import Apply, Output
 from simgrad.pairs import Batch
-from simgrad.typing import Array, Float, Int, Theta
+from simgrad.typing import Array, Bool, Float, Int, Theta
 
-__all__ = ["Responses", "flat_rows", "read", "responses"]
+__all__ = ["Responses", "flat_rows", "log_probs", "prediction_error", "read", "responses"]
 
 
 @jax.tree_util.register_dataclass
@@ -74,3 +76,33 @@ def read(output: Output, batch: Batch) -> Responses:
     hidden = jnp.where(valid[..., None], hidden, jnp.zeros((), hidden.dtype))
     last_hidden = jnp.take_along_axis(states, last[..., None, None], axis=2)[:, :, 0]
     return Responses(token_logp, logits, hidden, last_hidden)
+
+
+def log_probs(
+    apply: Apply, theta: Theta, batch: Batch, include: Sequence[str] | None = None
+) -> tuple[Callable[[Theta], Float[Array, "B 2"]], Theta]:
+    """Log π of the batch as a function of the trained parameters, and those parameters.
+
+    The trained parameters are the leaves that ``include`` selects (None: all) and the model does not
+    freeze; in their tree the others are None. The function differentiates in any mode.
+    """
+    trained, rest = tree.partition(theta, include, apply.frozen)
+
+    def logp(trained: Theta) -> Array:
+        return responses(apply, tree.combine(trained, rest), batch).logp
+
+    return logp, trained
+
+
+def prediction_error(
+    logits: Float[Array, "*rows V"], targets: Int[Array, "*rows"], valid: Bool[Array, "*rows"] | None = None
+) -> Float[Array, "*rows V"]:
+    """e_y - π, the gradient of log π(y) with respect to the logits; 0 where not ``valid``.
+
+    >>> import jax.numpy as jnp
+    >>> prediction_error(jnp.zeros((1, 4)), jnp.array([2])).tolist()
+    [[-0.25, -0.25, 0.75, -0.25]]
+    """
+    logits = tree.widen(logits)
+    error = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - jax.nn.softmax(logits, axis=-1)
+    return error if valid is None else jnp.where(valid[..., None], error, jnp.zeros((), error.dtype))

@@ -1,0 +1,119 @@
+"""Optimizers as seen by the kernel: a step is P ⊙ (ascent direction) plus what the optimizer still carries.
+
+One update of optax's SGD, momentum, RMSProp or Adam on the loss gradient g reads
+
+    θ ← θ + η (P ⊙ (-g) + drift)
+
+with a diagonal P and a drift (past gradients) that are fixed by the optimizer's state *after* it has
+seen g, second moments included. The kernel that decides who rises and who falls is then K_P = J P J^T
+(:func:`simgrad.theory.entanglement_kernel` takes ``scale=P``) and Δu = η (K_P c + J drift) + O(η²).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from simgrad.theory.steps import updated
+from simgrad.typing import Theta
+
+__all__ = ["Preconditioner", "adam", "momentum", "rmsprop", "sgd"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Preconditioner:
+    """P and drift of one step, per unit learning rate; trees like the trained parameters."""
+
+    scale: Theta
+    drift: Theta
+
+    def step(self, ascent: Theta) -> Theta:
+        """P ⊙ ascent + drift, the step per unit learning rate; ``ascent`` is minus the loss gradient."""
+        return jax.tree.map(lambda p, a, d: p * a + d, self.scale, ascent, self.drift)
+
+
+def _state(state: Any, name: str, maker: str) -> Any:
+    found = optax.tree.get(state, name)
+    if found is None:
+        raise ValueError(f"the optimizer state holds no {name}: was it made by {maker}?")
+    return found
+
+
+def sgd(gradient: Theta) -> Preconditioner:
+    """P = 1, no drift.
+
+    >>> import jax.numpy as jnp
+    >>> sgd({"w": jnp.array([3.0])}).step({"w": jnp.array([-3.0])})["w"].item()
+    -3.0
+    """
+    return Preconditioner(jax.tree.map(jnp.ones_like, gradient), jax.tree.map(jnp.zeros_like, gradient))
+
+
+def momentum(state: Any, gradient: Theta, decay: float, nesterov: bool = False) -> Preconditioner:
+    """Heavy ball, v ← g + μ v: P = 1 and drift -μ v; with Nesterov's P = 1 + μ and drift -μ² v.
+
+    Args:
+        state: of ``optax.sgd(.., momentum=decay)`` or any chain that holds ``optax.trace``'s, before the step.
+        gradient: of the loss, at the step.
+        decay: μ.
+        nesterov: whether the optimizer was made with ``nesterov=True``.
+
+    Raises:
+        ValueError: the state holds no trace.
+    """
+    trace = _state(state, "TraceState", "optax.sgd(.., momentum=..)").trace
+    p, d = (1 + decay, decay**2) if nesterov else (1.0, decay)
+    return Preconditioner(jax.tree.map(lambda g: jnp.full_like(g, p), gradient), jax.tree.map(lambda v: -d * v, trace))
+
+
+def rmsprop(
+    state: Any, gradient: Theta, decay: float = 0.9, eps: float = 1e-8, eps_in_sqrt: bool = True
+) -> Preconditioner:
+    """P = 1/√(v + ε), or 1/(√v + ε), with the second moment v after it has seen ``gradient``.
+
+    Defaults are optax.rmsprop's. ``state`` as in :func:`momentum`, of ``optax.rmsprop`` without momentum
+    or bias correction.
+
+    Raises:
+        ValueError: the state holds no second moment of RMSProp.
+    """
+    before = _state(state, "ScaleByRmsState", "optax.rmsprop(..)")
+    _, after = updated(optax.scale_by_rms(decay, eps, eps_in_sqrt=eps_in_sqrt), gradient, before)
+    scale = jax.tree.map(lambda v: jax.lax.rsqrt(v + eps) if eps_in_sqrt else 1 / (jnp.sqrt(v) + eps), after.nu)
+    return Preconditioner(scale, jax.tree.map(jnp.zeros_like, gradient))
+
+
+def adam(
+    state: Any, gradient: Theta, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
+) -> Preconditioner:
+    """P = (1-β₁)/(1-β₁ᵗ) / (√v̂ + ε), drift = -β₁ m /(1-β₁ᵗ) / (√v̂ + ε).
+
+    m is the first moment before the step and v̂ the bias-corrected second moment after it has seen
+    ``gradient``; t counts steps from one. At t = 1, P ⊙ g is sign-like: |g| cancels. Defaults are
+    optax.adam's; for AdamW the decoupled decay, -λθ, is not part of P or drift. ``state`` as in
+    :func:`momentum`, of ``optax.adam`` or ``optax.adamw``.
+
+    Source: Kingma & Ba, arXiv 1412.6980, Algorithm 1.
+
+    Raises:
+        ValueError: the state holds no moments of Adam.
+    """
+    before = _state(state, "ScaleByAdamState", "optax.adam(..)")
+    _, after = updated(optax.scale_by_adam(b1, b2, eps, eps_root), gradient, before)
+    with jax.numpy_dtype_promotion("standard"):
+        second = optax.tree.bias_correction(after.nu, b2, after.count)
+    root = jax.tree.map(lambda v: 1 / (jnp.sqrt(v + eps_root) + eps), second)
+    correction = 1 - b1 ** after.count.astype(jnp.float32)
+
+    def times(factor: float, r: Any) -> Any:
+        return (factor / correction).astype(r.dtype) * r
+
+    return Preconditioner(
+        jax.tree.map(lambda r: times(1 - b1, r), root),
+        jax.tree.map(lambda r, m: -times(b1, r) * m, root, before.mu),
+    )

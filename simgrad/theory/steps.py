@@ -1,0 +1,115 @@
+"""The step that an optax optimizer really takes on a preference loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from simgrad import tree
+from simgrad.models import Apply
+from simgrad.objectives import Objective
+from simgrad.pairs import Batch
+from simgrad.theory.likelihood import log_probs
+from simgrad.typing import Array, Float, Theta
+
+__all__ = ["OptimizerStep", "loss_gradient", "optimizer_step", "updated"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OptimizerStep:
+    """One update: θ → θ + ``direction``.
+
+    Attributes:
+        direction: the update, learning rate included; None where a leaf is not trained.
+        state: the optimizer's state after it.
+        gradient: of the mean loss over the batch, before the optimizer saw it.
+    """
+
+    direction: Theta
+    state: Any
+    gradient: Theta
+
+
+def updated(
+    optimizer: optax.GradientTransformation, gradient: Theta, state: Any, trained: Theta | None = None
+) -> tuple[Theta, Any]:
+    """``optimizer.update``, whatever promotion rules are in force: optax needs the usual ones."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.update(gradient, state, trained)
+
+
+def loss_gradient(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    objective: Objective,
+    reference: Float[Array, "B 2"] | None = None,
+    include: Sequence[str] | None = None,
+) -> Theta:
+    """∇_θ of the mean loss over the pairs, -Jᵀ c with c = (d_w, -d_l)/B.
+
+    ``reference`` holds log π_ref of both responses (None: the policy itself, as before the first step).
+    """
+    return _gradient(apply, theta, batch, objective, reference, None if include is None else tuple(include))
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "objective", "include"))
+def _gradient(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    objective: Objective,
+    reference: Array | None,
+    include: tuple[str, ...] | None,
+) -> Theta:
+    logp, trained = log_probs(apply, theta, batch, include)
+    value, pullback = jax.vjp(logp, trained)
+    pull = objective.signed_coefficients(value, value if reference is None else reference, batch.lengths)
+    (ascent,) = pullback(pull / batch.size)
+    return jax.tree.map(jnp.negative, ascent)
+
+
+def optimizer_step(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: Any = None,
+    reference: Float[Array, "B 2"] | None = None,
+    include: Sequence[str] | None = None,
+) -> OptimizerStep:
+    """The update of any optax optimizer (clipping, decay, schedules and all) on a preference batch.
+
+    Args:
+        apply: the model.
+        theta: its parameters.
+        batch: the pairs of the step; the loss is their mean.
+        objective: from :mod:`simgrad.objectives`.
+        optimizer: for example ``optax.adamw(1e-6)`` or ``optax.chain(optax.clip_by_global_norm(1.0), ..)``.
+        state: its state (None: freshly initialised).
+        reference: log π_ref (None: the policy itself).
+        include: patterns of the parameters that are trained.
+
+    >>> import optax
+    >>> from simgrad.models import ModelConfig, create
+    >>> from simgrad.objectives import DPO
+    >>> from simgrad.pairs import Pair, padded
+    >>> from simgrad.theory import displacement
+    >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
+    >>> batch = padded([Pair([1, 2], [3, 4], [5, 4])])
+    >>> step = optimizer_step(apply, theta, batch, DPO(), optax.adam(1e-3))
+    >>> displacement(apply, theta, batch, step.direction).total.shape
+    (1, 2)
+    """
+    trained, _ = tree.partition(theta, include, apply.frozen)
+    gradient = loss_gradient(apply, theta, batch, objective, reference, include)
+    direction, state = updated(optimizer, gradient, optimizer.init(trained) if state is None else state, trained)
+    return OptimizerStep(direction, state, gradient)

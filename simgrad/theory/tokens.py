@@ -1,0 +1,128 @@
+"""The token kernel: which token's gradient pulls on which.
+
+With g_{w,i} = ∇ log π(y_w,i | x, y_w,<i) a response's gradient is the sum of its tokens' gradients, so
+the token kernel's blocks sum to the pair kernel, and weights on tokens (masks) act on it linearly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from simgrad import tree
+from simgrad.models import Apply, TappedApply
+from simgrad.pairs import Batch
+from simgrad.theory.ghost_tokens import ghost_tokens
+from simgrad.theory.gram import PairKernel
+from simgrad.theory.likelihood import responses
+from simgrad.typing import Array, Float, Int, Theta
+
+__all__ = ["masked_kernel", "token_columns", "token_kernel"]
+
+
+def token_kernel(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    include: Sequence[str] | None = None,
+    method: Literal["auto", "ghost", "columns"] = "auto",
+) -> Float[Array, "B 2 R 2 R"]:
+    """⟨∇log π(token i), ∇log π(token j)⟩ for all response tokens of each pair; 0 where padded.
+
+    ``kernel[b, 0, i, 1, j]`` is ⟨g_{w,i}, g_{l,j}⟩, the token-by-token entanglement of Yuan et al.
+    (arXiv 2410.13828, Sec. 4). Sums over i and j give :func:`simgrad.theory.pair_kernel`.
+
+    Args:
+        apply: the model.
+        theta: its parameters.
+        batch: B pairs; ``ghost`` needs the padded layout.
+        include: patterns of parameter paths, see :func:`simgrad.theory.pair_kernel`.
+        method: ``columns`` computes J (Jᵀ e_j) for one token after the other, with one gradient in memory
+            at a time, for any model and layout. ``ghost`` is one batched backward pass and contractions
+            over tokens, several times faster; it holds the signals of all tokens of one pair (R times
+            the activations of a forward pass). ``auto`` takes it where it can.
+
+    Raises:
+        ValueError: ``ghost`` for a packed batch or a model that is not a transformer.
+
+    >>> from simgrad.models import ModelConfig, create
+    >>> from simgrad.pairs import Pair, padded
+    >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
+    >>> token_kernel(apply, theta, padded([Pair([1, 2], [3], [4, 5])])).shape
+    (1, 2, 2, 2, 2)
+    """
+    tapped = isinstance(apply, TappedApply) and not batch.is_packed
+    if method == "ghost" and not tapped:
+        raise ValueError("method 'ghost' needs a transformer and a padded batch (pairs.padded); use 'columns'")
+    if tapped and method != "columns":
+        return _ghost(apply, theta, batch, None if include is None else tuple(include))
+    b, _, r = batch.targets.shape
+    side, index = (x.reshape(-1) for x in jnp.meshgrid(jnp.arange(2), jnp.arange(r), indexing="ij"))
+    every = jnp.broadcast_to(jnp.stack([side, index], -1)[None], (b, 2 * r, 2))
+    return jnp.moveaxis(token_columns(apply, theta, batch, every, include), 1, -1).reshape(b, 2, r, 2, r)
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "include"))
+def _ghost(apply: TappedApply, theta: Theta, batch: Batch, include: tuple[str, ...] | None) -> Array:
+    tree.partition(theta, include, apply.frozen)  # raises where the selection is empty
+
+    def one(pair: Batch) -> Array:
+        return ghost_tokens(apply, theta, jax.tree.map(lambda x: x[None], pair), include)
+
+    return jax.lax.map(one, batch)
+
+
+def token_columns(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    tokens: Int[Array, "B K 2"],
+    include: Sequence[str] | None = None,
+) -> Float[Array, "B K 2 R"]:
+    """Columns of :func:`token_kernel` for the named tokens only: ``tokens[b, k]`` is (side, index).
+
+    Side 0 is the chosen response, 1 the rejected. ``result[b, k, s, i]`` = ⟨g_{s,i}, g_{side,index}⟩,
+    computed as J (Jᵀ e): one backward and one forward derivative each.
+    """
+    return _columns(apply, theta, batch, tokens, None if include is None else tuple(include))
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "include"))
+def _columns(apply: Apply, theta: Theta, batch: Batch, tokens: Array, include: tuple[str, ...] | None) -> Array:
+    trained, rest = tree.partition(theta, include, apply.frozen)
+
+    def one(item: tuple[Batch, Array]) -> Array:
+        pair, wanted = item
+        single = jax.tree.map(lambda x: x[None], pair)
+
+        def token_logp(trained: Theta) -> Array:
+            return responses(apply, tree.combine(trained, rest), single).token_logp[0]
+
+        value, pullback = jax.vjp(token_logp, trained)
+        _, push = jax.linearize(token_logp, trained)
+
+        def column(token: Array) -> Array:
+            (gradient,) = pullback(jnp.zeros_like(value).at[token[0], token[1]].set(1.0))
+            return push(gradient)
+
+        return jax.lax.map(column, wanted)
+
+    return jax.lax.map(one, (batch, tokens))
+
+
+def masked_kernel(kernel: Float[Array, "B 2 R 2 R"], weights: Float[Array, "B 2 R"]) -> PairKernel:
+    """Pair kernel when each token's log-prob counts with a weight: log π → Σ_k a_k log π(y_k | ..).
+
+    ⟨g_w, g_l⟩ = Σ_{ij} a_{w,i} a_{l,j} ⟨g_{w,i}, g_{l,j}⟩ and likewise the norms: how much entanglement
+    a token mask removes, before any training.
+
+    >>> import jax.numpy as jnp
+    >>> masked_kernel(jnp.ones((1, 2, 3, 2, 3)), jnp.array([[[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]])).inner.item()
+    3.0
+    """
+    both = jnp.einsum("bsi,bsitj,btj->bst", weights, kernel, weights, precision="highest")
+    return PairKernel(both[:, 0, 0], both[:, 0, 1], both[:, 1, 1])

@@ -1,0 +1,123 @@
+"""The token kernel: its sums, its columns, and weights on tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import PAIRS, close, model
+
+from simgrad.pairs import packed, padded
+from simgrad.theory import masked_kernel, pair_kernel, token_columns, token_kernel
+
+KINDS = ["plain", "rope_mqa_gated_tied", "linear_softmax", "unconstrained_features"]
+
+
+def kernel_of(apply, theta, batch):
+    return np.asarray(token_kernel(apply, theta, batch))
+
+
+@pytest.mark.parametrize("kind", ["plain", "unconstrained_features"])
+def test_entries_are_inner_products_of_single_token_gradients(kind):
+    """A token's gradient is that of its response minus that of the response without it."""
+    apply, theta = model(kind)
+    pair = PAIRS[0]
+    rows = []
+    for response in (pair.chosen, pair.rejected):
+        whole = [reference.gradient(apply, theta, pair.prompt, response[:k]) for k in range(1, len(response) + 1)]
+        before = [jax.tree.map(jnp.zeros_like, theta), *whole[:-1]]
+        rows.append([jax.tree.map(jnp.subtract, g, h) for g, h in zip(whole, before, strict=True)])
+    got = kernel_of(apply, theta, padded([pair]))[0]
+    for s in range(2):
+        for t in range(2):
+            expected = np.array([[reference.dot(a, b) for b in rows[t]] for a in rows[s]])
+            close(got[s, : len(rows[s]), t, : len(rows[t])], expected, scale=10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "include"),
+    [
+        ("plain", None),
+        ("tied_layernorm_biases", None),
+        ("rope_mqa_gated_tied", None),
+        ("rope_mqa_gated_tied", ["embedding/*"]),
+        ("rope_mqa_gated_tied", ["layers/mlp/*"]),
+        ("bare_embedding", None),
+    ],
+)
+def test_both_methods_agree(kind, include):
+    apply, theta = model(kind)
+    columns = token_kernel(apply, theta, padded(PAIRS), include, method="columns")
+    close(token_kernel(apply, theta, padded(PAIRS), include, method="ghost"), columns)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_low_precision_stays_close_to_float64(dtype):
+    apply, theta = model("rope_mqa_gated_tied", dtype)
+    exact, _ = model("rope_mqa_gated_tied")
+    expected = token_kernel(exact, jax.tree.map(lambda x: x.astype(jnp.float64), theta), padded(PAIRS))
+    got = token_kernel(apply, theta, padded(PAIRS))
+    assert got.dtype == jnp.float32
+    close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_to_the_pair_kernel(kind):
+    apply, theta = model(kind)
+    tokens = kernel_of(apply, theta, padded(PAIRS)).sum((2, 4))
+    pair = pair_kernel(apply, theta, padded(PAIRS))
+    close((tokens[:, 0, 0], tokens[:, 0, 1], tokens[:, 1, 1]), (pair.sq_chosen, pair.inner, pair.sq_rejected))
+
+
+def test_symmetric_positive_zero_where_padded_and_the_same_when_packed():
+    apply, theta = model("plain")
+    batch = padded(PAIRS)
+    kernel = kernel_of(apply, theta, batch)
+    b, _, r = batch.targets.shape
+    matrix = kernel.reshape(b, 2 * r, 2 * r)
+    close(matrix, matrix.swapaxes(1, 2))
+    assert np.linalg.eigvalsh(matrix).min() > -1e-10 * matrix.max()
+    absent = ~np.asarray(batch.valid).reshape(b, 2 * r)
+    assert not matrix[absent].any()
+    assert matrix[~absent].any(-1).all()
+    close(kernel_of(apply, theta, packed(PAIRS)), kernel, scale=10)
+
+
+def test_columns_alone_are_the_columns_of_the_whole():
+    apply, theta = model("rope_mqa_gated_tied")
+    batch = padded(PAIRS)
+    wanted = jnp.array([[[1, 0], [0, 1]]] * len(PAIRS))
+    columns = token_columns(apply, theta, batch, wanted)
+    whole = kernel_of(apply, theta, batch)
+    close(columns, np.stack([whole[..., 1, 0], whole[..., 0, 1]], 1), scale=10)
+
+
+def test_weights_on_tokens_give_the_kernel_of_weighted_log_probs():
+    apply, theta = model("plain")
+    batch = padded(PAIRS)
+    weights = jnp.asarray(np.random.default_rng(0).uniform(size=batch.targets.shape))
+    got = masked_kernel(token_kernel(apply, theta, batch), weights)
+    for i, pair in enumerate(PAIRS):
+        sides = []
+        for s, response in enumerate((pair.chosen, pair.rejected)):
+            ends = [reference.gradient(apply, theta, pair.prompt, response[:k]) for k in range(1, len(response) + 1)]
+            a = np.append(np.asarray(weights)[i, s, : len(response)], 0.0)
+            # summation by parts: Σ a_k (G_k - G_{k-1}) = Σ (a_k - a_{k+1}) G_k
+            sides.append(jax.tree.map(lambda *g, a=a: sum((a[k] - a[k + 1]) * x for k, x in enumerate(g)), *ends))
+        w, l = sides  # noqa: E741
+        expected = [reference.dot(w, w), reference.dot(w, l), reference.dot(l, l)]
+        close([x[i] for x in (got.sq_chosen, got.inner, got.sq_rejected)], expected)
+
+
+def test_subsets_of_parameters():
+    apply, theta = model("plain")
+    part = np.asarray(token_kernel(apply, theta, padded(PAIRS), ["unembedding/*"])).sum((2, 4))
+    close(part[:, 0, 1], pair_kernel(apply, theta, padded(PAIRS), ["unembedding/*"]).inner)
+
+
+def test_ghosts_need_two_sequences_and_a_transformer():
+    apply, theta = model("plain")
+    with pytest.raises(ValueError, match=r"needs a transformer and a padded batch \(pairs\.padded\)"):
+        token_kernel(apply, theta, packed(PAIRS), method="ghost")
+    with pytest.raises(ValueError, match="use 'columns'"):
+        token_kernel(*model("linear_softmax"), padded(PAIRS), method="ghost")
