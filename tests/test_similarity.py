@@ -1,8 +1,5 @@
 """CHES and its relatives against double loops over the definitions."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +19,7 @@ from simgrad.theory import (
     normalized_edit_distance,
     responses,
 )
+from simgrad.theory.groups import Group, gwhes, nthr
 
 
 @pytest.mark.parametrize("layout", [packed, padded])
@@ -82,26 +80,78 @@ def test_ches_is_the_head_gap_with_unit_error_products():
     assert np.abs(head_gap(result, batch) / ches(result, batch) - 1).min() > 1e-3
 
 
-def test_wide_bfloat16_states_stay_finite_and_accurate():
-    """512 tokens of width 4096: a bfloat16 or float16 sum is inf or percents off; float32 is not."""
-    rows, width = 512, 4096
-    key = jax.random.key(0)
-    states = (jax.random.normal(key, (1, 2, rows, width)) * 8 + 3).astype(jnp.bfloat16)
-    batch = padded([Pair([1], [2] * rows, [3] * rows)])
-    logits = jnp.zeros((1, 2, rows, 4), jnp.float32)
-    result = Responses(jnp.zeros((1, 2, rows), jnp.float32), logits, states, states[:, :, -1])
-    exact = np.asarray(states, np.float64)
-    w, l = exact[0].sum(1)  # noqa: E741
-    for got, value in (
-        (ches(result, batch), w @ l - w @ w),
-        (ln_ches(result, batch), (w @ l - w @ w) / rows**2),
-        (last_hidden_inner(result), exact[0, 0, -1] @ exact[0, 1, -1]),
-        (embedding_cosine(result, batch), w @ l / np.sqrt((w @ w) * (l @ l))),
-    ):
-        assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got[0], value, rtol=1e-3)
-    narrow = dataclasses.replace(result, hidden=states.astype(jnp.float16)).hidden.sum(2)
-    assert not np.isfinite(np.asarray((narrow[:, 0] * narrow[:, 1]).sum(-1), np.float16)).all()
+WIDE, LONG, SMALL = 4096, 512, 32
+
+
+def wide_states(dtype):
+    """One pair of 512-token responses of width 4096: a common mean, noise, four outlier dimensions."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(1, 2, LONG, WIDE)) * 2 + rng.normal(size=WIDE)
+    states[..., [7, 99, 1500, 4000]] *= [20.0, -60.0, 150.0, 90.0]
+    states = jnp.asarray(states, jnp.float32).astype(dtype)
+    logits = jnp.asarray(3 * rng.normal(size=(1, 2, LONG, SMALL)), jnp.float32)
+    batch = padded([Pair([1], *rng.integers(0, SMALL, (2, LONG)).tolist())])
+    return Responses(jnp.zeros((1, 2, LONG), jnp.float32), logits, states, states[:, :, -1]), batch
+
+
+def oracle(result, batch):
+    """Every measure in numpy float64 on the same rounded states, with the size of the terms it subtracts."""
+    (w, l), targets = np.asarray(result.hidden[0], np.float64), np.asarray(batch.targets[0])  # noqa: E741
+    p = np.exp(np.asarray(result.logits[0], np.float64))
+    e, f = np.eye(SMALL)[targets] - p / p.sum(-1, keepdims=True)
+    s, t = w.sum(0), l.sum(0)
+    g_w, g_l = e.T @ w, f.T @ l
+    each = np.einsum("kd,kv,vd->k", l, f, g_w)
+    cross, own = (g_w * g_l).sum(), (g_w * g_w).sum()
+    last = w[-1] @ l[-1]
+    return {
+        "ches": (s @ t - s @ s, s @ t + s @ s),
+        "ln_ches": ((s @ t - s @ s) / LONG**2, (s @ t + s @ s) / LONG**2),
+        "last": (last, abs(last)),
+        "cosine": (s @ t / np.sqrt((s @ s) * (t @ t)), 1.0),
+        "head_gap": (cross - own, abs(cross) + own),
+        "nthr": (each, np.abs(each).max()),
+        "gwhes": (2 * cross - 3 * own, 2 * abs(cross) + 3 * own),
+    }
+
+
+def measure(result, batch):
+    group, correct = (
+        Group(result.hidden[0], result.logits[0], batch.targets[0], batch.valid[0]),
+        jnp.array([True, False]),
+    )
+    return {
+        "ches": ches(result, batch)[0],
+        "ln_ches": ln_ches(result, batch)[0],
+        "last": last_hidden_inner(result)[0],
+        "cosine": embedding_cosine(result, batch)[0],
+        "head_gap": head_gap(result, batch)[0],
+        "nthr": nthr(group, correct)[1],
+        "gwhes": gwhes(group, correct, jnp.array([3.0, -2.0], jnp.float32))[0],
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_wide_half_precision_states_stay_finite_and_accurate(dtype):
+    """To 1e-3 of the value, although CHES subtracts terms 300 times as large; to 1e-5 of those terms."""
+    result, batch = wide_states(dtype)
+    got = measure(result, batch)
+    for name, (value, size) in oracle(result, batch).items():
+        assert got[name].dtype == jnp.float32, name
+        assert np.isfinite(got[name]).all(), name
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-5 * size, err_msg=name)
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-3 * np.abs(value).max(), err_msg=name)
+
+
+def test_narrow_sums_are_neither_finite_nor_accurate():
+    """What the test above guards against: float16 sums overflow, bfloat16 sums are off by far more than 1e-3."""
+    for dtype, finite in (("float16", False), ("bfloat16", True)):
+        result, batch = wide_states(dtype)
+        w, l = np.asarray(result.hidden[0]).sum(1, dtype=result.hidden.dtype)  # noqa: E741
+        with np.errstate(over="ignore", invalid="ignore"):
+            naive = (w * (l - w)).sum(dtype=w.dtype)
+        assert np.isfinite(naive) == finite
+        assert not np.isclose(float(naive), oracle(result, batch)["ches"][0], rtol=1e-2)
 
 
 @given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
