@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+from helpers import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simgrad import objectives
 from simgrad.objectives import Coefficients
-from simgrad.theory import PairKernel, Regime, band, regime
+from simgrad.theory import PairKernel, Regime, band, compare_objectives, first_order, ideal_range, regime
 
 RNG = np.random.default_rng(1)
 
@@ -79,9 +81,50 @@ def test_band_is_the_ideal_regime(norm_w, norm_l, cosine, d_w, d_l):
     assert int(regime(kernel, calibrated)[0]) == Regime.IDEAL
 
 
-def test_band_says_nothing_for_negative_coefficients():
-    kernel, w, _ = random_geometry(5)
-    one = jnp.ones(len(w))
-    b = band(kernel, Coefficients(-one, one))
-    assert np.isnan(b.log_ratio).all()
-    assert not b.inside.any()
+def test_angular_band_is_the_ideal_regime_for_any_signs():
+    kernel, w, _ = random_geometry(5000)
+    d = Coefficients(*(jnp.asarray(RNG.normal(size=len(w))) for _ in range(2)))
+    b = band(kernel, d)
+    clear = np.abs(np.abs(b.angle) - b.half_angle) > 1e-9
+    np.testing.assert_array_equal(np.asarray(b.inside)[clear], np.asarray(regime(kernel, d) == Regime.IDEAL)[clear])
+    negative = np.asarray((d.chosen < 0) | (d.rejected < 0))
+    assert np.isnan(np.asarray(b.log_ratio)[negative]).all()
+    assert np.asarray(b.inside)[negative].any()  # a push on the chosen or a pull on the rejected can still be ideal
+    assert (np.asarray(kernel.cosine)[negative & np.asarray(b.inside)] < 0).all()
+
+
+def test_no_movement_counts_as_ideal_in_band_and_regime():
+    kernel, w, _ = random_geometry(50)
+    zero = Coefficients(jnp.zeros(len(w)), jnp.zeros(len(w)))
+    assert band(kernel, zero).inside.all()
+    np.testing.assert_array_equal(regime(kernel, zero), Regime.IDEAL)
+
+
+def test_ideal_range_is_where_the_regime_is_ideal():
+    kernel, w, _ = random_geometry(3000)
+    r = jnp.asarray(RNG.normal(size=len(w)) * 3)
+    bounds = ideal_range(kernel)
+    assert (bounds.lower <= bounds.upper).all()
+    for sign, inside in ((1.0, (r >= bounds.lower) & (r <= bounds.upper)), (-1.0, r <= bounds.negative)):
+        d_l = sign * jnp.ones_like(r)
+        ideal = regime(kernel, Coefficients(r * d_l, d_l)) == Regime.IDEAL
+        np.testing.assert_array_equal(ideal, inside)
+        assert ideal.any()
+        assert not ideal.all()
+
+
+def test_objectives_inside_depend_on_the_geometry():
+    """One kernel, several objectives: each one's ratio d_w/d_l against the pair's range."""
+    kernel, w, _ = random_geometry(400)
+    lengths = jnp.asarray(RNG.integers(1, 9, size=(len(w), 2)))
+    logp = -jnp.asarray(RNG.uniform(1, 30, size=(len(w), 2)))
+    candidates = [objectives.get(name) for name in ("dpo", "ipo", "simpo")]
+    fates = compare_objectives(kernel, logp, logp, lengths, candidates)
+    bounds = ideal_range(kernel)
+    ratio = {"dpo": 1.0, "ipo": 1.0, "simpo": lengths[:, 1] / lengths[:, 0]}
+    for objective, fate in fates.items():
+        inside = (ratio[objective.name] >= bounds.lower) & (ratio[objective.name] <= bounds.upper)
+        np.testing.assert_array_equal(fate.regime == Regime.IDEAL, inside)
+        close(fate.change.chosen, first_order(kernel, fate.coefficients).chosen)
+    assert (fates[candidates[0]].regime == fates[candidates[1]].regime).all()
+    assert (fates[candidates[0]].regime != fates[candidates[2]].regime).any()

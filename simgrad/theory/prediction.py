@@ -1,16 +1,27 @@
-"""What one gradient step does to the log-probs of both responses."""
+"""What one step does to the log-probs of any response, to first and to second order.
+
+A step θ → θ + v changes u = log π(y|x) by ⟨∇u, v⟩ + ½ vᵀ∇²u v + O(‖v‖³), for the responses that are
+trained on and for any other (a paraphrase, a harmful answer) alike. v may be a pair's own gradient, a
+batch's, or whatever an optax optimizer makes of it (:mod:`simgrad.theory.steps`).
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
+from simgrad.models import Apply
 from simgrad.objectives import Coefficients
+from simgrad.pairs import Batch
 from simgrad.theory.gram import PairKernel
-from simgrad.typing import Array, Float
+from simgrad.theory.likelihood import log_probs
+from simgrad.typing import Array, Float, Theta
 
-__all__ = ["Change", "first_order"]
+__all__ = ["Change", "StepChange", "displacement", "first_order", "own_steps"]
 
 
 @jax.tree_util.register_dataclass
@@ -46,3 +57,111 @@ def first_order(
         learning_rate * (d_w * kernel.sq_chosen - d_l * kernel.inner),
         learning_rate * (d_w * kernel.inner - d_l * kernel.sq_rejected),
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepChange:
+    """Terms of Δlog π along a step v, in nats; the axis of length 2 is (chosen, rejected).
+
+    Attributes:
+        first: ⟨∇u, v⟩.
+        second: ½ vᵀ∇²u v.
+    """
+
+    first: Float[Array, "*pairs 2"]
+    second: Float[Array, "*pairs 2"]
+
+    @property
+    def total(self) -> Float[Array, "*pairs 2"]:
+        """Prediction to second order; its remainder is of third order in the step."""
+        return self.first + self.second
+
+    def scaled(self, factor: float | Float[Array, ""]) -> StepChange:
+        """Terms of the step ``factor`` · v."""
+        return StepChange(factor * self.first, factor**2 * self.second)
+
+    @property
+    def trust_radius(self) -> Float[Array, "*pairs 2"]:
+        """η* = |first| / |second|: the factor on v at which both terms are equal in size.
+
+        Beyond it a first-order statement about the response means nothing. Infinite where the second
+        order vanishes.
+        """
+        flat = self.second == 0
+        return jnp.where(flat, jnp.inf, jnp.abs(self.first) / jnp.abs(jnp.where(flat, 1.0, self.second)))
+
+
+def _terms(logp: Callable[[Theta], Array], trained: Theta, step: Theta) -> StepChange:
+    def rate(point: Theta) -> Array:
+        return jax.jvp(logp, (point,), (step,))[1]
+
+    first, bend = jax.jvp(rate, (trained,), (step,))
+    return StepChange(first, bend / 2)
+
+
+def displacement(
+    apply: Apply, theta: Theta, batch: Batch, step: Theta, include: Sequence[str] | None = None
+) -> StepChange:
+    """Δlog π of both responses of every pair along a parameter step, to second order.
+
+    Two nested forward derivatives, about three forward passes in time and memory; the first-order part
+    is the directional score ⟨∇log π(y), v⟩.
+
+    Args:
+        apply: the model.
+        theta: its parameters.
+        batch: the responses to follow, trained on or not.
+        step: v, a tree like the trained parameters (None elsewhere), for example of
+            :func:`simgrad.theory.optimizer_step`.
+        include: the selection of trained parameters that ``step`` was made with.
+
+    Source: second-order term derived here; first-order as in :func:`first_order`.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import ModelConfig, create
+    >>> from simgrad.pairs import Pair, padded
+    >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
+    >>> nowhere = jax.tree.map(jnp.zeros_like, theta)
+    >>> displacement(apply, theta, padded([Pair([1, 2], [3], [4, 5])]), nowhere).total.tolist()
+    [[0.0, 0.0]]
+    """
+    return _displacement(apply, theta, batch, step, None if include is None else tuple(include))
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "include"))
+def _displacement(apply: Apply, theta: Theta, batch: Batch, step: Theta, include: tuple[str, ...] | None) -> StepChange:
+    return _terms(*log_probs(apply, theta, batch, include), step)
+
+
+def own_steps(
+    apply: Apply, theta: Theta, batch: Batch, coefficients: Coefficients, include: Sequence[str] | None = None
+) -> StepChange:
+    """Each pair trained alone by SGD with η = 1: v = d_w g_w - d_l g_l, both orders.
+
+    ``.first`` is :func:`first_order`, ``.trust_radius`` the learning rate up to which the pair's regime
+    can be believed, ``.scaled(η).total`` the second-order prediction.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import ModelConfig, create
+    >>> from simgrad.pairs import Pair, padded
+    >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
+    >>> one = jnp.ones(1)
+    >>> own_steps(apply, theta, padded([Pair([1, 2], [3], [4, 5])]), Coefficients(one, one)).trust_radius.shape
+    (1, 2)
+    """
+    return _own_steps(apply, theta, batch, coefficients, None if include is None else tuple(include))
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "include"))
+def _own_steps(
+    apply: Apply, theta: Theta, batch: Batch, coefficients: Coefficients, include: tuple[str, ...] | None
+) -> StepChange:
+    def one(item: tuple[Batch, Coefficients]) -> StepChange:
+        pair, d = item
+        logp, trained = log_probs(apply, theta, jax.tree.map(lambda x: x[None], pair), include)
+        value, pullback = jax.vjp(logp, trained)
+        (step,) = pullback(jnp.stack([d.chosen, -d.rejected])[None].astype(value.dtype))
+        return jax.tree.map(lambda x: x[0], _terms(logp, trained, step))
+
+    return jax.lax.map(one, (batch, coefficients))

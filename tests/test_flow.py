@@ -1,0 +1,159 @@
+"""Kernel flow and linearised runs against plain recursions and against training itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import PAIRS, close, model
+
+from simgrad import tree
+from simgrad.objectives import DPO, IPO
+from simgrad.pairs import Pair, padded
+from simgrad.theory import entanglement_kernel, kernel_flow, linearized_run, loss_gradient, responses
+from simgrad.theory.steps import updated
+
+PROBES = [Pair([1, 5, 3], [9, 9], [7, 2, 3])]
+ORDER = jnp.array([[0, 1], [2, 3], [1, 3], [0, 2], [3, 0]])
+
+
+def setting(kind="plain"):
+    apply, theta = model(kind)
+    batch = padded(PAIRS)
+    start = responses(apply, theta, batch).logp
+    return apply, theta, batch, start, start - jnp.array([[0.3, -0.2]])
+
+
+def train(apply, theta, batch, objective, optimizer, order, reference):
+    """The run itself, one optax step after another on real gradients."""
+    trained, rest = tree.partition(theta, None, apply.frozen)
+    state, path = optimizer.init(trained), []
+    for chosen in order:
+        some = jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
+        gradient = loss_gradient(apply, tree.combine(trained, rest), some, objective, reference[chosen])
+        update, state = updated(optimizer, gradient, state, trained)
+        trained = jax.tree.map(jnp.add, trained, update)
+        path.append(responses(apply, tree.combine(trained, rest), batch).logp)
+    return np.stack(path), trained
+
+
+def test_flow_of_gradient_descent_is_the_recursion_in_the_log_probs():
+    """u ← u + η K c(u) with DPO's c written out in numpy, for minibatches."""
+    apply, theta, batch, start, reference = setting()
+    kernel = entanglement_kernel(apply, theta, batch)
+    flow = kernel_flow(kernel, start, batch.lengths, DPO(beta=0.5), optax.sgd(1e-3), 5, reference, ORDER)
+    u, ref = np.asarray(start).copy(), np.asarray(reference)
+    for t, chosen in enumerate(np.asarray(ORDER)):
+        c = np.zeros_like(u)
+        for i in chosen:
+            margin = (u[i, 0] - ref[i, 0]) - (u[i, 1] - ref[i, 1])
+            c[i] = 0.5 / (1 + np.exp(0.5 * margin)) * np.array([1, -1]) / len(chosen)
+        u = u + 1e-3 * (np.asarray(kernel) @ c.reshape(-1)).reshape(u.shape)
+        close(flow.logp[t + 1], u)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(1e-3),
+        optax.sgd(1e-3, momentum=0.9, nesterov=True),
+        optax.sgd(optax.cosine_decay_schedule(2e-3, 5)),
+    ],
+    ids=["sgd", "nesterov", "schedule"],
+)
+@pytest.mark.parametrize("kind", ["plain", "linear_softmax"])
+def test_linear_optimizers_give_the_same_run_in_log_probs_and_in_parameters(kind, optimizer):
+    apply, theta, batch, start, reference = setting(kind)
+    kernel = entanglement_kernel(apply, theta, batch)
+    probes = PROBES if kind == "plain" else [Pair(p.prompt, p.rejected, p.chosen) for p in PAIRS[:1]]
+    rows = entanglement_kernel(apply, theta, padded(probes), batch)
+    flow = kernel_flow(kernel, start, batch.lengths, IPO(), optimizer, 5, reference, ORDER, rows)
+    run = linearized_run(apply, theta, batch, IPO(), optimizer, 5, reference, ORDER, probes=padded(probes), record=1)
+    close(flow.logp, run.logp)
+    close(flow.probes.reshape(6, -1, 2), run.probes - run.probes[:1], scale=100)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(1e-3),
+        optax.rmsprop(1e-4),
+        optax.chain(
+            optax.clip_by_global_norm(0.1),
+            optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 5), weight_decay=0.1),
+        ),
+    ],
+    ids=["adam", "rmsprop", "clip_adamw_schedule"],
+)
+def test_refreshed_at_every_step_it_is_training_itself(optimizer):
+    apply, theta, batch, start, reference = setting()
+    expected, trained = train(apply, theta, batch, DPO(), optimizer, ORDER, reference)
+    run = linearized_run(apply, theta, batch, DPO(), optimizer, 5, reference, ORDER, refresh=1, read="ray", record=1)
+    close(run.logp[1:], expected)
+    close(run.trained, trained)
+    close(run.logp[0], start)
+
+
+def test_error_of_a_frozen_run_is_of_second_order_and_refreshing_reduces_it():
+    apply, theta, batch, _start, reference = setting()
+    rates = np.geomspace(1e-5, 1e-3, 3)
+    frozen, once = [], []
+    for rate in rates:
+        optimizer = optax.sgd(float(rate), momentum=0.5)
+        actual, _ = train(apply, theta, batch, DPO(), optimizer, ORDER, reference)
+        for refresh, errors in ((None, frozen), (3, once)):
+            run = linearized_run(apply, theta, batch, DPO(), optimizer, 5, reference, ORDER, refresh=refresh)
+            errors.append(np.abs(run.logp[-1] - actual[-1]).max())
+    assert np.polyfit(np.log(rates), np.log(frozen), 1)[0] == pytest.approx(2.0, abs=0.05)
+    assert (np.array(once) < 0.7 * np.array(frozen)).all()
+
+
+def test_own_pair_kernels_mispredict_a_joint_run():
+    """Dropping the entries between pairs leaves an error of first order."""
+    apply, theta, batch, start, reference = setting()
+    kernel = entanglement_kernel(apply, theta, batch)
+    own = kernel * jnp.kron(jnp.eye(4), jnp.ones((2, 2)))
+    rates = np.geomspace(1e-6, 1e-4, 3)
+    errors = {"whole": [], "own": []}
+    for rate in rates:
+        actual, _ = train(apply, theta, batch, DPO(), optax.sgd(float(rate)), ORDER[:2], reference)
+        for name, k in (("whole", kernel), ("own", own)):
+            flow = kernel_flow(k, start, batch.lengths, DPO(), optax.sgd(float(rate)), 2, reference, ORDER[:2])
+            errors[name].append(np.abs(flow.logp[-1] - actual[-1]).max())
+    assert np.polyfit(np.log(rates), np.log(errors["whole"]), 1)[0] == pytest.approx(2.0, abs=0.05)
+    assert np.polyfit(np.log(rates), np.log(errors["own"]), 1)[0] == pytest.approx(1.0, abs=0.05)
+
+
+def test_ray_reads_log_probs_at_the_predicted_parameters():
+    apply, theta, batch, _start, reference = setting()
+    run = linearized_run(apply, theta, batch, DPO(), optax.adam(1e-2), 5, reference, read="ray")
+    close(run.logp[-1], responses(apply, run.trained, batch).logp)
+    linear = linearized_run(apply, theta, batch, DPO(), optax.adam(1e-2), 5, reference)
+    close(linear.trained, run.trained)
+    assert np.abs(linear.logp[-1] - run.logp[-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(1e-3),
+        optax.rmsprop(1e-3),
+        optax.adamw(1e-3),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)),
+    ],
+    ids=["adam", "rmsprop", "adamw", "clip", "decay"],
+)
+def test_kernel_flow_refuses_what_is_not_linear_in_the_gradient(optimizer):
+    with pytest.raises(ValueError, match="use linearized_run"):
+        kernel_flow(jnp.eye(2), jnp.zeros((1, 2)), jnp.ones((1, 2), int), DPO(), optimizer, 1)
+
+
+def test_bad_orders_and_counts_are_refused_by_name():
+    apply, theta, batch, *_ = setting()
+    with pytest.raises(ValueError, match=r"order names pair 4, but there are 4 pairs"):
+        linearized_run(apply, theta, batch, DPO(), optax.sgd(0.1), 1, order=jnp.array([[4]]))
+    with pytest.raises(ValueError, match=r"order has 5 rows, one a step, but steps=4"):
+        linearized_run(apply, theta, batch, DPO(), optax.sgd(0.1), 4, order=ORDER)
+    with pytest.raises(ValueError, match=r"refresh must be at least 1, got 0"):
+        linearized_run(apply, theta, batch, DPO(), optax.sgd(0.1), 4, refresh=0)

@@ -1,0 +1,125 @@
+"""Second-order predictions and trust radii, for any optimizer's step and for responses not trained on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import PAIRS, close, model
+
+from simgrad.objectives import DPO, Coefficients
+from simgrad.pairs import Pair, padded
+from simgrad.theory import displacement, first_order, optimizer_step, own_steps, pair_kernel, responses
+
+PROBES = [Pair([1, 5, 3], [9, 9], [7, 2, 3]), Pair([2], [11, 4], [1])]
+FACTORS = np.geomspace(1e-3, 1e-1, 5)
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(1e-2),
+    "momentum": optax.sgd(1e-2, momentum=0.9),
+    "rmsprop": optax.rmsprop(1e-3),
+    "adam": optax.adam(1e-3),
+    "clipped": optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(1.0)),
+    "decayed": optax.adamw(1e-3, weight_decay=0.1),
+    "scheduled": optax.adam(optax.warmup_cosine_decay_schedule(1e-4, 1e-3, 3, 10)),
+}
+
+
+@functools.cache
+def after_two_steps(name, kind="plain"):
+    """Parameters, optimizer state and reference in the middle of a run, and the next step."""
+    apply, theta = model(kind)
+    batch = padded(PAIRS)
+    reference = responses(apply, theta, batch).logp - jnp.array([[0.3, -0.2]])
+    state = None
+    for _ in range(2):
+        step = optimizer_step(apply, theta, batch, DPO(), OPTIMIZERS[name], state, reference)
+        state, theta = step.state, optax.apply_updates(theta, step.direction)
+    return apply, theta, optimizer_step(apply, theta, batch, DPO(), OPTIMIZERS[name], state, reference).direction
+
+
+def slopes(apply, theta, batch, direction, terms):
+    """Order of |measured - predicted| in the size of the step, for each response."""
+
+    @jax.jit
+    def moved(factor):
+        return responses(apply, jax.tree.map(lambda t, d: t + factor * d, theta, direction), batch).logp
+
+    start, change = responses(apply, theta, batch).logp, displacement(apply, theta, batch, direction)
+    # unit: a step that moves the responses by about one nat
+    unit = 1.0 / float(jnp.abs(change.first).mean())
+    miss = [np.abs(moved(f * unit) - start - getattr(change.scaled(f * unit), terms)).reshape(-1) for f in FACTORS]
+    return np.polyfit(np.log(FACTORS), np.log(np.array(miss)), 1)[0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_order_of_the_remainder_is_three_for_every_optimizer(name):
+    apply, theta, direction = after_two_steps(name)
+    np.testing.assert_allclose(np.median(slopes(apply, theta, padded(PAIRS), direction, "total")), 3.0, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rope_mqa_gated_tied", "unconstrained_features"])
+def test_order_of_the_remainder_is_two_without_the_second_term(kind):
+    apply, theta, direction = after_two_steps("sgd", kind)
+    np.testing.assert_allclose(np.median(slopes(apply, theta, padded(PAIRS), direction, "first")), 2.0, atol=0.1)
+    np.testing.assert_allclose(np.median(slopes(apply, theta, padded(PAIRS), direction, "total")), 3.0, atol=0.1)
+
+
+def test_probes_that_nobody_trains_on_are_predicted_alike():
+    apply, theta, direction = after_two_steps("adam")
+    np.testing.assert_allclose(np.median(slopes(apply, theta, padded(PROBES), direction, "total")), 3.0, atol=0.1)
+    assert (jnp.abs(displacement(apply, theta, padded(PROBES), direction).first) > 0).all()
+
+
+def test_own_steps_are_first_order_plus_half_the_curvature_along_the_pairs_gradient():
+    apply, theta = model("plain")
+    batch = padded(PAIRS)
+    d = Coefficients(*jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, size=(2, len(PAIRS)))))
+    change = own_steps(apply, theta, batch, d)
+    first = first_order(pair_kernel(apply, theta, batch), d)
+    close(change.first, jnp.stack([first.chosen, first.rejected], -1))
+    for i, pair in enumerate(PAIRS):
+        one = padded([pair])
+        w, l = (  # noqa: E741
+            jax.grad(lambda t, s=s, one=one: responses(apply, t, one).logp[0, s])(theta) for s in range(2)
+        )
+        v = jax.tree.map(lambda a, b, i=i: d.chosen[i] * a - d.rejected[i] * b, w, l)
+
+        def moved(h, v=v, one=one):
+            return np.asarray(responses(apply, jax.tree.map(lambda t, x: t + h * x, theta, v), one).logp[0])
+
+        h = 1e-4  # central second difference
+        np.testing.assert_allclose(change.second[i], (moved(h) - 2 * moved(0.0) + moved(-h)) / h**2 / 2, rtol=1e-3)
+
+
+def test_at_the_trust_radius_both_terms_are_equal_and_beyond_it_the_sign_is_lost():
+    apply, theta = model("plain")
+    one = jnp.ones(len(PAIRS))
+    change = own_steps(apply, theta, padded(PAIRS), Coefficients(one, one))
+    radius = change.trust_radius
+    for i in range(len(PAIRS)):
+        for side in range(2):
+            at = change.scaled(float(radius[i, side]))
+            np.testing.assert_allclose(abs(at.first[i, side]), abs(at.second[i, side]), rtol=1e-10)
+            beyond = change.scaled(1.01 * float(radius[i, side]))
+            against = np.sign(beyond.first[i, side]) != np.sign(beyond.second[i, side])
+            flipped = np.sign(beyond.total[i, side]) != np.sign(beyond.first[i, side])
+            assert flipped == against
+    flat = dataclasses.replace(change, second=jnp.zeros_like(change.second))
+    assert np.isinf(flat.trust_radius).all()
+
+
+def test_subsets_move_only_what_they_select():
+    apply, theta = model("plain")
+    batch, include = padded(PAIRS), ["layers/mlp/*"]
+    step = optimizer_step(apply, theta, batch, DPO(), optax.sgd(0.1), include=include)
+    assert len(jax.tree.leaves(step.direction)) == len(jax.tree.leaves(theta["layers"]["mlp"]))
+    whole = jax.tree.map(
+        lambda t, d: jnp.zeros_like(t) if d is None else d, theta, step.direction, is_leaf=lambda x: x is None
+    )
+    close(
+        displacement(apply, theta, batch, step.direction, include).total, displacement(apply, theta, batch, whole).total
+    )
