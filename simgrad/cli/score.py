@@ -31,11 +31,13 @@ class Score:
     max_length: int | None = None
     """Longest prompt + response in tokens; responses are cut at the end (default: the model's limit)."""
     objective: str = "dpo"
-    """Preference objective, at the start of training (the policy is its own reference)."""
+    """Preference objective, at the start of training (the policy is its own reference); see `simgrad objectives`."""
     beta: float | None = None
     """The objective's β (default: its own)."""
     gamma: float | None = None
     """The objective's γ, where it has one."""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
+    """Its other hyperparameters, as in --set alpha=0.25; `simgrad objectives NAME` lists them."""
     learning_rate: Annotated[float | None, tyro.conf.arg(name="lr")] = None
     """Learning rate η of the predicted SGD step (default: predictions are per unit learning rate)."""
     gradients: bool = True
@@ -62,7 +64,7 @@ class Score:
             from simgrad import objectives
             from simgrad.bridge import load, read_rows, score
 
-            given = {"beta": self.beta, "gamma": self.gamma}
+            given = {"beta": self.beta, "gamma": self.gamma, **dict(map(_setting, self.settings))}
             objective = objectives.get(self.objective, **{k: v for k, v in given.items() if v is not None})
             rows = read_rows(self.data, self.limit, self.split)
             policy = load(self.model, self.dtype, self.revision)
@@ -80,3 +82,13 @@ class Score:
             )
         summary(Console(), table, self.out, self.worst)
         return 0 if len(table) else 1
+
+
+def _setting(text: str) -> tuple[str, float | str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
