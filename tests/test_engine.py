@@ -113,6 +113,12 @@ def test_batching_and_gradients_do_not_change_the_numbers(policy, table):
             close(forward[name], table[name])
 
 
+def test_objectives_that_couple_pairs_see_each_pair_alone(policy):
+    """TRL's SFT term divides by the tokens of the batch; scores must not depend on how pairs were batched."""
+    coupled, plain = (simgrad.score(policy, ROWS, objective=name, gradients=False) for name in ("trl:sft", "sft"))
+    np.testing.assert_allclose(coupled["d_chosen"] * coupled["n_chosen"], plain["d_chosen"], rtol=1e-6)
+
+
 def test_limit_and_pairs_from_python(policy, table):
     pairs = encode(ROWS, policy.tokenizer).pairs
     bare = Policy(policy.apply, policy.theta, policy.config)

@@ -20,7 +20,7 @@ from simgrad.bridge.preferences import Encoded, Skipped, encode, outside, read_r
 from simgrad.bridge.provenance import provenance
 from simgrad.bridge.table import ScoreTable
 from simgrad.models import Apply
-from simgrad.objectives import Objective
+from simgrad.objectives import Coefficients, Objective
 from simgrad.pairs import Batch, Pair, packed, padded
 from simgrad.theory import (
     Regime,
@@ -70,7 +70,7 @@ def score(
     edit_distance             :func:`simgrad.theory.normalized_edit_distance`, of tokens
     embedding_cosine          :func:`simgrad.theory.embedding_cosine`
     head_gap                  :func:`simgrad.theory.head_gap`
-    d_chosen, d_rejected      the objective's d_w, d_l, with the policy as its own reference
+    d_chosen, d_rejected      the objective's d_w, d_l for the pair alone, the policy its own reference
     grad_inner, grad_cosine   ⟨g_w, g_l⟩ and its cosine
     grad_sq_chosen, ...       ‖g_w‖², ‖g_l‖²
     predicted_dlogp_...       first-order Δlog π after one SGD step on the pair alone, per unit
@@ -102,14 +102,9 @@ def score(
     Raises:
         PreferenceDataError: data that cannot be read, with file, line or row.
         RunMismatchError: ``out`` holds, or is being written by, a run with other arguments.
-        ValueError: ``max_length`` beyond the model's; unknown objective, or one that couples pairs.
+        ValueError: ``max_length`` beyond the model's; unknown objective.
     """
     objective = objectives.get(objective) if isinstance(objective, str) else objective
-    if objectives.batch_coupled(objective):
-        raise ValueError(
-            f"{objective!r} couples the pairs of a batch, so a pair has no d_w, d_l of its own: score with an objective "
-            "of single pairs, or predict a whole batch with simgrad.theory.optimizer_step"
-        )
     encoded = _encoded(policy, pairs, max_length, limit, split)
     run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens)
     if out is not None and Path(out).exists():
@@ -270,12 +265,13 @@ def score_batch(
         kernel, result = kernel_and_responses(apply, theta, batch)
     else:
         kernel, result = None, responses(apply, theta, batch)
-    chosen, rejected = result.logp[:, 0], result.logp[:, 1]
-    lengths = batch.lengths
-    coefficients = objective.coefficients(chosen, rejected, chosen, rejected, lengths[:, 0], lengths[:, 1])
+    # one pair at a time, so that objectives which couple pairs see the batch that the columns speak of
+    alone = jax.vmap(lambda logp, lengths: objective.signed_coefficients(logp[None], logp[None], lengths[None])[0])
+    pull = alone(result.logp, batch.lengths)
+    coefficients = Coefficients(pull[:, 0], -pull[:, 1])
     columns = {
-        "logp_chosen": chosen,
-        "logp_rejected": rejected,
+        "logp_chosen": result.logp[:, 0],
+        "logp_rejected": result.logp[:, 1],
         **_similarities(result, batch),
         "d_chosen": coefficients.chosen,
         "d_rejected": coefficients.rejected,
