@@ -157,3 +157,9 @@ def test_bad_orders_and_counts_are_refused_by_name():
         linearized_run(apply, theta, batch, DPO(), optax.sgd(0.1), 4, order=ORDER)
     with pytest.raises(ValueError, match=r"refresh must be at least 1, got 0"):
         linearized_run(apply, theta, batch, DPO(), optax.sgd(0.1), 4, refresh=0)
+
+
+def test_half_precision_parameters_are_refused():
+    apply, theta = model("plain", "bfloat16")
+    with pytest.raises(ValueError, match="parameters are bfloat16: small steps would be rounded away"):
+        linearized_run(apply, theta, padded(PAIRS), DPO(), optax.sgd(0.1), 1)

@@ -14,9 +14,11 @@ __all__ = ["Objectives"]
 class Objectives:
     """List the preference objectives: loss, d_w/d_l, when d_w < 0, source.
 
-    d_w is the pull of the loss on the log-prob of the chosen response, d_l its push on that of the rejected. Where
-    d_w < 0 the loss itself pushes the chosen response down, before gradients are entangled. Names are for
-    `simgrad score --objective`, which also takes TRL's loss types, as in trl:ipo or trl:cpo/simpo.
+    d_w pulls the log-prob of the chosen response up, d_l pushes the rejected down.
+
+    Where d_w < 0 the loss itself pushes the chosen down, before any entanglement.
+
+    Use the names in `simgrad score --objective`; TRL's go as trl:ipo, trl:cpo/simpo.
     """
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()

@@ -143,9 +143,9 @@ class AlphaPO(Composed):
 
 @dataclass(frozen=True)
 class GateDPO(Composed):
-    """DPO with a gate on the rejected response's gradient; see :class:`Gated`, whose form and defaults are ours.
+    """DPO with a gate on the rejected response's gradient; the gate's form and defaults are ours.
 
-    d_w = β σ(-β m), d_l = g d_w with g = σ((μ_l - τ)/T).
+    See :class:`Gated`. d_w = β σ(-β m), d_l = g d_w with g = σ((μ_l - τ)/T).
     """
 
     name: ClassVar[str] = "gate_dpo"

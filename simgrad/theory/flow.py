@@ -217,7 +217,8 @@ def linearized_run(
         record: steps between two records (None: start and end only).
 
     Raises:
-        ValueError: counts below one; ``order`` as in :func:`kernel_flow`.
+        ValueError: counts below one; parameters in less than float32, where small steps are rounded
+            away; ``order`` as in :func:`kernel_flow`.
 
     >>> import optax
     >>> from simgrad.models import ModelConfig, create
@@ -238,6 +239,8 @@ def linearized_run(
     include = None if include is None else tuple(include)
     observed = [batch] if probes is None else [batch, probes]
     anchor, rest = tree.partition(theta, include, apply.frozen)
+    if narrow := [str(x.dtype) for x in jax.tree.leaves(anchor) if x.dtype.itemsize < 4]:
+        raise ValueError(f"parameters are {narrow[0]}: small steps would be rounded away; convert theta to float32")
     delta, state = jax.tree.map(jnp.zeros_like, anchor), optimizer.init(anchor)
     see = functools.partial(_observe, apply, include=include, read=read)
 
