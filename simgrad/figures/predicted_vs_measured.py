@@ -12,12 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad import objectives, tree
+from simgrad import objectives
 from simgrad.figures.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.models import Apply, ModelConfig, create, linear_softmax, unconstrained_features
-from simgrad.objectives import Objective
+from simgrad.objectives import Coefficients, Objective
 from simgrad.pairs import Batch, Pair, padded
-from simgrad.theory import first_order, pair_kernel, responses
+from simgrad.theory import first_order, log_probs, loss_gradient, pair_kernel
 from simgrad.typing import Array, Float, Theta
 
 __all__ = ["CAPTION", "Config", "Result", "compute", "plot"]
@@ -87,27 +87,15 @@ def _models(config: Config, pairs: list[Pair]) -> dict[str, tuple[Apply, Theta]]
 
 def _steps(apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates: Array) -> tuple[Array, Array]:
     """Predicted and measured change of one pair at every rate: arrays (E, 2)."""
-    trained, rest = tree.partition(theta, exclude=apply.frozen)
-
-    def logp(trained: Theta) -> Array:
-        return responses(apply, tree.combine(trained, rest), batch).logp
-
-    reference = logp(trained)
-    lengths = batch.lengths
-
-    def loss(trained: Theta) -> Array:
-        now = logp(trained)
-        columns = (now[:, 0], now[:, 1], reference[:, 0], reference[:, 1], lengths[:, 0], lengths[:, 1])
-        return objective.loss(*columns).sum()
-
-    gradient = jax.grad(loss)(trained)
-    w, l = reference[:, 0], reference[:, 1]  # noqa: E741
-    coefficients = objective.coefficients(w, l, w, l, lengths[:, 0], lengths[:, 1])
-    change = first_order(pair_kernel(apply, theta, batch), coefficients)
+    logp, trained = log_probs(apply, theta, batch)
+    start = logp(trained)
+    pull = objective.signed_coefficients(start, start, batch.lengths)
+    change = first_order(pair_kernel(apply, theta, batch), Coefficients(pull[:, 0], -pull[:, 1]))
     predicted = rates[:, None] * jnp.concatenate([change.chosen, change.rejected])[None]
+    gradient = loss_gradient(apply, theta, batch, objective)
 
     def measure(rate: Array) -> Array:
-        return (logp(jax.tree.map(lambda t, g: t - rate * g, trained, gradient)) - reference)[0]
+        return (logp(jax.tree.map(lambda t, g: t - rate * g, trained, gradient)) - start)[0]
 
     return predicted, jax.lax.map(measure, rates)
 

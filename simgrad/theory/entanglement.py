@@ -33,8 +33,8 @@ class KernelPlan:
 
     Attributes:
         chunk: pairs whose gradients are held at once, on each of the two sides of a block.
-        bytes: held by Jacobian rows at the peak (two chunks, two responses a pair); activations of
-            one pair and the result itself come on top.
+        bytes: held by Jacobian rows at the peak (two chunks, two responses a pair). On top come one pair's
+            activations and gradients, working copies of the rows of one parameter leaf, and the result.
         gradients: response gradients taken in all; 2 B when everything fits at once.
     """
 
@@ -197,18 +197,18 @@ def _mirrored(rows: list[list[dict[str, np.ndarray]]]) -> list[list[dict[str, np
     return [[block(i, j) for j in range(len(rows))] for i in range(len(rows))]
 
 
-@jax.jit
 def _products(a: Theta, b: Theta, scale: Theta | None) -> dict[str, Array]:
+    """Inner products of all rows by leaf, one compiled call a leaf so that working copies stay those of one."""
+    scales = [None] * len(jax.tree.leaves(a)) if scale is None else jax.tree.leaves(scale)
+    leaves = zip(tree.names(a), jax.tree.leaves(a), jax.tree.leaves(b), scales, strict=True)
+    return {path: _product(x, y, p, path.startswith("layers/")) for path, x, y, p in leaves}
+
+
+@functools.partial(jax.jit, static_argnames="layered")
+def _product(x: Array, y: Array, scale: Array | None, layered: bool) -> Array:
     if scale is not None:
-        a = jax.tree.map(lambda x, p: x * tree.widen(p)[None], a, scale)
-    paths = tree.names(a)
-    return {
-        path: _product(path, x, y) for path, x, y in zip(paths, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    }
-
-
-def _product(path: str, x: Array, y: Array) -> Array:
-    if path.startswith("layers/"):
+        x = x * tree.widen(scale)[None]
+    if layered:
         flat = (z.reshape(*z.shape[:2], -1) for z in (x, y))
         return jnp.einsum("uli,vli->uvl", *flat, precision="highest")
     return jnp.einsum("ui,vi->uv", x.reshape(len(x), -1), y.reshape(len(y), -1), precision="highest")
