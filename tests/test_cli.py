@@ -114,6 +114,8 @@ def test_killed_with_signal_nine_it_continues(checkpoint, data, tmp_path):
         (("--gamma", "1.0"), "dpo has no hyperparameter gamma"),
         (("--set", "alpha"), "--set takes NAME=VALUE, got 'alpha'"),
         (("--objective", "r_dpo", "--set", "alpha=nan"), "alpha must be"),
+        (("--objective", "r_dpo", "--set", "alpha=big"), "alpha must be a number, got 'big'"),
+        (("--beta", "0.1", "--set", "beta=0.2"), "beta is given twice"),
         (("--model", "no/such/folder"), "neither a folder nor a valid Hub id"),
         (("--data", "none.jsonl"), "none.jsonl: no such file"),
         (("--max-length", "100"), "the model reads 1 to 32 tokens"),

@@ -1,6 +1,7 @@
 """Objectives under transformations and at extremes; modifiers; batches; what the shapes mean; refusals."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ from simgrad.objectives import (
     SimPO,
     Swapped,
 )
+from simgrad.objectives.base import number
 
 RNG = np.random.default_rng(1)
 COMPOSITES = (
@@ -363,3 +365,26 @@ def test_a_name_is_given_once():
 def test_the_base_class_has_no_loss():
     with pytest.raises(TypeError, match="Objective has no loss"):
         objectives.Objective().loss(*ARGS)
+
+
+def test_hyperparameters_become_plain_numbers_and_others_are_refused():
+    """So that equal objectives are equal, hash, and print alike, whatever the numbers came as."""
+    for beta in (1, np.float32(1), jnp.array(1.0)):
+        plain = number(beta, "beta")
+        assert type(plain) is float
+        assert plain == 1.0
+    for bad in ("0.1", None, True, [1.0]):
+        with pytest.raises(ValueError, match=re.escape(f"dpo: beta must be a number, got {bad!r}")):
+            number(bad, "dpo: beta")
+    assert hash(2 * (DPO() + SFT())) == hash(2.0 * DPO() + 2.0 * SFT())
+
+
+def test_printed_sums_tell_close_weights_apart():
+    assert repr(DPO() + 0.1234567 * SFT()) != repr(DPO() + 0.1234571 * SFT())
+
+
+def test_gate_looks_at_the_policy_inside_any_modifier():
+    gated, plain = (FDivergence(o, "js").coefficients(*ARGS) for o in (Gated(DPO()), DPO()))
+    gate = 1 / (1 + np.exp(-(L / LEN_L + 5.0)))
+    close(gated.rejected, gate * plain.rejected)
+    close(gated.chosen, plain.chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -64,8 +64,7 @@ class Score:
             from simgrad import objectives
             from simgrad.bridge import load, read_rows, score
 
-            given = {"beta": self.beta, "gamma": self.gamma, **dict(map(_setting, self.settings))}
-            objective = objectives.get(self.objective, **{k: v for k, v in given.items() if v is not None})
+            objective = objectives.get(self.objective, **self._hyperparameters())
             rows = read_rows(self.data, self.limit, self.split)
             policy = load(self.model, self.dtype, self.revision)
         with progress_bar(console, "Scoring") as progress:
@@ -83,12 +82,23 @@ class Score:
         summary(Console(), table, self.out, self.worst)
         return 0 if len(table) else 1
 
+    def _hyperparameters(self) -> dict[str, Any]:
+        given = {name: value for name, value in (("beta", self.beta), ("gamma", self.gamma)) if value is not None}
+        for text in self.settings:
+            name, equals, value = text.partition("=")
+            if not (name and equals and value):
+                raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+            if name in given:
+                raise ValueError(f"{name} is given twice")
+            given[name] = _parsed(value)
+        return given
 
-def _setting(text: str) -> tuple[str, float | str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+
+def _parsed(value: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
     try:
-        return name, float(value)
+        return float(value)
     except ValueError:
-        return name, value
+        return value

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from simgrad.typing import Array, Float, Int
 
-__all__ = ["REGISTRY", "Coefficients", "Combined", "Composed", "Objective", "Terms", "require"]
+__all__ = ["REGISTRY", "Coefficients", "Combined", "Composed", "Objective", "Terms", "number", "require"]
 
 REGISTRY: dict[str, type[Objective]] = {}
 """Every objective that has a name."""
@@ -37,6 +37,9 @@ class Terms:
     ref_rejected: Float[Array, "*pairs"]
     len_chosen: Float[Array, "*pairs"]
     len_rejected: Float[Array, "*pairs"]
+    policy_chosen: Float[Array, "*pairs"]
+    policy_rejected: Float[Array, "*pairs"]
+    """log π/|y| of the policy, whatever modifiers have made of the other entries."""
 
     @property
     def delta_chosen(self) -> Float[Array, "*pairs"]:
@@ -109,8 +112,9 @@ class Objective:
         len_rejected: Int[Array, "*pairs"],
     ) -> Float[Array, "*pairs"]:
         """Loss of each pair. Log-probs are sums over response tokens in nats; lengths count tokens."""
-        lengths = (n.astype(logp_chosen.dtype) for n in (len_chosen, len_rejected))
-        return self.per_pair(Terms(logp_chosen, logp_rejected, ref_chosen, ref_rejected, *lengths))
+        lengths = tuple(n.astype(logp_chosen.dtype) for n in (len_chosen, len_rejected))
+        means = (logp_chosen / lengths[0], logp_rejected / lengths[1])
+        return self.per_pair(Terms(logp_chosen, logp_rejected, ref_chosen, ref_rejected, *lengths, *means))
 
     def coefficients(
         self,
@@ -140,11 +144,15 @@ class Objective:
         return jnp.stack([d.chosen, -d.rejected], axis=-1)
 
     def __mul__(self, weight: float | int) -> Combined:
-        return Combined((self,), (float(weight),))
+        if isinstance(weight, Objective):
+            return NotImplemented
+        return Combined((self,), (number(weight, "a weight"),))
 
     __rmul__ = __mul__
 
     def __add__(self, other: Objective) -> Combined:
+        if not isinstance(other, Objective):
+            return NotImplemented
         left, right = (x if isinstance(x, Combined) else 1.0 * x for x in (self, other))
         return Combined(left.objectives + right.objectives, left.weights + right.weights)
 
@@ -160,7 +168,9 @@ class Combined(Objective):
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Refuse weights that are missing or not finite."""
+        """Refuse weights that are missing or not finite; keep hashable tuples of plain numbers."""
+        object.__setattr__(self, "objectives", tuple(self.objectives))
+        object.__setattr__(self, "weights", tuple(number(w, "a weight") for w in self.weights))
         if len(self.objectives) != len(self.weights) or not self.objectives:
             raise ValueError(f"a weight for each objective, got {len(self.objectives)} and {len(self.weights)}")
         if not all(map(math.isfinite, self.weights)):
@@ -168,10 +178,12 @@ class Combined(Objective):
 
     def __repr__(self) -> str:
         pairs = zip(self.weights, self.objectives, strict=True)
-        return " + ".join(repr(o) if w == 1 else f"{w:g} * {o!r}" for w, o in pairs)
+        return " + ".join(repr(o) if w == 1 else f"{w!r} * {o!r}" for w, o in pairs)
 
     def __mul__(self, weight: float | int) -> Combined:
-        return Combined(self.objectives, tuple(weight * w for w in self.weights))
+        if isinstance(weight, Objective):
+            return NotImplemented
+        return Combined(self.objectives, tuple(number(weight, "a weight") * w for w in self.weights))
 
     __rmul__ = __mul__
 
@@ -187,7 +199,9 @@ class Composed(Objective):
     """An objective that is built from others."""
 
     def __post_init__(self) -> None:
-        """Let the parts refuse what is out of range."""
+        """Make numbers plain floats, and let the parts refuse what is out of range."""
+        if numbers := [f.name for f in dataclasses.fields(self) if f.type == "float"]:
+            require(self, "finite", *numbers)
         self.build()
 
     def build(self) -> Objective:
@@ -206,9 +220,21 @@ _RANGES = {
 }
 
 
+def number(value: Any, what: str) -> float:
+    """``value`` as a plain, hashable float."""
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError
+        return float(value)
+    except TypeError:
+        raise ValueError(f"{what} must be a number, got {value!r}") from None
+
+
 def require(objective: Objective, kind: str = "positive", *fields: str) -> None:
-    """Refuse fields (default: all) that are not positive, non-negative or finite; NaN is none of these."""
-    for field in fields or (f.name for f in dataclasses.fields(objective)):
-        if not _RANGES[kind](getattr(objective, field)):
-            name = objective.name or type(objective).__name__
-            raise ValueError(f"{name}: {field} must be {kind}, got {getattr(objective, field)}")
+    """Make fields (default: all) plain floats; refuse what is not positive, non-negative or finite (NaN is none)."""
+    name = objective.name or type(objective).__name__
+    for field in fields or [f.name for f in dataclasses.fields(objective)]:
+        value = number(getattr(objective, field), f"{name}: {field}")
+        if not _RANGES[kind](value):
+            raise ValueError(f"{name}: {field} must be {kind}, got {value}")
+        object.__setattr__(objective, field, value)

@@ -122,6 +122,7 @@ class EXO(Objective):
     def __post_init__(self) -> None:
         """Refuse β ≤ 0 and ε outside (0, 1)."""
         require(self, "positive", "beta")
+        require(self, "finite", "epsilon")
         if not 0 < self.epsilon < 1:
             raise ValueError(f"{self.name}: epsilon must lie in (0, 1), got {self.epsilon}")
 

@@ -42,7 +42,16 @@ class Swapped(Objective):
 
     def per_pair(self, x: Terms):  # noqa: D102
         return self.objective.per_pair(
-            Terms(x.rejected, x.chosen, x.ref_rejected, x.ref_chosen, x.len_rejected, x.len_chosen)
+            Terms(
+                x.rejected,
+                x.chosen,
+                x.ref_rejected,
+                x.ref_chosen,
+                x.len_rejected,
+                x.len_chosen,
+                x.policy_rejected,
+                x.policy_chosen,
+            )
         )
 
 
@@ -84,13 +93,14 @@ class LengthNormalized(Objective):
     def per_pair(self, x: Terms):  # noqa: D102
         one = jnp.ones_like(x.len_chosen)
         return self.objective.per_pair(
-            Terms(
-                x.chosen / x.len_chosen,
-                x.rejected / x.len_rejected,
-                x.ref_chosen / x.len_chosen,
-                x.ref_rejected / x.len_rejected,
-                one,
-                one,
+            replace(
+                x,
+                chosen=x.mean_chosen,
+                rejected=x.mean_rejected,
+                ref_chosen=x.ref_chosen / x.len_chosen,
+                ref_rejected=x.ref_rejected / x.len_rejected,
+                len_chosen=one,
+                len_rejected=one,
             )
         )
 
@@ -155,7 +165,7 @@ class FDivergence(Objective):
 class Gated(Objective):
     """The objective with a gate on the gradient through log π_l: d_l is multiplied by g = σ((μ_l - τ)/T).
 
-    μ_l = log π_l/|y_l|; g is a constant of the gradient, and the loss's value and d_w are unchanged, so that a
+    μ_l = log π_l/|y_l| of the policy, in whatever modifiers it is nested; g is a constant of the gradient, and the loss's value and d_w are unchanged, so that a
     response which is already very improbable is no longer pushed down. The idea is that of Gradient-Gated DPO
     (arXiv 2605.02626), which attenuates updates on extremely improbable rejected responses; the form of the
     gate and the defaults τ = -5 nats a token and T = 1 are ours.
@@ -171,6 +181,6 @@ class Gated(Objective):
         require(self, "positive", "temperature")
 
     def per_pair(self, x: Terms):  # noqa: D102
-        gate = jax.nn.sigmoid((x.mean_rejected - self.threshold) / self.temperature)
+        gate = jax.nn.sigmoid((x.policy_rejected - self.threshold) / self.temperature)
         fixed, gate = jax.lax.stop_gradient((x.rejected, gate))
         return self.objective.per_pair(replace(x, rejected=fixed + gate * (x.rejected - fixed)))
