@@ -112,9 +112,9 @@ class Objective:
         len_rejected: Int[Array, "*pairs"],
     ) -> Float[Array, "*pairs"]:
         """Loss of each pair. Log-probs are sums over response tokens in nats; lengths count tokens."""
-        lengths = tuple(n.astype(logp_chosen.dtype) for n in (len_chosen, len_rejected))
-        means = (logp_chosen / lengths[0], logp_rejected / lengths[1])
-        return self.per_pair(Terms(logp_chosen, logp_rejected, ref_chosen, ref_rejected, *lengths, *means))
+        n, m = len_chosen.astype(logp_chosen.dtype), len_rejected.astype(logp_chosen.dtype)
+        terms = Terms(logp_chosen, logp_rejected, ref_chosen, ref_rejected, n, m, logp_chosen / n, logp_rejected / m)
+        return self.per_pair(terms)
 
     def coefficients(
         self,

@@ -165,8 +165,9 @@ class FDivergence(Objective):
 class Gated(Objective):
     """The objective with a gate on the gradient through log π_l: d_l is multiplied by g = σ((μ_l - τ)/T).
 
-    μ_l = log π_l/|y_l| of the policy, in whatever modifiers it is nested; g is a constant of the gradient, and the loss's value and d_w are unchanged, so that a
-    response which is already very improbable is no longer pushed down. The idea is that of Gradient-Gated DPO
+    μ_l = log π_l/|y_l| of the policy, in whatever modifiers it is nested; g is a constant of the gradient,
+    and the loss's value and d_w are unchanged, so that a response which is already very improbable is no
+    longer pushed down. The idea is that of Gradient-Gated DPO
     (arXiv 2605.02626), which attenuates updates on extremely improbable rejected responses; the form of the
     gate and the defaults τ = -5 nats a token and T = 1 are ours.
     """
