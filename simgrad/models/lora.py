@@ -88,7 +88,15 @@ def add_lora(
 
 
 def merge_lora(apply: LoraApply, theta: Theta) -> Theta:
-    """Parameters of the base model with the adapters added in."""
+    """Parameters of the base model with the adapters added in.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import ModelConfig, create
+    >>> apply, _ = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
+    >>> pair = {"a": jnp.array([[1.0], [0.0]]), "b": jnp.array([[0.0, 3.0]])}
+    >>> merge_lora(LoraApply(apply, 2.0), {"base": {"w": jnp.eye(2)}, "lora": {"w": pair}})["w"].tolist()
+    [[1.0, 6.0], [0.0, 1.0]]
+    """
     leaves, treedef = jax.tree.flatten(theta["base"])
     merged = []
     for name, leaf in zip(tree.names(theta["base"]), leaves, strict=True):

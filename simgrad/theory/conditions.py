@@ -39,7 +39,7 @@ def regime(kernel: PairKernel, coefficients: Coefficients) -> Int[Array, "*pairs
     ⟨g_w,g_l⟩ ≤ (d_l/d_w) ‖g_l‖². REVERSED (chosen falls, rejected rises) is then impossible to first
     order, because the weighted margin d_w Δ_w - d_l Δ_l = ‖d_w g_w - d_l g_l‖² cannot shrink.
 
-    Source: Yuan et al., arXiv 2410.13828, Sec. 3, for equal d; stated here for any signs.
+    Source: Yuan et al., arXiv 2410.13828, Sec. 3, for d_w, d_l > 0; stated here for any signs.
 
     >>> import jax.numpy as jnp
     >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
@@ -116,7 +116,8 @@ class IdealRange:
     """Values of r = d_w/d_l that keep each pair ideal.
 
     Attributes:
-        lower: for d_l > 0 the pair is ideal when lower ≤ r ≤ upper; below, the chosen falls.
+        lower: for d_l > 0 the pair is ideal when lower ≤ r ≤ upper; below, the chosen falls. -inf if g_w
+            vanishes.
         upper: above, the rejected rises; infinite when the gradients do not point the same way.
         negative: for d_l < 0 (the rejected is pulled up) it is ideal when r ≤ negative; -inf is never.
     """
@@ -144,7 +145,9 @@ def ideal_range(kernel: PairKernel) -> IdealRange:
     inner = kernel.inner
     away, alike = inner < 0, inner > 0
     ratio = kernel.sq_rejected / jnp.where(inner == 0, 1.0, inner)
-    return IdealRange(inner / kernel.sq_chosen, jnp.where(alike, ratio, jnp.inf), jnp.where(away, ratio, -jnp.inf))
+    moves = kernel.sq_chosen > 0
+    lower = jnp.where(moves, inner / jnp.where(moves, kernel.sq_chosen, 1.0), -jnp.inf)
+    return IdealRange(lower, jnp.where(alike, ratio, jnp.inf), jnp.where(away, ratio, -jnp.inf))
 
 
 @jax.tree_util.register_dataclass

@@ -12,6 +12,7 @@ applied to the parameters themselves, and can take J anew every few steps.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from simgrad import tree
 from simgrad.models import Apply
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch
-from simgrad.theory.likelihood import log_probs
+from simgrad.theory.likelihood import in_chunks, log_probs, require_shape
 from simgrad.theory.steps import updated
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -39,11 +41,11 @@ class Flow:
 
     Attributes:
         logp: of the pairs' responses.
-        probes: Δlog π of the probe responses (none if no probe kernel was given).
+        probe_change: Δlog π of the probe responses since the start (none if no probe kernel was given).
     """
 
     logp: Float[Array, "E B 2"]
-    probes: Float[Array, "E K"]
+    probe_change: Float[Array, "E probes"]
 
 
 def kernel_flow(
@@ -55,7 +57,8 @@ def kernel_flow(
     steps: int,
     reference: Float[Array, "B 2"] | None = None,
     order: Int[Array, "E M"] | None = None,
-    probe_kernel: Float[Array, "K U"] | None = None,
+    probe_kernel: Float[Array, "probes U"] | None = None,
+    state: Any = None,
 ) -> Flow:
     """``steps`` steps of training with the entanglement kernel frozen.
 
@@ -72,12 +75,17 @@ def kernel_flow(
         optimizer: linear in the gradient: ``optax.sgd`` with or without momentum and schedule.
         steps: how many.
         reference: log π_ref (None: the policy at the start).
-        order: indices of the pairs in each step's batch (None: all pairs in every step).
+        order: indices of the pairs in each step's batch (None: all pairs in every step); batches are of one
+            size, so drop an incomplete last one.
         probe_kernel: kernel rows of further responses against the pairs' responses.
+        state: the optimizer's state at the start, for 2B numbers (None: freshly initialised). A program is
+            compiled for each ``optimizer`` object; to sweep learning rates with one, make it by
+            ``optax.inject_hyperparams`` and pass states with other ``hyperparams``.
 
     Raises:
         ValueError: the optimizer is not linear in the gradient (Adam, RMSProp, clipping) or needs the
-            parameters (weight decay); ``order`` has other than ``steps`` rows or indices out of range.
+            parameters (weight decay); shapes that do not fit each other; ``order`` has other than
+            ``steps`` rows or indices out of range.
 
     Source: neural-tangent-kernel dynamics (Jacot et al., arXiv 1806.07572) in sequence log-probs.
 
@@ -90,12 +98,18 @@ def kernel_flow(
     >>> [round(x, 4) for x in flow.logp[-1, 0].tolist()]
     [-0.025, -0.125]
     """
-    _require_linear(optimizer, kernel.dtype)
-    order = _checked_order(order, len(logp), steps)
-    probes = jnp.zeros((0, len(kernel)), kernel.dtype) if probe_kernel is None else probe_kernel
-    return _kernel_flow(
-        kernel, logp, lengths, objective, optimizer, logp if reference is None else reference, order, probes
-    )
+    reference = logp if reference is None else reference
+    pairs, responses = len(logp), 2 * len(logp)
+    probes = jnp.zeros((0, responses), kernel.dtype) if probe_kernel is None else probe_kernel
+    require_shape("kernel", kernel, (responses, responses))
+    require_shape("probe_kernel", probes, (probes.shape[0], responses))
+    for name, x in (("logp", logp), ("lengths", lengths), ("reference", reference)):
+        require_shape(name, x, (pairs, 2))
+    order = _checked_order(order, pairs, steps)
+    _require_linear(optimizer, steps, logp.dtype)
+    state = optimizer.init(jnp.zeros(responses, logp.dtype)) if state is None else state
+    kernel, probes = kernel.astype(logp.dtype), probes.astype(logp.dtype)
+    return _kernel_flow(kernel, logp, lengths, objective, optimizer, reference, order, probes, state)
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "optimizer"))
@@ -108,6 +122,7 @@ def _kernel_flow(
     reference: Array,
     order: Array,
     probes: Array,
+    state: Any,
 ) -> Flow:
     def at(a: Array) -> Array:
         return logp + jnp.matmul(kernel, a, precision="highest").reshape(logp.shape)
@@ -121,8 +136,7 @@ def _kernel_flow(
         a = a + update
         return (a, state), (at(a), jnp.matmul(probes, a, precision="highest"))
 
-    start = jnp.zeros(len(kernel), kernel.dtype)
-    _, (values, moved) = jax.lax.scan(step, (start, optimizer.init(start)), order)
+    _, (values, moved) = jax.lax.scan(step, (jnp.zeros(len(kernel), kernel.dtype), state), order)
     return Flow(
         jnp.concatenate([logp[None], values]),
         jnp.concatenate([jnp.zeros((1, len(probes)), moved.dtype), moved]),
@@ -130,35 +144,45 @@ def _kernel_flow(
 
 
 def _checked_order(order: Array | None, pairs: int, steps: int) -> Int[Array, "E M"]:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if order is None:
         return jnp.asarray(np.tile(np.arange(pairs), (steps, 1)))
-    if len(order) != steps:
-        raise ValueError(f"order has {len(order)} rows, one a step, but steps={steps}")
-    if order.size and (int(order.min()) < 0 or int(order.max()) >= pairs):
-        raise ValueError(f"order names pair {int(order.max())}, but there are {pairs} pairs, counted from 0")
+    if order.ndim != 2 or len(order) != steps:
+        raise ValueError(f"order has shape {order.shape}: it needs one row of pairs a step, and steps={steps}")
+    if not isinstance(order, Tracer):
+        wrong = np.asarray(order)[(np.asarray(order) < 0) | (np.asarray(order) >= pairs)]
+        if wrong.size:
+            raise ValueError(f"order names pair {wrong[0]}, but there are {pairs} pairs, counted from 0")
     return order
 
 
-def _require_linear(optimizer: optax.GradientTransformation, dtype: Any) -> None:
-    """Two steps on gradients of very different sizes must give proportional updates."""
-    gradients = jnp.array([[1.0, -2.0], [0.5, 3.0]], dtype)
-
-    def updates(size: float) -> list[np.ndarray]:
-        state, result = optimizer.init(jnp.zeros(2, dtype)), []
-        for gradient in gradients:
-            update, state = updated(optimizer, size * gradient, state)
-            result.append(np.asarray(update) / size)
-        return result
-
-    try:
-        linear = all(np.allclose(updates(1.0), updates(size), rtol=1e-3, atol=0) for size in (1e-6, 1e6))
-    except ValueError:  # optax transformations that need the parameters say so by this
-        linear = False
+def _require_linear(optimizer: optax.GradientTransformation, steps: int, dtype: Any) -> None:
+    """A run on gradients of very different sizes must give proportional updates."""
+    with jax.ensure_compile_time_eval():
+        try:
+            sizes = jnp.array([1e-6, 1.0, 1e6], dtype)
+            small, middle, large = (np.asarray(_updates(optimizer, steps, size, dtype)) for size in sizes)
+            linear = all(np.allclose(x, middle, rtol=1e-3, atol=1e-12) for x in (small, large))
+        except ValueError:  # optax transformations that need the parameters say so by this
+            linear = False
     if not linear:
         raise ValueError(
             "kernel_flow needs an optimizer that is linear in the gradient and does not read the parameters (SGD, "
             "momentum, schedules): use linearized_run, or the kernel of a frozen preconditioner with optax.sgd"
         )
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "steps", "dtype"))
+def _updates(optimizer: optax.GradientTransformation, steps: int, size: Array, dtype: Any) -> Array:
+    """Updates over a run of alternating gradients, divided by their size."""
+    gradients = jnp.asarray(np.array([[1.0, -2.0], [0.5, 3.0]])[np.arange(steps) % 2], dtype)
+
+    def step(state: Any, gradient: Array) -> tuple[Any, Array]:
+        update, state = updated(optimizer, size * gradient, state)
+        return state, update / size
+
+    return jax.lax.scan(step, optimizer.init(jnp.zeros(2, dtype)), gradients)[1]
 
 
 @jax.tree_util.register_dataclass
@@ -169,13 +193,13 @@ class Run:
     Attributes:
         steps: number of steps taken at each record; the first is 0.
         logp: of the training pairs.
-        probes: of the probe pairs (none if no probes were given).
+        probes: log π of the probe pairs (none if no probes were given).
         trained: predicted parameters at the end (None where a leaf is not trained).
     """
 
     steps: Int[Array, " E"]
     logp: Float[Array, "E B 2"]
-    probes: Float[Array, "E K 2"]
+    probes: Float[Array, "E probes 2"]
     trained: Theta
 
 
@@ -193,12 +217,14 @@ def linearized_run(
     refresh: int | None = None,
     read: Literal["linear", "ray"] = "linear",
     record: int | None = None,
+    state: Any = None,
 ) -> Run:
     """``steps`` steps of any optax optimizer on the log-probs linearised at θ₀, or anew every ``refresh``.
 
     Log-probs are replaced by u(θ₀) + J (θ - θ₀) in the loss; optimizer state, clipping, weight decay
     and schedules act as they do in training. J is never stored: a step costs one forward, one forward
-    derivative and one backward on its batch at θ₀.
+    derivative and one backward on its batch at θ₀; a record is a forward derivative of all pairs, a few
+    at a time. It is driven from Python; the pieces between records and refreshes are one program.
 
     Args:
         apply: the model.
@@ -208,13 +234,15 @@ def linearized_run(
         optimizer: any optax transformation.
         steps: how many.
         reference: log π_ref (None: the policy at the start).
-        order: indices of the pairs in each step's batch (None: all pairs in every step).
+        order: indices of the pairs in each step's batch, as in :func:`kernel_flow` (None: all pairs).
         probes: pairs to follow that are not trained on.
         include: patterns of the parameters that are trained.
         refresh: steps between two linearisations (None: frozen at θ₀). 1 is training itself.
         read: ``linear`` reports u(θ₀) + J (θ - θ₀); ``ray`` reports u at the predicted parameters, one
             forward pass, which is often closer (its parameters still come from the linearised run).
         record: steps between two records (None: start and end only).
+        state: the optimizer's state at the start (None: freshly initialised); as in :func:`kernel_flow`, a
+            program is compiled for each ``optimizer`` object.
 
     Raises:
         ValueError: counts below one; parameters in less than float32, where small steps are rounded
@@ -230,7 +258,7 @@ def linearized_run(
     >>> run.steps.tolist(), run.logp.shape
     ([0, 2, 4], (3, 2, 2))
     """
-    for name, value in (("steps", steps), ("refresh", refresh), ("record", record)):
+    for name, value in (("refresh", refresh), ("record", record)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if read not in ("linear", "ray"):
@@ -241,7 +269,7 @@ def linearized_run(
     anchor, rest = tree.partition(theta, include, apply.frozen)
     if narrow := [str(x.dtype) for x in jax.tree.leaves(anchor) if x.dtype.itemsize < 4]:
         raise ValueError(f"parameters are {narrow[0]}: small steps would be rounded away; convert theta to float32")
-    delta, state = jax.tree.map(jnp.zeros_like, anchor), optimizer.init(anchor)
+    delta, state = jax.tree.map(jnp.zeros_like, anchor), optimizer.init(anchor) if state is None else state
     see = functools.partial(_observe, apply, include=include, read=read)
 
     def whole(trained: Theta) -> Theta:
@@ -249,9 +277,11 @@ def linearized_run(
 
     records = [[see(whole(anchor), b, delta) for b in observed]]
     reference = records[0][0] if reference is None else reference
+    require_shape("reference", reference, (batch.size, 2))
     done = [0]
-    stops = sorted({steps, *range(0, steps, record or steps), *range(0, steps, refresh or steps)} - {0})
-    for start, stop in zip([0, *stops[:-1]], stops, strict=True):
+    piece = math.gcd(steps, record or steps, refresh or steps)
+    for start in range(0, steps, piece):
+        stop = start + piece
         if refresh and start and start % refresh == 0:
             anchor = jax.tree.map(jnp.add, anchor, delta)
             delta = jax.tree.map(jnp.zeros_like, delta)
@@ -270,11 +300,14 @@ def linearized_run(
 def _observe(
     apply: Apply, theta: Theta, batch: Batch, delta: Theta, include: tuple[str, ...] | None, read: str
 ) -> Array:
-    logp, anchor = log_probs(apply, theta, batch, include)
-    if read == "ray":
-        return logp(jax.tree.map(jnp.add, anchor, delta))
-    value, change = jax.jvp(logp, (anchor,), (delta,))
-    return value + change
+    def few(some: Batch) -> Array:
+        logp, anchor = log_probs(apply, theta, some, include)
+        if read == "ray":
+            return logp(jax.tree.map(jnp.add, anchor, delta))
+        value, change = jax.jvp(logp, (anchor,), (delta,))
+        return value + change
+
+    return in_chunks(few, batch)
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "objective", "optimizer", "include"))

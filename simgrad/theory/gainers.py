@@ -25,7 +25,7 @@ class TokenGains:
     """The K tokens that gain most at each response position, best first.
 
     Attributes:
-        tokens: their ids.
+        tokens: their ids; -1 where padded, with probability and gain 0.
         probability: π(token | context) before the step.
         gain: first-order change of π (``by="probability"``) or of log π in nats (``by="logp"``).
     """
@@ -41,6 +41,17 @@ def token_displacement(
     """First-order Δlog π(z | x, y_<k) of every token z at every response position, in nats; 0 where padded.
 
     ``step`` is a parameter step as for :func:`simgrad.theory.displacement`. Σ_z π_z Δlog π_z = 0.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import unconstrained_features
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4])]
+    >>> apply, theta = unconstrained_features(pairs, 9, 4)
+    >>> up = jax.tree.map(jnp.zeros_like, theta)
+    >>> up["unembedding"]["table"] = up["unembedding"]["table"].at[3].set(theta["features"]["table"][1])
+    >>> gains = token_displacement(apply, theta, padded(pairs), up)[0, 0, 0]
+    >>> (gains > 0).nonzero()[0].tolist()
+    [3]
     """
     return _tokens(apply, theta, batch, step, None if include is None else tuple(include))[1]
 
@@ -58,8 +69,9 @@ def top_gainers(
 
     For a single-token pair position 0 of either side is the distribution after the prompt: the tokens
     that take the mass y⁺ and y⁻ lose. ``by="probability"`` ranks by Δπ_z = π_z Δlog π_z (where the mass
-    goes), ``"logp"`` by Δlog π_z (what grows fastest from wherever it was). In unconstrained-features
-    models the latter orders tokens by ⟨W_z, W_w - W_l⟩ (Razin et al., arXiv 2410.08847, Thm 2).
+    goes), ``"logp"`` by Δlog π_z (what grows fastest from wherever it was). For one-token pairs in
+    unconstrained-features models under SGD with d_w = d_l, the latter orders all tokens but y± by
+    ⟨W_z, W_w - W_l⟩ (Razin et al., arXiv 2410.08847, Thm 2).
 
     Raises:
         ValueError: ``k`` is not between 1 and the vocabulary's size.
@@ -79,7 +91,9 @@ def top_gainers(
         raise ValueError(f"by={by!r}: choose 'probability' or 'logp'")
     probability = jax.nn.softmax(logits, axis=-1)
     gain, tokens = jax.lax.top_k(probability * change if by == "probability" else change, k)
-    return TokenGains(tokens, jnp.take_along_axis(probability, tokens, axis=-1), gain)
+    there = batch.valid[..., None]
+    probability = jnp.take_along_axis(probability, tokens, axis=-1)
+    return TokenGains(jnp.where(there, tokens, -1), jnp.where(there, probability, 0.0), gain)
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))

@@ -33,6 +33,11 @@ class PairKernel:
         sq_chosen: ‖g_w‖².
         inner: ⟨g_w, g_l⟩.
         sq_rejected: ‖g_l‖².
+
+    >>> import jax.numpy as jnp
+    >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
+    >>> kernel.cosine.item(), kernel.gap.item()
+    (0.75, 0.5)
     """
 
     sq_chosen: Float[Array, "*pairs"]
@@ -45,8 +50,9 @@ class PairKernel:
 
     @property
     def cosine(self) -> Float[Array, "*pairs"]:
-        """⟨g_w, g_l⟩ / (‖g_w‖ ‖g_l‖)."""
-        return self.inner / (jnp.sqrt(self.sq_chosen) * jnp.sqrt(self.sq_rejected))
+        """⟨g_w, g_l⟩ / (‖g_w‖ ‖g_l‖); 0 where a gradient vanishes."""
+        norms = jnp.sqrt(self.sq_chosen) * jnp.sqrt(self.sq_rejected)
+        return jnp.where(norms == 0, 0.0, self.inner / jnp.where(norms == 0, 1.0, norms))
 
     @property
     def gap(self) -> Float[Array, "*pairs"]:
@@ -66,12 +72,21 @@ def chosen_and_rejected(product, *args: Sides) -> PairKernel:
 
 
 def ghost_is_cheaper(tokens: int, fan_in: int, out: int) -> bool:
-    """3 T² (I + O) < 2 T I O."""
+    """3 T² (I + O) < 2 T I O.
+
+    >>> ghost_is_cheaper(100, 768, 768), ghost_is_cheaper(1000, 768, 768)
+    (True, False)
+    """
     return 3 * tokens * (fan_in + out) < 2 * fan_in * out
 
 
 def row_inner(rows: Float[Array, "*n R I"], others: Float[Array, "*n M I"]) -> Float[Array, "*n R M"]:
-    """⟨row, other row⟩ for all rows, in float32 or better, with full-precision products on every device."""
+    """⟨row, other row⟩ for all rows, in float32 or better, with full-precision products on every device.
+
+    >>> import jax.numpy as jnp
+    >>> row_inner(jnp.eye(2), jnp.array([[3.0, 4.0]])).tolist()
+    [[3.0], [4.0]]
+    """
     return jnp.einsum("...ri,...mi->...rm", tree.widen(rows), tree.widen(others), precision="highest")
 
 
@@ -96,7 +111,13 @@ def outer_products(a: Float[Array, "B 2 T I"], e: Float[Array, "B 2 T O"], ghost
 
 
 def gradients(g: Float[Array, "B 2 ..."]) -> PairKernel:
-    """Kernel of gradients that are there as arrays."""
+    """Kernel of gradients that are there as arrays.
+
+    >>> import jax.numpy as jnp
+    >>> kernel = gradients(jnp.array([[[1.0, 0.0], [2.0, 1.0]]]))
+    >>> kernel.sq_chosen.item(), kernel.inner.item(), kernel.sq_rejected.item()
+    (1.0, 2.0, 5.0)
+    """
 
     def product(x: Array, y: Array) -> Array:
         return jax.vmap(tree.dot)(x, y)

@@ -106,6 +106,12 @@ def token_influence(group: Group) -> Float[Array, "G R G"]:
     """⟨∇_W log π(y_{j,m}), ∇_W log π(y_i)⟩ at [j, m, i]: one token against a whole response.
 
     Pushing token m of response j up by one unit moves log π(y_i) by this much; 0 where padded.
+
+    >>> import jax.numpy as jnp
+    >>> h, nothing = jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 2))
+    >>> group = Group(h, nothing, jnp.array([[0, 0], [0, 1]]), jnp.array([[True, False], [True, True]]))
+    >>> token_influence(group)[1, :, 0].tolist()  # the second response's tokens on the first response
+    [0.5, -0.5]
     """
     hidden = jnp.where(group.valid[..., None], tree.widen(group.hidden), 0.0)
     error = prediction_error(group.logits, group.targets, group.valid)
@@ -123,12 +129,24 @@ def group_kernel(group: Group) -> Float[Array, "G G"]:
     """K_ij = ⟨∇_W log π(y_i), ∇_W log π(y_j)⟩ of all responses, in nats² per unit of W².
 
     For G = 2 (chosen, rejected) these are the numbers of :func:`simgrad.theory.head_kernel`.
+
+    >>> import jax.numpy as jnp
+    >>> h, nothing = jnp.ones((2, 1, 1)), jnp.zeros((2, 1, 2))
+    >>> group_kernel(Group(h, nothing, jnp.array([[0], [1]]), jnp.ones((2, 1), bool))).tolist()
+    [[0.5, -0.5], [-0.5, 0.5]]
     """
     return token_influence(group).sum(1)
 
 
 def group_rates(group: Group, weights: Float[Array, " G"]) -> Float[Array, " G"]:
-    """The unembedding's part of d/dt log π(y_i) = Σ_j a_j K_ij under the signed ``weights`` a."""
+    """The unembedding's part of d/dt log π(y_i) = Σ_j a_j K_ij under the signed ``weights`` a.
+
+    >>> import jax.numpy as jnp
+    >>> h, nothing = jnp.ones((2, 1, 1)), jnp.zeros((2, 1, 2))
+    >>> group = Group(h, nothing, jnp.array([[0], [1]]), jnp.ones((2, 1), bool))
+    >>> group_rates(group, jnp.array([1.0, -1.0])).tolist()
+    [1.0, -1.0]
+    """
     kernel = group_kernel(group)
     return (kernel * weights.astype(kernel.dtype)[:, None]).sum(0)
 
@@ -143,6 +161,12 @@ def nthr(group: Group, correct: Bool[Array, " G"]) -> Float[Array, "G R"]:
     responses and of padding are 0, since the score is defined for wrong responses only.
 
     Source: Deng et al., arXiv 2505.18830 (definition of NTHR).
+
+    >>> import jax.numpy as jnp
+    >>> h, nothing = jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 2))
+    >>> group = Group(h, nothing, jnp.array([[0, 0], [0, 1]]), jnp.array([[True, False], [True, True]]))
+    >>> nthr(group, jnp.array([True, False])).tolist()  # of the wrong tokens only the shared one costs
+    [[0.0, 0.0], [0.5, -0.5]]
     """
     influence = token_influence(group)
     scores = jnp.where(correct[None, None], influence, jnp.zeros((), influence.dtype)).sum(-1)
@@ -159,6 +183,12 @@ def gwhes(group: Group, correct: Bool[Array, " G"], weights: Float[Array, " G"])
     (:func:`group_advantages`, divided by lengths or not); only their normalisation differs between papers.
 
     Source: Deng et al., arXiv 2505.18830 (definition of GWHES).
+
+    >>> import jax.numpy as jnp
+    >>> h, nothing = jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 2))
+    >>> group = Group(h, nothing, jnp.zeros((2, 2), int), jnp.array([[True, False], [True, True]]))
+    >>> gwhes(group, jnp.array([True, False]), jnp.array([1.0, -1.0])).tolist()  # positive: the correct one falls
+    [0.5, 0.0]
     """
     rates = group_rates(group, weights)
     return jnp.where(correct, -rates, jnp.zeros((), rates.dtype))

@@ -61,7 +61,17 @@ def pair_kernel(
 def kernel_and_responses(
     apply: Apply, theta: Theta, batch: Batch, include: Sequence[str] | None = None, method: Method = "auto"
 ) -> tuple[PairKernel, Responses]:
-    """:func:`pair_kernel` together with the forward pass it needed anyway."""
+    """:func:`pair_kernel` together with the forward pass it needed anyway.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4, 5])]
+    >>> batch, (apply, theta) = padded(pairs), linear_softmax(pairs, 9, 4)
+    >>> kernel, result = kernel_and_responses(apply, theta, batch)
+    >>> jnp.allclose(kernel.inner, head_kernel(result, batch).inner).item()  # frozen features: W has it all
+    True
+    """
     blocks, result = _blocks(apply, theta, batch, _patterns(include), method)
     flat = [jax.tree.map(lambda x: x.reshape(x.shape[0], -1).sum(-1), k) for k in blocks.values()]
     return jax.tree.map(lambda *xs: jnp.stack(xs).sum(0), *flat), result
@@ -70,7 +80,16 @@ def kernel_and_responses(
 def pair_kernel_blocks(
     apply: Apply, theta: Theta, batch: Batch, include: Sequence[str] | None = None, method: Method = "auto"
 ) -> dict[str, PairKernel]:
-    """:func:`pair_kernel` of each parameter leaf by path; leaves under ``layers/`` give (B, depth)."""
+    """:func:`pair_kernel` of each parameter leaf by path; leaves under ``layers/`` give (B, depth).
+
+    >>> from simgrad.models import unconstrained_features
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4])]
+    >>> batch, (apply, theta) = padded(pairs), unconstrained_features(pairs, 9, 4)
+    >>> blocks = pair_kernel_blocks(apply, theta, batch)
+    >>> list(blocks), bool(blocks["unembedding/table"].gap[0] < 0)  # W alone cannot push one token down
+    (['features/table', 'unembedding/table'], True)
+    """
     return _blocks(apply, theta, batch, _patterns(include), method)[0]
 
 
@@ -121,6 +140,14 @@ def head_kernel(result: Responses, batch: Batch) -> PairKernel:
     ⟨∇_W log π(y|x), ∇_W log π(y'|x)⟩ = Σ_{k,k'} ⟨h_k, h'_k'⟩ ⟨e_{y_k} - π_k, e_{y'_k'} - π'_k'⟩,
     accumulated in float32 or better. With every second factor set to 1 its gap ⟨g_w,g_l⟩ - ‖g_w‖² is
     the CHES score.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.pairs import Pair, padded
+    >>> h, logits = jnp.ones((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 2))
+    >>> result = Responses(jnp.zeros((1, 2, 1)), logits, h, h[:, :, 0])
+    >>> kernel = head_kernel(result, padded([Pair([2], [0], [1])]))
+    >>> kernel.sq_chosen.item(), kernel.inner.item()
+    (0.5, -0.5)
     """
     error = prediction_error(result.logits, batch.targets, batch.valid)
     return outer_products(result.hidden, error)

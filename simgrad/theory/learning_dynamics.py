@@ -102,6 +102,14 @@ def logit_kernel(
 
     Forms both V x θ Jacobians, so it is for small models and for looking; :func:`predicted_change` needs
     neither. Unit: nats² per unit of θ².
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair
+    >>> apply, theta = linear_softmax([Pair([1, 2], [3], [4])], 5, 4)
+    >>> kernel = logit_kernel(apply, theta, jnp.array([1]), jnp.array([1, 2]))
+    >>> jnp.allclose(kernel, kernel[0, 0] * jnp.eye(5, dtype=kernel.dtype)).item()  # ⟨φ, φ'⟩ I
+    True
     """
     trained, rest = tree.partition(theta, None, apply.frozen)
 
@@ -135,7 +143,13 @@ def linear_softmax_logit_kernel(
 def unconstrained_logit_kernel(
     unembedding: Float[Array, "V D"], hidden: Float[Array, " D"], other: Float[Array, " D"], same_context: bool
 ) -> Float[Array, "V V"]:
-    """K = ⟨h, h'⟩ I + [same context] W W^T for an unconstrained-features model. Derived here."""
+    """K = ⟨h, h'⟩ I + [same context] W W^T for an unconstrained-features model. Derived here.
+
+    >>> import jax.numpy as jnp
+    >>> w, h = jnp.array([[1.0], [-1.0]]), jnp.array([2.0])
+    >>> [unconstrained_logit_kernel(w, h, h, same).tolist() for same in (True, False)]
+    [[[5.0, -1.0], [-1.0, 5.0]], [[4.0, 0.0], [0.0, 4.0]]]
+    """
     kernel = linear_softmax_logit_kernel(hidden, other, unembedding.shape[0])
     w = tree.widen(unembedding)
     return kernel + jnp.einsum("vd,ud->vu", w, w, precision="highest") if same_context else kernel
@@ -179,6 +193,15 @@ def predicted_change(
 
     ``rows`` are the positions of ``updated`` whose logits carry ``residuals``. Costs one backward and
     one forward derivative and forms no Jacobian.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair
+    >>> apply, theta = linear_softmax([Pair([1, 2], [3], [4])], 5, 4)
+    >>> tokens, row = jnp.array([1, 2]), jnp.array([1])
+    >>> residual = logit_residual(apply(theta, tokens[None]).logits[0, row], jnp.array([3]))
+    >>> (predicted_change(apply, theta, tokens, tokens, row, residual, 0.1) > 0).tolist()  # SFT on token 3
+    [False, False, False, True, False]
     """
     trained, rest = tree.partition(theta, None, apply.frozen)
 
@@ -215,10 +238,11 @@ def squeeze_step(logits: Float[Array, " V"], token: Int[Array, ""], learning_rat
         Δ log π_z = η (π_z - [z = y] - τ)      and so      Δ log(π_z / π_z') = η (π_z - π_z')
 
     for z, z' ≠ y. Since π_y - 1 < τ < max_{z ≠ y} π_z, the pushed token always falls and the likeliest of
-    the others always rises; it also gains on each of them, the more so the lower the temperature, while
-    every z below τ (‖π‖² - π_y as η → 0) falls although it was not pushed. If π is uniform the others
-    rise alike. If y is the argmax, the runner-up is what gains most. The argmax's own Δ log π is not
-    monotone in the temperature: it vanishes as π_max → 1.
+    the others always rises and gains on each of them, while every z below τ (‖π‖² - π_y as η → 0) falls
+    although it was not pushed. If y is not the argmax, the argmax's lead over every other token grows the
+    more the lower the temperature; its own Δ log π is not monotone, it vanishes as π_max → 1. If y is the
+    argmax, the runner-up gains most, but less again at low temperature. If π is uniform the others rise
+    alike.
 
     Source: the squeezing effect of Ren & Sutherland, arXiv 2407.10490; threshold derived here.
 
@@ -228,7 +252,11 @@ def squeeze_step(logits: Float[Array, " V"], token: Int[Array, ""], learning_rat
     """
     log_probs = jax.nn.log_softmax(tree.widen(logits))
     pull = -prediction_error(logits, token)
-    threshold = jax.nn.logsumexp(log_probs + learning_rate * pull) / learning_rate
+    push = learning_rate * pull
+    # for small steps the logarithm of a sum near one cancels, for large ones the exponentials overflow
+    near = jnp.log1p(tree.dot(jnp.exp(log_probs), jnp.expm1(jnp.clip(push, -1.0, 1.0))))
+    far = jax.nn.logsumexp(log_probs + push)
+    threshold = jnp.where(jnp.abs(push).max() <= 1, near, far) / learning_rate
     change = learning_rate * (pull - threshold)
     return Squeeze(change, threshold, change > 0)
 

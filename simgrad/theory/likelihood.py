@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,17 @@ from simgrad.models import Apply, Output
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
-__all__ = ["Responses", "flat_rows", "log_probs", "prediction_error", "read", "responses"]
+__all__ = [
+    "CHUNK",
+    "Responses",
+    "flat_rows",
+    "in_chunks",
+    "log_probs",
+    "prediction_error",
+    "read",
+    "require_shape",
+    "responses",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -85,6 +96,13 @@ def log_probs(
 
     The trained parameters are the leaves that ``include`` selects (None: all) and the model does not
     freeze; in their tree the others are None. The function differentiates in any mode.
+
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4, 5])]
+    >>> logp, trained = log_probs(*linear_softmax(pairs, 9, 4), padded(pairs))
+    >>> tree.names(trained), logp(trained).shape
+    (['unembedding/table'], (1, 2))
     """
     trained, rest = tree.partition(theta, include, apply.frozen)
 
@@ -104,5 +122,31 @@ def prediction_error(
     [[-0.25, -0.25, 0.75, -0.25]]
     """
     logits = tree.widen(logits)
-    error = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - jax.nn.softmax(logits, axis=-1)
+    here = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    others = jnp.where(here, 0.0, jax.nn.softmax(logits, axis=-1))
+    # 1 - π_y as the sum of the other probabilities, which does not cancel where the model is certain
+    error = jnp.where(here, others.sum(-1, keepdims=True), -others)
     return error if valid is None else jnp.where(valid[..., None], error, jnp.zeros((), error.dtype))
+
+
+CHUNK = 8
+"""Pairs evaluated at once where a whole data set is followed."""
+
+
+def in_chunks(f: Callable[[Batch], Any], batch: Batch) -> Any:
+    """``f`` of the batch, a few pairs at a time so that memory does not grow with their number.
+
+    ``f`` maps a batch to arrays with a leading pair axis, each pair by itself.
+    """
+    if batch.size <= CHUNK:
+        return f(batch)
+    count = -(-batch.size // CHUNK)
+    index = jnp.minimum(jnp.arange(count * CHUNK), batch.size - 1).reshape(count, CHUNK)
+    pieces = jax.lax.map(lambda i: f(jax.tree.map(lambda x: x[i], batch)), index)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: batch.size], pieces)
+
+
+def require_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape: JAX would clamp indices or broadcast without a word."""
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {x.shape}, but {shape} is needed")

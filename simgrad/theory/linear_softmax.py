@@ -63,7 +63,14 @@ def response_inner(
     other_hidden: Float[Array, "*n M D"],
     other_error: Float[Array, "*n M V"],
 ) -> Float[Array, "*n"]:
-    """⟨∇_W log π(y|x), ∇_W log π(y'|x')⟩ of whole responses: the sum of :func:`token_products`."""
+    """⟨∇_W log π(y|x), ∇_W log π(y'|x')⟩ of whole responses: the sum of :func:`token_products`.
+
+    >>> import jax.numpy as jnp
+    >>> h, e = jnp.array([[2.0, 0.0]]), jnp.array([[0.5, -0.5]])
+    >>> long_h, long_e = jnp.repeat(h, 3, 0), jnp.repeat(e, 3, 0)
+    >>> response_inner(h, e, long_h, long_e).item(), response_inner(long_h, long_e, long_h, long_e).item()
+    (6.0, 18.0)
+    """
     return token_products(hidden, error, other_hidden, other_error).sum(-1).sum(-1)
 
 
@@ -87,13 +94,9 @@ def single_token_kernel(
     >>> single_token_kernel(h, jnp.array([[0.0, 0.0, 5.0]]), w, l).inner.item() < 0
     False
     """
-    probs = jax.nn.softmax(tree.widen(logits), axis=-1)
-    collision = jnp.square(probs).sum(-1)
+    e_w, e_l = prediction_error(logits, chosen), prediction_error(logits, rejected)
     square = jnp.square(tree.widen(hidden)).sum(-1)
-    p_w, p_l = _at(probs, chosen), _at(probs, rejected)
-    return PairKernel(
-        square * (1 - 2 * p_w + collision), square * (collision - p_w - p_l), square * (1 - 2 * p_l + collision)
-    )
+    return PairKernel(*(square * (x * y).sum(-1) for x, y in ((e_w, e_w), (e_w, e_l), (e_l, e_l))))
 
 
 def single_token_rise(
@@ -186,6 +189,14 @@ def shared_parts(result: Responses, batch: Batch) -> SharedParts:
     contrast ⟨·,·⟩ = ‖h‖² (‖π‖² - π_w - π_l), see :func:`single_token_kernel`.
 
     Source: the prefix and suffix cases of Yuan et al., arXiv 2410.13828, Sec. 4; decomposition derived here.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.pairs import Pair, padded
+    >>> h, logits = jnp.ones((1, 2, 2, 1)), jnp.zeros((1, 2, 2, 2))
+    >>> result = Responses(jnp.zeros((1, 2, 2)), logits, h, h[:, :, 0])
+    >>> parts = shared_parts(result, padded([Pair([2], [0, 0], [0, 1])]))
+    >>> parts.prefix.gap.item(), parts.contrast.gap.item()
+    (0.0, -1.0)
     """
     lengths = shared_lengths(batch)
     row = jnp.arange(batch.targets.shape[-1], dtype=lengths.prefix.dtype)[None, None]

@@ -69,9 +69,8 @@ class PairwiseNormalized:
 
     def __call__(self, coefficients: Coefficients, kernel: PairKernel) -> Coefficients:
         """Divide each coefficient by its gradient's norm."""
-        return Coefficients(
-            coefficients.chosen / jnp.sqrt(kernel.sq_chosen), coefficients.rejected / jnp.sqrt(kernel.sq_rejected)
-        )
+        norms = (jnp.sqrt(jnp.where(x > 0, x, 1.0)) for x in (kernel.sq_chosen, kernel.sq_rejected))
+        return Coefficients(*map(jnp.divide, (coefficients.chosen, coefficients.rejected), norms))
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Calibrated:
     """Reward calibration: d_w → α d_w and d_l → d_l/α with α = √(r*/r), r = d_w/d_l, r* = ‖g_l‖/‖g_w‖.
 
     Moves the pair to the centre of its band, hence to the ideal regime, and keeps d_w d_l. Pairs with a
-    coefficient that is not positive are left as they are.
+    coefficient that is not positive, or a gradient that vanishes, are left as they are.
 
     Source: Chen et al., arXiv 2604.18239.
 
@@ -93,9 +92,10 @@ class Calibrated:
     def __call__(self, coefficients: Coefficients, kernel: PairKernel) -> Coefficients:
         """Rescale both coefficients."""
         d_w, d_l = coefficients.chosen, coefficients.rejected
-        positive = (d_w > 0) & (d_l > 0)
+        positive = (d_w > 0) & (d_l > 0) & (kernel.sq_chosen > 0) & (kernel.sq_rejected > 0)
         r = jnp.where(positive, d_w / jnp.where(positive, d_l, 1.0), 1.0)
-        alpha = jnp.where(positive, jnp.sqrt(jnp.sqrt(kernel.sq_rejected / kernel.sq_chosen) / r), 1.0)
+        square = jnp.where(positive, kernel.sq_rejected / jnp.where(positive, kernel.sq_chosen, 1.0), 1.0)
+        alpha = jnp.where(positive, jnp.sqrt(jnp.sqrt(square) / r), 1.0)
         return Coefficients(alpha * d_w, d_l / alpha)
 
 
@@ -117,7 +117,7 @@ class Projected:
 
     def __call__(self, coefficients: Coefficients, kernel: PairKernel) -> Coefficients:
         """Add what the projection gives back to the chosen."""
-        conflict = coefficients.rejected * kernel.inner / kernel.sq_chosen
+        conflict = coefficients.rejected * kernel.inner / jnp.where(kernel.sq_chosen > 0, kernel.sq_chosen, 1.0)
         return Coefficients(coefficients.chosen + jnp.maximum(conflict, 0.0), coefficients.rejected)
 
 
@@ -141,7 +141,8 @@ def contrastive_mask(batch: Batch) -> Float[Array, "B 2 R"]:
     """Weight 1 on the tokens where the responses differ, 0 on their common beginning and ending.
 
     The shared tokens are what entangles responses that differ in a few words (Yuan et al., arXiv
-    2410.13828, Sec. 4); the mask leaves only the contrast. Beginnings are matched before endings.
+    2410.13828, Sec. 4); the mask leaves only the contrast. Beginnings are matched before endings;
+    a response that is the other one cut short keeps no token.
 
     >>> from simgrad.pairs import Pair, padded
     >>> contrastive_mask(padded([Pair([1], [4, 5, 9], [4, 6, 7, 9])])).tolist()
@@ -156,7 +157,14 @@ def contrastive_mask(batch: Batch) -> Float[Array, "B 2 R"]:
 def masked_logp(result: Responses, weights: Float[Array, "B 2 R"]) -> Float[Array, "B 2"]:
     """Σ_k a_k log π(y_k | x, y_<k): log-probs with token weights, to be given to any objective.
 
-    Use the same weights on the reference's log-probs.
+    Use the same weights on the reference's log-probs. Objectives that divide by lengths still divide by
+    the number of tokens, weighted or not.
+
+    >>> import jax.numpy as jnp
+    >>> h = jnp.ones((1, 2, 2, 1))
+    >>> result = Responses(jnp.array([[[-3.0, -1.0], [-3.0, -2.0]]]), jnp.zeros((1, 2, 2, 4)), h, h[:, :, 0])
+    >>> result.logp.tolist(), masked_logp(result, jnp.array([[[0.0, 1.0], [0.0, 1.0]]])).tolist()  # same margin
+    ([[-4.0, -5.0]], [[-1.0, -2.0]])
     """
     return (weights.astype(result.token_logp.dtype) * result.token_logp).sum(-1)
 

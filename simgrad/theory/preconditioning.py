@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from simgrad.theory.steps import updated
-from simgrad.typing import Theta
+from simgrad.typing import Array, Theta
 
 __all__ = ["Preconditioner", "adam", "momentum", "rmsprop", "sgd"]
 
@@ -27,7 +27,12 @@ __all__ = ["Preconditioner", "adam", "momentum", "rmsprop", "sgd"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Preconditioner:
-    """P and drift of one step, per unit learning rate; trees like the trained parameters."""
+    """P and drift of one step, per unit learning rate; trees like the trained parameters.
+
+    >>> import jax.numpy as jnp
+    >>> Preconditioner(jnp.array([2.0]), jnp.array([-1.0])).step(jnp.array([3.0])).item()
+    5.0
+    """
 
     scale: Theta
     drift: Theta
@@ -59,12 +64,20 @@ def momentum(state: Any, gradient: Theta, decay: float, nesterov: bool = False) 
 
     Args:
         state: of ``optax.sgd(.., momentum=decay)`` or any chain that holds ``optax.trace``'s, before the step.
-        gradient: of the loss, at the step.
+        gradient: of the loss at the step, as this transformation sees it: behind clipping it is the clipped
+            gradient, and K_P c is then scaled by the same factor.
         decay: μ.
         nesterov: whether the optimizer was made with ``nesterov=True``.
 
     Raises:
         ValueError: the state holds no trace.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> g, optimizer = {"w": jnp.array([2.0])}, optax.sgd(1.0, momentum=0.5)
+    >>> _, state = updated(optimizer, g, optimizer.init(g))
+    >>> momentum(state, g, 0.5).step({"w": -g["w"]})["w"].item()  # -(g + 0.5 g)
+    -3.0
     """
     trace = _state(state, "TraceState", "optax.sgd(.., momentum=..)").trace
     p, d = (1 + decay, decay**2) if nesterov else (1.0, decay)
@@ -76,13 +89,21 @@ def rmsprop(
 ) -> Preconditioner:
     """P = 1/√(v + ε), or 1/(√v + ε), with the second moment v after it has seen ``gradient``.
 
-    Defaults are optax.rmsprop's. ``state`` as in :func:`momentum`, of ``optax.rmsprop`` without momentum
-    or bias correction.
+    Defaults are optax.rmsprop's. ``state`` and ``gradient`` as in :func:`momentum`, of ``optax.rmsprop``
+    without momentum or bias correction.
 
     Raises:
-        ValueError: the state holds no second moment of RMSProp.
+        ValueError: the state holds no second moment of RMSProp, or momentum besides.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> g = {"w": jnp.array([3.0, -0.1])}
+    >>> rmsprop(optax.rmsprop(1.0).init(g), g, decay=0.0).step({"w": -g["w"]})["w"].round(4).tolist()
+    [-1.0, 1.0]
     """
     before = _state(state, "ScaleByRmsState", "optax.rmsprop(..)")
+    if optax.tree.get(state, "TraceState") is not None:
+        raise ValueError("the optimizer state also holds momentum, which P and drift of rmsprop do not describe")
     _, after = updated(optax.scale_by_rms(decay, eps, eps_in_sqrt=eps_in_sqrt), gradient, before)
     scale = jax.tree.map(lambda v: jax.lax.rsqrt(v + eps) if eps_in_sqrt else 1 / (jnp.sqrt(v) + eps), after.nu)
     return Preconditioner(scale, jax.tree.map(jnp.zeros_like, gradient))
@@ -95,23 +116,29 @@ def adam(
 
     m is the first moment before the step and v̂ the bias-corrected second moment after it has seen
     ``gradient``; t counts steps from one. At t = 1, P ⊙ g is sign-like: |g| cancels. Defaults are
-    optax.adam's; for AdamW the decoupled decay, -λθ, is not part of P or drift. ``state`` as in
-    :func:`momentum`, of ``optax.adam`` or ``optax.adamw``.
+    optax.adam's; for AdamW the decoupled decay, -λθ, is not part of P or drift. ``state`` and ``gradient``
+    as in :func:`momentum`, of ``optax.adam`` or ``optax.adamw``; Nadam keeps the same state but steps
+    differently and is not described.
 
     Source: Kingma & Ba, arXiv 1412.6980, Algorithm 1.
 
     Raises:
         ValueError: the state holds no moments of Adam.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> g = {"w": jnp.array([3.0, -0.1])}
+    >>> adam(optax.adam(1.0).init(g), g).step({"w": -g["w"]})["w"].round(4).tolist()  # the first step is a sign
+    [-1.0, 1.0]
     """
     before = _state(state, "ScaleByAdamState", "optax.adam(..)")
     _, after = updated(optax.scale_by_adam(b1, b2, eps, eps_root), gradient, before)
     with jax.numpy_dtype_promotion("standard"):
         second = optax.tree.bias_correction(after.nu, b2, after.count)
     root = jax.tree.map(lambda v: 1 / (jnp.sqrt(v + eps_root) + eps), second)
-    correction = 1 - b1 ** after.count.astype(jnp.float32)
 
-    def times(factor: float, r: Any) -> Any:
-        return (factor / correction).astype(r.dtype) * r
+    def times(factor: float, r: Array) -> Array:
+        return factor / (1 - b1 ** after.count.astype(r.dtype)) * r
 
     return Preconditioner(
         jax.tree.map(lambda r: times(1 - b1, r), root),

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from simgrad import tree
 from simgrad.models import Apply
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
 from simgrad.theory.gram import PairKernel
-from simgrad.theory.likelihood import log_probs
+from simgrad.theory.likelihood import in_chunks, log_probs
 from simgrad.typing import Array, Float, Theta
 
 __all__ = ["Change", "StepChange", "displacement", "first_order", "own_steps"]
@@ -67,6 +68,11 @@ class StepChange:
     Attributes:
         first: ⟨∇u, v⟩.
         second: ½ vᵀ∇²u v.
+
+    >>> import jax.numpy as jnp
+    >>> change = StepChange(jnp.array([2.0, -1.0]), jnp.array([-4.0, -4.0]))
+    >>> change.trust_radius.tolist(), change.scaled(0.5).total.tolist()
+    ([0.5, 0.25], [0.0, -1.5])
     """
 
     first: Float[Array, "*pairs 2"]
@@ -105,8 +111,8 @@ def displacement(
 ) -> StepChange:
     """Δlog π of both responses of every pair along a parameter step, to second order.
 
-    Two nested forward derivatives, about three forward passes in time and memory; the first-order part
-    is the directional score ⟨∇log π(y), v⟩.
+    Two nested forward derivatives, about three forward passes, a few pairs at a time; the first-order
+    part is the directional score ⟨∇log π(y), v⟩.
 
     Args:
         apply: the model.
@@ -115,6 +121,9 @@ def displacement(
         step: v, a tree like the trained parameters (None elsewhere), for example of
             :func:`simgrad.theory.optimizer_step`.
         include: the selection of trained parameters that ``step`` was made with.
+
+    Raises:
+        ValueError: ``step`` holds other parameters than ``include`` selects.
 
     Source: second-order term derived here; first-order as in :func:`first_order`.
 
@@ -126,12 +135,15 @@ def displacement(
     >>> displacement(apply, theta, padded([Pair([1, 2], [3], [4, 5])]), nowhere).total.tolist()
     [[0.0, 0.0]]
     """
+    trained, _ = tree.partition(theta, include, apply.frozen)
+    if jax.tree.structure(step) != jax.tree.structure(trained):
+        raise ValueError("step was made for other parameters: give the include that it was made with")
     return _displacement(apply, theta, batch, step, None if include is None else tuple(include))
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))
 def _displacement(apply: Apply, theta: Theta, batch: Batch, step: Theta, include: tuple[str, ...] | None) -> StepChange:
-    return _terms(*log_probs(apply, theta, batch, include), step)
+    return in_chunks(lambda some: _terms(*log_probs(apply, theta, some, include), step), batch)
 
 
 def own_steps(

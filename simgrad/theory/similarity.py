@@ -45,6 +45,13 @@ def ches(result: Responses, batch: Batch, states: States = "predicting") -> Floa
     to last-but-one response position), as in Definition 2 of Razin et al. (arXiv 2410.08847);
     ``"all"`` also keeps the state at the final response token, as one of the authors' scripts does.
     Unit: squared hidden units. A higher score predicts more displacement of the chosen response.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.pairs import Pair, padded
+    >>> h = jnp.array([[[[2.0, 0.0], [0.0, 0.0]], [[2.0, 0.0], [2.0, 0.0]]]])
+    >>> result = Responses(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2, 3)), h, h[:, :, 1])
+    >>> ches(result, padded([Pair([1], [0], [2, 2])])).item()  # 2 · 4 - 2 · 2
+    4.0
     """
     total, _ = _sums(result, batch, states)
     return _centred(total)
@@ -55,6 +62,13 @@ def ln_ches(result: Responses, batch: Batch, states: States = "predicting") -> F
 
     With ``states="predicting"`` the divisors are |y⁺||y⁻| and |y⁺|², with ``"all"`` each length is one
     more (the number of states summed). Source: Razin et al., arXiv 2410.08847, Sec. 5.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.pairs import Pair, padded
+    >>> h = jnp.array([[[[2.0, 0.0], [0.0, 0.0]], [[2.0, 0.0], [2.0, 0.0]]]])
+    >>> result = Responses(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2, 3)), h, h[:, :, 1])
+    >>> ln_ches(result, padded([Pair([1], [0], [2, 2])])).item()  # 4 with CHES, all of it length
+    0.0
     """
     total, count = _sums(result, batch, states)
     mean = total / count[..., None]
@@ -65,6 +79,12 @@ def last_hidden_inner(result: Responses) -> Float[Array, " B"]:
     """⟨h(x,y⁺), h(x,y⁻)⟩: states that have read the whole responses (at their last tokens).
 
     Source: the "last hidden embedding inner product" of Razin et al., arXiv 2410.08847, Sec. 5.
+
+    >>> import jax.numpy as jnp
+    >>> h = jnp.ones((1, 2, 1, 2))
+    >>> last = jnp.array([[[1.0, 2.0], [-2.0, 1.0]]])
+    >>> last_hidden_inner(Responses(jnp.zeros((1, 2, 1)), jnp.zeros((1, 2, 1, 3)), h, last)).item()
+    0.0
     """
     last = tree.widen(result.last_hidden)
     return (last[:, 0] * last[:, 1]).sum(-1)
@@ -75,6 +95,13 @@ def embedding_cosine(result: Responses, batch: Batch) -> Float[Array, " B"]:
 
     The idea of selecting pairs by the similarity of response embeddings is that of REAL (Zhang et al.,
     arXiv 2409.17169), which embeds responses without their prompt; here they are read in context.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.pairs import Pair, padded
+    >>> h = jnp.array([[[[3.0, 0.0], [0.0, 3.0]], [[1.0, 1.0], [0.0, 0.0]]]])
+    >>> result = Responses(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2, 3)), h, h[:, :, 1])
+    >>> round(embedding_cosine(result, padded([Pair([1], [0, 2], [2])])).item(), 4)
+    1.0
     """
     total, _ = _sums(result, batch, "predicting")
     norm = jnp.sqrt(jnp.square(total).sum(-1))
@@ -85,6 +112,13 @@ def head_gap(result: Responses, batch: Batch) -> Float[Array, " B"]:
     """Exact ⟨g_w, g_l⟩ - ‖g_w‖² of the unembedding alone: CHES with every α_{kk'} kept.
 
     See :func:`simgrad.theory.kernel.head_kernel`. Nats² per unit of W².
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.pairs import Pair, padded
+    >>> h, logits = jnp.ones((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 2))
+    >>> result, batch = Responses(jnp.zeros((1, 2, 1)), logits, h, h[:, :, 0]), padded([Pair([2], [0], [1])])
+    >>> ches(result, batch).item(), head_gap(result, batch).item()
+    (0.0, -1.0)
     """
     return head_kernel(result, batch).gap
 

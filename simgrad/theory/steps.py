@@ -15,7 +15,7 @@ from simgrad import tree
 from simgrad.models import Apply
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch
-from simgrad.theory.likelihood import log_probs
+from simgrad.theory.likelihood import CHUNK, in_chunks, log_probs, require_shape, responses
 from simgrad.typing import Array, Float, Theta
 
 __all__ = ["OptimizerStep", "loss_gradient", "optimizer_step", "updated"]
@@ -40,7 +40,14 @@ class OptimizerStep:
 def updated(
     optimizer: optax.GradientTransformation, gradient: Theta, state: Any, trained: Theta | None = None
 ) -> tuple[Theta, Any]:
-    """``optimizer.update``, whatever promotion rules are in force: optax needs the usual ones."""
+    """``optimizer.update``, whatever promotion rules are in force: optax needs the usual ones.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> optimizer, gradient = optax.sgd(0.5), {"w": jnp.array([2.0])}
+    >>> updated(optimizer, gradient, optimizer.init(gradient))[0]["w"].item()
+    -1.0
+    """
     with jax.numpy_dtype_promotion("standard"):
         return optimizer.update(gradient, state, trained)
 
@@ -56,7 +63,23 @@ def loss_gradient(
     """∇_θ of the mean loss over the pairs, -Jᵀ c with c = (d_w, -d_l)/B.
 
     ``reference`` holds log π_ref of both responses (None: the policy itself, as before the first step).
+    A large batch is passed through a few pairs at a time, objectives that couple its pairs included.
+
+    Raises:
+        ValueError: a reference of another shape.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.objectives import DPO
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4])]
+    >>> batch, (apply, theta) = padded(pairs), linear_softmax(pairs, 9, 4)
+    >>> table = loss_gradient(apply, theta, batch, DPO())["unembedding"]["table"]
+    >>> (jnp.abs(table).sum(-1) > 1e-6).nonzero()[0].tolist()  # one context, equal weights: no other token is pulled
+    [3, 4]
     """
+    if reference is not None:
+        require_shape("reference", reference, (batch.size, 2))
     return _gradient(apply, theta, batch, objective, reference, None if include is None else tuple(include))
 
 
@@ -69,11 +92,27 @@ def _gradient(
     reference: Array | None,
     include: tuple[str, ...] | None,
 ) -> Theta:
-    logp, trained = log_probs(apply, theta, batch, include)
-    value, pullback = jax.vjp(logp, trained)
+    if batch.size <= CHUNK:
+        logp, trained = log_probs(apply, theta, batch, include)
+        value, pullback = jax.vjp(logp, trained)
+        pull = objective.signed_coefficients(value, value if reference is None else reference, batch.lengths)
+        (ascent,) = pullback(pull / batch.size)
+        return jax.tree.map(jnp.negative, ascent)
+    # the coefficients first, from forward passes alone, then the gradient a few pairs at a time
+    value = in_chunks(lambda some: responses(apply, theta, some).logp, batch)
     pull = objective.signed_coefficients(value, value if reference is None else reference, batch.lengths)
-    (ascent,) = pullback(pull / batch.size)
-    return jax.tree.map(jnp.negative, ascent)
+    count = -(-batch.size // CHUNK)
+    at = jnp.arange(count * CHUNK).reshape(count, CHUNK)
+
+    def add(total: Theta, at: Array) -> tuple[Theta, None]:
+        index = jnp.minimum(at, batch.size - 1)
+        logp, trained = log_probs(apply, theta, jax.tree.map(lambda x: x[index], batch), include)
+        _, pullback = jax.vjp(logp, trained)
+        (ascent,) = pullback(jnp.where((at < batch.size)[:, None], pull[index] / batch.size, 0.0))
+        return jax.tree.map(jnp.subtract, total, ascent), None
+
+    trained, _ = tree.partition(theta, include, apply.frozen)
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), at)[0]
 
 
 def optimizer_step(

@@ -87,6 +87,14 @@ def token_columns(
 
     Side 0 is the chosen response, 1 the rejected. ``result[b, k, s, i]`` = ⟨g_{s,i}, g_{side,index}⟩,
     computed as J (Jᵀ e): one backward and one forward derivative each.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3, 5], [3, 6])]
+    >>> shared = token_columns(*linear_softmax(pairs, 9, 4), padded(pairs), jnp.array([[[0, 0]]]))[0, 0, :, 0]
+    >>> bool(shared[0] == shared[1])  # a shared first token pulls on both responses alike
+    True
     """
     return _columns(apply, theta, batch, tokens, None if include is None else tuple(include))
 

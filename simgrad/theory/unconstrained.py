@@ -132,6 +132,12 @@ def flow_kernel(unembedding: Float[Array, "V D"], chosen: TokenStates, rejected:
 
     d/dt log π_w = d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩ holds for any weights, with or without a shared prefix, so
     the chosen does not fall from d_w / d_l = ⟨g_w,g_l⟩ / ‖g_w‖² on (:func:`simgrad.theory.ideal_range`).
+
+    >>> import jax.numpy as jnp
+    >>> w, h, first = jnp.array([[1.0], [2.0], [-3.0]]), jnp.zeros((1, 1)), jnp.array([0])
+    >>> chosen, rejected = (token_states(w, h, jnp.array([y]), first) for y in (0, 1))
+    >>> round(flow_kernel(w, chosen, rejected).gap.item(), 6)  # W_w lies between W_l and the mean: both fall
+    1.0
     """
 
     def total(x: TokenStates, y: TokenStates) -> Array:
@@ -146,6 +152,14 @@ def unconstrained_kernel(unembedding: Float[Array, "V D"], result: Responses, ba
     Exact for an unconstrained-features model. On a transformer it replaces everything below the
     unembedding by free states, so it is a score, not the kernel. Contexts coincide up to and including
     the first differing token of a pair.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.pairs import Pair, padded
+    >>> batch, h, logits = padded([Pair([1], [0], [1])]), jnp.zeros((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 3))
+    >>> result = Responses(jnp.zeros((1, 2, 1)), logits, h, h[:, :, 0])
+    >>> kernel = unconstrained_kernel(jnp.array([[1.0], [2.0], [-3.0]]), result, batch)
+    >>> round(kernel.gap.item(), 6), head_kernel(result, batch).gap.item()
+    (1.0, 0.0)
     """
     error = prediction_error(result.logits, batch.targets, batch.valid)
     pulled = jnp.einsum("bsrv,vd->bsrd", error, tree.widen(unembedding), precision="highest")
@@ -175,6 +189,13 @@ def contributions(
     d_w for a chosen, -d_l for a rejected response, each over the number of pairs if the loss is a mean.
     Samples with other prompts enter only through the unembedding, α ⟨h_x, h_x'⟩, because their contexts
     differ. Source: Razin et al., arXiv 2410.08847 (extension to many samples); general form derived here.
+
+    >>> import jax.numpy as jnp
+    >>> w, h, y = jnp.eye(2), jnp.ones((2, 1, 2)), jnp.zeros((2, 1), int)
+    >>> training = token_states(w, h, y, jnp.array([[0], [7]]))  # the second under another prompt
+    >>> parts = contributions(w, token_states(w, h[0], y[0], jnp.array([0])), training, jnp.ones(2))
+    >>> parts.unembedding.tolist(), parts.features.tolist()
+    ([1.0, 1.0], [0.5, 0.0])
     """
     inner = jax.vmap(lambda other: flow_inner(unembedding, response, other))(training)
     return jax.tree.map(lambda x: weights * x, inner)
@@ -323,6 +344,13 @@ def different_first_tokens_rate(
     The two tokens are the first ones. With every α set to 1, own + cross is minus the CHES score
     (:func:`simgrad.theory.ches`). Responses that share a first token break this formula: more contexts
     then coincide, and :func:`flow_kernel` counts them. Source: Razin et al., arXiv 2410.08847, Theorem 3.
+
+    >>> import jax.numpy as jnp
+    >>> w, h, first = jnp.array([[1.0], [2.0], [-3.0]]), jnp.zeros((1, 1)), jnp.array([0])
+    >>> chosen, rejected = (token_states(w, h, jnp.array([y]), first) for y in (0, 1))
+    >>> rate = different_first_tokens_rate(w, chosen, rejected, jnp.array(0), jnp.array(1))
+    >>> round(rate.norms.item(), 6), round(rate.first.item(), 6)
+    (2.0, -3.0)
     """
     start = single_token_rate(unembedding, chosen.hidden[0], chosen_token, rejected_token)
     later = _pulled(unembedding, chosen)[1:]
@@ -338,5 +366,10 @@ def sft_rate(kernel: PairKernel, weight: float | Float[Array, "*pairs"]) -> Floa
     """λ ‖∇ log π(y⁺)‖² ≥ 0, what an added loss -λ log π(y⁺) contributes to d/dt log π(y⁺), in any model.
 
     Source: Razin et al., arXiv 2410.08847 (an SFT term alongside the preference loss).
+
+    >>> import jax.numpy as jnp
+    >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
+    >>> (sft_rate(kernel, 0.5) - kernel.gap).item()  # just enough for the chosen not to fall
+    0.0
     """
     return weight * kernel.sq_chosen

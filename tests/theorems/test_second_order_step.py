@@ -1,4 +1,8 @@
-"""Second-order predictions and trust radii, for any optimizer's step and for responses not trained on."""
+"""Δlog π(y) = ⟨∇u, v⟩ + ½ vᵀ∇²u v + O(‖v‖³) along any optimizer's step v, for responses trained on or not.
+
+Counter-examples: without the second term the remainder is of second order; beyond the trust radius |first|/|second|
+the first term's sign is lost.
+"""
 
 import dataclasses
 import functools
@@ -9,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import PAIRS, close, model
+from oracles import slope
 
 from simgrad.objectives import DPO, Coefficients
 from simgrad.pairs import Pair, padded
@@ -52,7 +57,7 @@ def slopes(apply, theta, batch, direction, terms):
     # unit: a step that moves the responses by about one nat
     unit = 1.0 / float(jnp.abs(change.first).mean())
     miss = [np.abs(moved(f * unit) - start - getattr(change.scaled(f * unit), terms)).reshape(-1) for f in FACTORS]
-    return np.polyfit(np.log(FACTORS), np.log(np.array(miss)), 1)[0]
+    return slope(FACTORS, miss)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
