@@ -10,7 +10,18 @@ import jax.numpy as jnp
 
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["accumulator", "combine", "dot", "inner", "names", "partition", "selected", "widen"]
+__all__ = [
+    "accumulator",
+    "combine",
+    "dot",
+    "inner",
+    "is_layered",
+    "names",
+    "partition",
+    "patterns",
+    "selected",
+    "widen",
+]
 
 
 def names(theta: Theta) -> list[str]:
@@ -23,9 +34,32 @@ def names(theta: Theta) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
 
 
+def is_layered(name: str) -> bool:
+    """Whether the leaf at this path is stacked over layers on its leading axis.
+
+    >>> is_layered("layers/mlp/up/kernel"), is_layered("lora/layers/mlp/up/kernel/a"), is_layered("embedding/table")
+    (True, True, False)
+    """
+    return "layers" in name.split("/")
+
+
 def selected(name: str, include: Sequence[str] | None, exclude: Sequence[str] = ()) -> bool:
     """Whether a leaf's path matches ``include`` (None: all) and no pattern of ``exclude``."""
     return (include is None or any(fnmatch(name, p) for p in include)) and not any(fnmatch(name, p) for p in exclude)
+
+
+def patterns(include: Sequence[str] | None) -> tuple[str, ...] | None:
+    """``include`` as a hashable tuple; None selects everything.
+
+    >>> patterns(["embedding/*"]), patterns(None)
+    (('embedding/*',), None)
+
+    Raises:
+        ValueError: a bare string, whose letters would be taken for patterns.
+    """
+    if isinstance(include, str):
+        raise ValueError(f"include takes a list of patterns: [{include!r}] instead of {include!r}")
+    return None if include is None else tuple(include)
 
 
 def partition(theta: Theta, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> tuple[Theta, Theta]:

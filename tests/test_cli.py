@@ -122,7 +122,9 @@ def test_killed_with_signal_nine_it_continues(checkpoint, data, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_line(checkpoint, data, tmp_path, change, message):
-    arguments = {"--model": checkpoint, "--data": data, "--out": tmp_path / "s.parquet"} | dict(zip(change[::2], change[1::2], strict=True))
+    arguments = {"--model": checkpoint, "--data": data, "--out": tmp_path / "s.parquet"} | dict(
+        zip(change[::2], change[1::2], strict=True)
+    )
     done = simgrad("score", *(x for item in arguments.items() for x in item), cache=tmp_path, check=False)
     assert done.returncode == 2
     assert message in done.stderr

@@ -9,6 +9,7 @@ import pytest
 import reference
 from helpers import PAIRS, close, model
 
+import simgrad.theory.entanglement as module
 from simgrad import tree
 from simgrad.pairs import Pair, packed, padded
 from simgrad.theory import (
@@ -83,6 +84,29 @@ def test_memory_bound_changes_the_cost_and_not_the_result():
     assert 2 * held == kernel_plan(apply, theta, 4, memory=4 * row).bytes
     with pytest.raises(ValueError, match=r"two pairs take .* raise it, or select fewer"):
         entanglement_kernel(apply, theta, batch, memory=4 * row - 1)
+
+
+@pytest.mark.parametrize(("pairs", "others"), [(5, None), (4, 1), (1, 4), (3, 4)])
+def test_plan_counts_the_gradients_taken_and_bounds_the_rows_held(monkeypatch, pairs, others):
+    apply, theta = model("bare_embedding")
+    row, taken, held = row_bytes(apply, theta), [], []
+    shape = (*theta["unembedding"]["table"].shape,)
+
+    def spy(apply, theta, batch, patterns):
+        result = jacobian(apply, theta, batch, patterns)
+        taken.append(2 * batch.size)
+        rows = sum(x.shape[0] for x in jax.live_arrays() if x.shape[1:] == shape and x.ndim == 3)
+        held.append(rows // 2)  # two leaves of that shape: embedding and unembedding
+        return result
+
+    assert theta["embedding"]["table"].shape == shape
+    monkeypatch.setattr(module, "jacobian", spy)
+    every = [*PAIRS, PROBES[0]]
+    other = None if others is None else padded(every[:others])
+    entanglement_kernel(apply, theta, padded(every[:pairs]), other, memory=4 * row)
+    plan = kernel_plan(apply, theta, pairs, others, memory=4 * row)
+    assert sum(taken) == plan.gradients
+    assert max(held) * row <= plan.bytes
 
 
 @pytest.mark.parametrize("kind", ["plain", "rope_mqa_gated_tied"])

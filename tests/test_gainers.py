@@ -57,7 +57,8 @@ def test_top_gainers_are_the_head_of_the_sorted_table():
         valid = np.asarray(batch.valid)
         best = np.argsort(-gain, -1, kind="stable")[..., 0]
         np.testing.assert_array_equal(np.asarray(top.tokens)[valid][:, 0], best[valid])
-        close(top.probability, np.take_along_axis(probability, np.asarray(top.tokens), -1))
+        at_top = np.take_along_axis(probability, np.asarray(top.tokens), -1)
+        close(np.asarray(top.probability)[valid], at_top[valid])
 
 
 def test_unconstrained_features_order_the_bystanders_by_projection_on_the_difference():
@@ -79,3 +80,13 @@ def test_how_many_is_checked():
     apply, theta, batch, direction = step_of("unconstrained_features", SINGLE)
     with pytest.raises(ValueError, match=f"k=14 tokens of a vocabulary of {VOCAB}"):
         top_gainers(apply, theta, batch, direction, k=14)
+
+
+def test_padding_gains_nothing_and_names_no_token():
+    apply, theta, batch, direction = step_of("unconstrained_features", PAIRS)
+    top = top_gainers(apply, theta, batch, direction, k=2)
+    absent = ~np.asarray(batch.valid)
+    assert (np.asarray(top.tokens)[absent] == -1).all()
+    assert not np.asarray(top.probability)[absent].any()
+    assert not np.asarray(top.gain)[absent].any()
+    assert (np.asarray(top.tokens)[~absent] >= 0).all()

@@ -9,7 +9,7 @@ from helpers import PAIRS, close, model
 
 from simgrad.models import add_lora, merge_lora
 from simgrad.pairs import padded
-from simgrad.theory import entanglement_kernel, pair_kernel, responses
+from simgrad.theory import by_layer, by_matrix, entanglement_kernel, pair_kernel, pair_kernel_blocks, responses
 
 TARGETS = ["layers/attention/query/kernel", "layers/mlp/*/kernel"]
 
@@ -69,11 +69,38 @@ def test_complete_factors_give_back_the_full_kernel_and_thin_ones_do_not():
     assert (np.asarray(lost.sq_chosen) < 0.9 * np.asarray(full.sq_chosen))[[0, 2, 3]].all()
 
 
+def test_layers_and_matrices_can_be_asked_for():
+    _, _, lora, parameters = adapted()
+    blocks = pair_kernel_blocks(lora, parameters, padded(PAIRS))
+    layers, matrices = by_layer(blocks), by_matrix(blocks)
+    assert set(layers) == {"layer 0", "layer 1"}
+    assert set(matrices) == {"lora/attention/query/kernel", "lora/mlp/up/kernel", "lora/mlp/down/kernel"}
+    whole = pair_kernel(lora, parameters, padded(PAIRS)).inner
+    for groups in (layers, matrices):
+        close(sum(k.inner for k in groups.values()), whole)
+    first = {k: {n: x[:1] for n, x in v.items()} for k, v in parameters["lora"].items()}
+    rest = {k: {n: x[1:] for n, x in v.items()} for k, v in parameters["lora"].items()}
+
+    def split(first, rest):
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
+        return responses(lora, {"base": parameters["base"], "lora": both}, padded(PAIRS[:1])).logp[0]
+
+    w, l = (jax.grad(lambda f, s=s: split(f, rest)[s])(first) for s in (0, 1))  # noqa: E741
+    inner = sum(float((a * b).sum()) for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(l), strict=True))
+    np.testing.assert_allclose(layers["layer 0"].inner[0], inner, rtol=1e-9)
+
+
 def test_refuses_targets_that_are_not_there():
     apply, theta = model("plain")
-    with pytest.raises(ValueError, match="no matrix matches 'q_proj'; there are: embedding/table"):
+    with pytest.raises(ValueError, match="no matrix matches 'q_proj'; there are: layers/attention/key/kernel"):
         add_lora(apply, theta, ["q_proj"])
     with pytest.raises(ValueError, match="no matrix matches 'final_norm/scale'"):
         add_lora(apply, theta, ["final_norm/scale"])
+    with pytest.raises(ValueError, match="no matrix matches 'unembedding/table'"):
+        add_lora(apply, theta, ["unembedding/table"])
+    with pytest.raises(ValueError, match="targets takes a list of one or more patterns, got 'layers/"):
+        add_lora(apply, theta, "layers/*")
+    with pytest.raises(ValueError, match="include takes a list of patterns"):
+        pair_kernel(apply, theta, padded(PAIRS), "layers/*")
     with pytest.raises(ValueError, match="rank must be positive"):
         add_lora(apply, theta, TARGETS, rank=0)

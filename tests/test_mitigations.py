@@ -18,6 +18,7 @@ from simgrad.theory import (
     band,
     contrastive_mask,
     first_order,
+    ideal_range,
     keep_lowest,
     masked_kernel,
     masked_logp,
@@ -89,6 +90,20 @@ def test_projection_spares_the_chosen_but_not_always_the_rejected():
         np.asarray(change.chosen)[conflict], np.asarray(d.chosen * kernel.sq_chosen)[conflict], rtol=1e-9
     )
     assert (regime(kernel, projected) == Regime.BOTH_RISE).any()
+
+
+@pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: type(r).__name__)
+def test_a_vanishing_gradient_leaves_the_coefficients_alone(remedy):
+    """A model that is certain of a response in float32 has no gradient left; nothing becomes nan."""
+    zero, one = jnp.zeros(1), jnp.ones(1)
+    for kernel in (PairKernel(zero, zero, one), PairKernel(one, zero, zero), PairKernel(zero, zero, zero)):
+        d = Coefficients(2 * one, 3 * one)
+        close(remedy(d, kernel), d)
+        assert band(kernel, d).inside.all()
+        assert (regime(kernel, d) == Regime.IDEAL).all()
+        bounds = ideal_range(kernel)
+        assert (bounds.lower <= 2 / 3).all()
+        assert (bounds.upper >= 2 / 3).all()
 
 
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: type(r).__name__)

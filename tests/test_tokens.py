@@ -7,6 +7,7 @@ import pytest
 import reference
 from helpers import PAIRS, close, model
 
+import simgrad.theory.tokens as module
 from simgrad.pairs import packed, padded
 from simgrad.theory import masked_kernel, pair_kernel, token_columns, token_kernel
 
@@ -121,3 +122,22 @@ def test_ghosts_need_two_sequences_and_a_transformer():
         token_kernel(apply, theta, packed(PAIRS), method="ghost")
     with pytest.raises(ValueError, match="use 'columns'"):
         token_kernel(*model("linear_softmax"), padded(PAIRS), method="ghost")
+
+
+def test_auto_keeps_within_its_memory(monkeypatch):
+    apply, theta = model("plain")
+    taken = []
+    ghost = module._ghost
+    monkeypatch.setattr(module, "_ghost", lambda *args: taken.append(1) or ghost(*args))
+    roomy = token_kernel(apply, theta, padded(PAIRS[:1]))
+    assert taken
+    taken.clear()
+    close(token_kernel(apply, theta, padded(PAIRS[:1]), memory=100), roomy)
+    assert not taken
+
+
+def test_columns_of_tokens_that_are_not_there_are_refused():
+    apply, theta = model("linear_softmax")
+    for wanted in ([[2, 0]], [[0, 99]], [[1, -1]]):
+        with pytest.raises(ValueError, match=r"no token \(side, index\) = "):
+            token_columns(apply, theta, padded(PAIRS[:1]), jnp.array([wanted]))

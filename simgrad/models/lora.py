@@ -47,7 +47,7 @@ class LoraApply:
 def add_lora(
     apply: Apply, theta: Theta, targets: Sequence[str], rank: int = 8, alpha: float = 16.0, seed: int = 0
 ) -> tuple[LoraApply, Theta]:
-    """Adapters W + (α/r) A B on every matrix whose path matches ``targets``, base parameters frozen.
+    """Adapters W + (α/r) A B on every linear map whose path matches ``targets``, base parameters frozen.
 
     With inputs first, W is (I, O), A is (I, r) and B is (r, O); matrices stacked over layers get one
     adapter a layer. A ~ N(0, 1/I) and B = 0, so the model starts unchanged and at first only B has a
@@ -65,12 +65,14 @@ def add_lora(
     {'layers/attention/query/kernel': (2, 8, 2)}
 
     Raises:
-        ValueError: a target matches no matrix, or the rank is not positive.
+        ValueError: a target matches no linear map (tables have no adapters), or the rank is not positive.
     """
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets takes a list of one or more patterns, got {targets!r}")
     if rank < 1:
         raise ValueError(f"rank must be positive, got {rank}")
     leaves = dict(zip(tree.names(theta), jax.tree.leaves(theta), strict=True))
-    matrices = [name for name, leaf in leaves.items() if leaf.ndim - name.startswith("layers/") == 2]
+    matrices = [name for name in leaves if name.endswith("/kernel")]
     for target in targets:
         if not any(fnmatch(name, target) for name in matrices):
             raise ValueError(f"no matrix matches {target!r}; there are: {', '.join(matrices)}")
@@ -102,6 +104,6 @@ def merge_lora(apply: LoraApply, theta: Theta) -> Theta:
     for name, leaf in zip(tree.names(theta["base"]), leaves, strict=True):
         if name in theta["lora"]:
             a, b = theta["lora"][name]["a"], theta["lora"][name]["b"]
-            leaf = leaf + jnp.asarray(apply.scale, leaf.dtype) * (a @ b)
+            leaf = leaf + jnp.asarray(apply.scale, leaf.dtype) * jnp.matmul(a, b, precision="highest")
         merged.append(leaf)
     return treedef.unflatten(merged)

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import jax
 
+from simgrad.tree import is_layered
+
 __all__ = ["by_layer", "by_matrix"]
 
 Block = TypeVar("Block")
@@ -28,7 +30,7 @@ def by_layer(blocks: dict[str, Block]) -> dict[str, Block]:
     """
     groups: dict[str, Block] = {}
     for path, block in blocks.items():
-        if path.startswith("layers/"):
+        if is_layered(path):
             for layer in range(jax.tree.leaves(block)[0].shape[-1]):
                 _add(groups, f"layer {layer}", jax.tree.map(lambda x, layer=layer: x[..., layer], block))
         else:
@@ -46,7 +48,6 @@ def by_matrix(blocks: dict[str, Block]) -> dict[str, Block]:
     """
     groups: dict[str, Block] = {}
     for path, block in blocks.items():
-        layered = path.startswith("layers/")
-        name = path.removeprefix("layers/").rpartition("/")[0]
-        _add(groups, name, jax.tree.map(lambda x: x.sum(-1), block) if layered else block)
+        name = "/".join(part for part in path.split("/")[:-1] if part != "layers")
+        _add(groups, name, jax.tree.map(lambda x: x.sum(-1), block) if is_layered(path) else block)
     return groups

@@ -32,7 +32,7 @@ class KernelPlan:
     """How a kernel is computed within a memory bound.
 
     Attributes:
-        chunk: pairs whose gradients are held at once, on each of the two sides of a block.
+        chunk: most pairs whose gradients are held at once on each of the two sides of a block.
         bytes: held by Jacobian rows at the peak (two chunks, two responses a pair). On top come one pair's
             activations and gradients, working copies of the rows of one parameter leaf, and the result.
         gradients: response gradients taken in all; 2 B when everything fits at once.
@@ -74,10 +74,13 @@ def kernel_plan(
             f"memory={memory:,} bytes is too little: the gradients of two pairs take {2 * pair:,}; raise it, "
             f"or select fewer parameters with include"
         )
-    chunk = min(memory // (2 * pair), pairs if others is None else max(pairs, others))
-    rows = -(-pairs // chunk)
-    blocks = rows * (rows + 1) // 2 if others is None else rows * (1 + -(-others // chunk))
-    return KernelPlan(chunk, 2 * chunk * pair, 2 * chunk * blocks)
+    chunk = memory // (2 * pair)
+    if others is None:
+        rows = -(-pairs // chunk)
+        return KernelPlan(chunk, 2 * chunk * pair, chunk * rows * (rows + 1))
+    left, right = min(chunk, pairs), min(chunk, others)
+    rows, columns = -(-pairs // left), -(-others // right)
+    return KernelPlan(max(left, right), (left + right) * pair, 2 * rows * (left + columns * right))
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))
@@ -111,7 +114,7 @@ def entanglement_kernel(
     include: Sequence[str] | None = None,
     scale: Theta | None = None,
     memory: int = MEMORY,
-) -> Float[Array, "U V"]:
+) -> Float[Array, "U others"]:
     """K = J P J'^T between the responses of ``batch`` and those of ``other`` (default: itself).
 
     Rows and columns run over chosen 1, rejected 1, chosen 2, …; unit nats² per unit of θ² (times the
@@ -151,28 +154,30 @@ def entanglement_blocks(
     include: Sequence[str] | None = None,
     scale: Theta | None = None,
     memory: int = MEMORY,
-) -> dict[str, Float[Array, "U V *depth"]]:
+) -> dict[str, Float[Array, "U others *depth"]]:
     """:func:`entanglement_kernel` of each parameter leaf by path; leaves under ``layers/`` have a depth axis.
 
     The blocks sum to the whole kernel; :func:`simgrad.theory.by_layer` and
     :func:`simgrad.theory.by_matrix` group them.
     """
-    patterns = None if include is None else tuple(include)
-    others = None if other is None else other.size
+    patterns = tree.patterns(include)
+    across, others = (batch, None) if other is None else (other, other.size)
     chunk = kernel_plan(apply, theta, batch.size, others, include, memory).chunk
     rows: list[list[dict[str, np.ndarray]]] = []
-    for start, left in _chunks(batch, chunk):
+    for start, left in _chunks(batch, min(chunk, batch.size)):
         a = jacobian(apply, theta, left, patterns)
         row = []
-        for first, right in _chunks(batch if other is None else other, chunk):
+        for first, right in _chunks(across, min(chunk, across.size)):
             if other is None and first > start:
                 break
             b = a if other is None and first == start else jacobian(apply, theta, right, patterns)
             row.append({name: np.asarray(x) for name, x in _products(a, b, scale).items()})
+            del b  # two chunks are held at once, not three
         rows.append(row)
+        del a
     if other is None:
         rows = _mirrored(rows)
-    n, m = 2 * batch.size, 2 * (batch if other is None else other).size
+    n, m = 2 * batch.size, 2 * across.size
 
     def whole(name: str) -> Array:
         lines = [np.concatenate([block[name] for block in row], 1) for row in rows]
@@ -201,7 +206,7 @@ def _products(a: Theta, b: Theta, scale: Theta | None) -> dict[str, Array]:
     """Inner products of all rows by leaf, one compiled call a leaf so that working copies stay those of one."""
     scales = [None] * len(jax.tree.leaves(a)) if scale is None else jax.tree.leaves(scale)
     leaves = zip(tree.names(a), jax.tree.leaves(a), jax.tree.leaves(b), scales, strict=True)
-    return {path: _product(x, y, p, path.startswith("layers/")) for path, x, y, p in leaves}
+    return {path: _product(x, y, p, tree.is_layered(path)) for path, x, y, p in leaves}
 
 
 @functools.partial(jax.jit, static_argnames="layered")

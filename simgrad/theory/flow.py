@@ -264,7 +264,7 @@ def linearized_run(
     if read not in ("linear", "ray"):
         raise ValueError(f"read={read!r}: choose 'linear' or 'ray'")
     order = _checked_order(order, batch.size, steps)
-    include = None if include is None else tuple(include)
+    include = tree.patterns(include)
     observed = [batch] if probes is None else [batch, probes]
     anchor, rest = tree.partition(theta, include, apply.frozen)
     if narrow := [str(x.dtype) for x in jax.tree.leaves(anchor) if x.dtype.itemsize < 4]:

@@ -53,7 +53,7 @@ def token_displacement(
     >>> (gains > 0).nonzero()[0].tolist()
     [3]
     """
-    return _tokens(apply, theta, batch, step, None if include is None else tuple(include))[1]
+    return _tokens(apply, theta, batch, step, tree.patterns(include))[1]
 
 
 def top_gainers(
@@ -84,7 +84,7 @@ def top_gainers(
     >>> top_gainers(apply, theta, padded([Pair([1, 2], [3], [4])]), nowhere, k=2).tokens.shape
     (1, 2, 1, 2)
     """
-    logits, change = _tokens(apply, theta, batch, step, None if include is None else tuple(include))
+    logits, change = _tokens(apply, theta, batch, step, tree.patterns(include))
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"k={k} tokens of a vocabulary of {logits.shape[-1]}")
     if by not in ("probability", "logp"):

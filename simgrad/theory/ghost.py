@@ -73,7 +73,7 @@ def ghost_blocks(
             for site in use.sites:
                 for leaf in ("kernel", "scale", "bias"):
                     if f"{site}/{leaf}" in wanted:
-                        layered = site.startswith("layers/")
+                        layered = tree.is_layered(site)
                         blocks[f"{site}/{leaf}"] = _leaf(leaf, use.input, signal[site], layered, route)
     blocks |= _tables(uses, signal, theta, wanted, route)
     return {name: blocks[name] for name in wanted}, result

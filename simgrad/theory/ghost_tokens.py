@@ -91,6 +91,6 @@ def _operation(leaf: str, site: str, a: Array, delta: Array) -> Float[Array, "2 
         vector = (delta * a[None] if leaf == "scale" else delta).sum(2)
         return jnp.einsum("iso,juo->siuj", vector, vector, precision="highest")
 
-    if site.startswith("layers/"):
+    if tree.is_layered(site):
         return jax.lax.map(one, (a, jnp.moveaxis(delta, 1, 0))).sum(0)
     return one((a, delta))

@@ -72,7 +72,7 @@ def kernel_and_responses(
     >>> jnp.allclose(kernel.inner, head_kernel(result, batch).inner).item()  # frozen features: W has it all
     True
     """
-    blocks, result = _blocks(apply, theta, batch, _patterns(include), method)
+    blocks, result = _blocks(apply, theta, batch, tree.patterns(include), method)
     flat = [jax.tree.map(lambda x: x.reshape(x.shape[0], -1).sum(-1), k) for k in blocks.values()]
     return jax.tree.map(lambda *xs: jnp.stack(xs).sum(0), *flat), result
 
@@ -90,11 +90,7 @@ def pair_kernel_blocks(
     >>> list(blocks), bool(blocks["unembedding/table"].gap[0] < 0)  # W alone cannot push one token down
     (['features/table', 'unembedding/table'], True)
     """
-    return _blocks(apply, theta, batch, _patterns(include), method)[0]
-
-
-def _patterns(include: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if include is None else tuple(include)
+    return _blocks(apply, theta, batch, tree.patterns(include), method)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include", "method"))
@@ -129,7 +125,7 @@ def _plain(apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | 
 
 
 def _leaf_kernel(path: str, g: Array) -> PairKernel:
-    if path.startswith("layers/"):
+    if tree.is_layered(path):
         return gradients(jnp.swapaxes(g, 0, 1))  # one kernel a layer
     return jax.tree.map(lambda x: x[0], gradients(g[None]))
 

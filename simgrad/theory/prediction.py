@@ -138,7 +138,7 @@ def displacement(
     trained, _ = tree.partition(theta, include, apply.frozen)
     if jax.tree.structure(step) != jax.tree.structure(trained):
         raise ValueError("step was made for other parameters: give the include that it was made with")
-    return _displacement(apply, theta, batch, step, None if include is None else tuple(include))
+    return _displacement(apply, theta, batch, step, tree.patterns(include))
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))
@@ -162,7 +162,7 @@ def own_steps(
     >>> own_steps(apply, theta, padded([Pair([1, 2], [3], [4, 5])]), Coefficients(one, one)).trust_radius.shape
     (1, 2)
     """
-    return _own_steps(apply, theta, batch, coefficients, None if include is None else tuple(include))
+    return _own_steps(apply, theta, batch, coefficients, tree.patterns(include))
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))

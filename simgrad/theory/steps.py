@@ -80,7 +80,7 @@ def loss_gradient(
     """
     if reference is not None:
         require_shape("reference", reference, (batch.size, 2))
-    return _gradient(apply, theta, batch, objective, reference, None if include is None else tuple(include))
+    return _gradient(apply, theta, batch, objective, reference, tree.patterns(include))
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "objective", "include"))

@@ -12,13 +12,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from simgrad import tree
 from simgrad.models import Apply, TappedApply
 from simgrad.pairs import Batch
 from simgrad.theory.ghost_tokens import ghost_tokens
 from simgrad.theory.gram import PairKernel
-from simgrad.theory.likelihood import responses
+from simgrad.theory.likelihood import flat_rows, responses
 from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["masked_kernel", "token_columns", "token_kernel"]
@@ -30,6 +32,7 @@ def token_kernel(
     batch: Batch,
     include: Sequence[str] | None = None,
     method: Literal["auto", "ghost", "columns"] = "auto",
+    memory: int = 2**31,
 ) -> Float[Array, "B 2 R 2 R"]:
     """⟨∇log π(token i), ∇log π(token j)⟩ for all response tokens of each pair; 0 where padded.
 
@@ -43,8 +46,9 @@ def token_kernel(
         include: patterns of parameter paths, see :func:`simgrad.theory.pair_kernel`.
         method: ``columns`` computes J (Jᵀ e_j) for one token after the other, with one gradient in memory
             at a time, for any model and layout. ``ghost`` is one batched backward pass and contractions
-            over tokens, several times faster; it holds the signals of all tokens of one pair (R times
-            the activations of a forward pass). ``auto`` takes it where it can.
+            over tokens, several times faster; it holds the signals of all tokens of one pair, R times the
+            activations of a forward pass. ``auto`` takes it where it can and the signals fit in ``memory``.
+        memory: bytes that ``auto`` allows for signals (2 GiB).
 
     Raises:
         ValueError: ``ghost`` for a packed batch or a model that is not a transformer.
@@ -55,15 +59,23 @@ def token_kernel(
     >>> token_kernel(apply, theta, padded([Pair([1, 2], [3], [4, 5])])).shape
     (1, 2, 2, 2, 2)
     """
-    tapped = isinstance(apply, TappedApply) and not batch.is_packed
-    if method == "ghost" and not tapped:
+    if isinstance(apply, TappedApply) and not batch.is_packed:
+        if method == "ghost" or (method == "auto" and _signal_bytes(apply, theta, batch) <= memory):
+            return _ghost(apply, theta, batch, tree.patterns(include))
+    elif method == "ghost":
         raise ValueError("method 'ghost' needs a transformer and a padded batch (pairs.padded); use 'columns'")
-    if tapped and method != "columns":
-        return _ghost(apply, theta, batch, None if include is None else tuple(include))
     b, _, r = batch.targets.shape
     side, index = (x.reshape(-1) for x in jnp.meshgrid(jnp.arange(2), jnp.arange(r), indexing="ij"))
     every = jnp.broadcast_to(jnp.stack([side, index], -1)[None], (b, 2 * r, 2))
     return jnp.moveaxis(token_columns(apply, theta, batch, every, include), 1, -1).reshape(b, 2, r, 2, r)
+
+
+def _signal_bytes(apply: TappedApply, theta: Theta, batch: Batch) -> int:
+    """Size of one signal a token and operation, for one pair."""
+    pair = jax.tree.map(lambda x: x[:1], batch)
+    taps = jax.eval_shape(lambda t: apply.taps(t, pair.tokens[0], flat_rows(pair)), theta)
+    sizes = (x.size * x.dtype.itemsize for site, x in taps.items() if site != "unembedding")
+    return batch.targets.shape[-1] * sum(sizes)
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))
@@ -88,6 +100,9 @@ def token_columns(
     Side 0 is the chosen response, 1 the rejected. ``result[b, k, s, i]`` = ⟨g_{s,i}, g_{side,index}⟩,
     computed as J (Jᵀ e): one backward and one forward derivative each.
 
+    Raises:
+        ValueError: a token that its response does not have.
+
     >>> import jax.numpy as jnp
     >>> from simgrad.models import linear_softmax
     >>> from simgrad.pairs import Pair, padded
@@ -96,7 +111,13 @@ def token_columns(
     >>> bool(shared[0] == shared[1])  # a shared first token pulls on both responses alike
     True
     """
-    return _columns(apply, theta, batch, tokens, None if include is None else tuple(include))
+    if not isinstance(tokens, Tracer):
+        side, index = np.moveaxis(np.asarray(tokens), -1, 0)
+        longest = np.asarray(batch.targets.shape[-1])
+        wrong = (side < 0) | (side > 1) | (index < 0) | (index >= longest)
+        if wrong.any():
+            raise ValueError(f"no token (side, index) = {tuple(np.asarray(tokens)[wrong][0].tolist())} in this batch")
+    return _columns(apply, theta, batch, tokens, tree.patterns(include))
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))

@@ -117,3 +117,15 @@ def test_linear_softmax_kernel_is_the_heads_and_unconstrained_is_not(create):
 
     for name, value in kernel_of_rows(jax.jit(logp), trained).items():
         np.testing.assert_array_equal(np.isclose(getattr(total, name), value, rtol=1e-10), create is linear_softmax)
+
+
+@pytest.mark.parametrize("certainty", [5.0, 14.0, 25.0])
+def test_certain_tokens_keep_their_gradient_in_float32(certainty):
+    """1 - π_y must not cancel: a token of probability 1 - 1e-11 still has a direction."""
+    logits = np.random.default_rng(4).normal(size=50)
+    logits[3] += certainty
+    arguments = (jnp.array([3]), jnp.array([7]))
+    exact = single_token_kernel(jnp.ones((1, 2)), jnp.asarray(logits)[None], *arguments)
+    rough = single_token_kernel(jnp.ones((1, 2), jnp.float32), jnp.asarray(logits, jnp.float32)[None], *arguments)
+    for x, y in zip(jax.tree.leaves(rough), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)

@@ -100,6 +100,27 @@ def test_peakier_means_more_squeezing():
     assert not_monotone > 0  # the argmax's own gain is no measure of peakiness
 
 
+def test_the_lead_is_not_monotone_in_temperature_when_the_argmax_is_pushed():
+    """The counter-example: the runner-up's lead over the next token first grows, then vanishes as π_y → 1."""
+    z = jnp.array([3.0, 2.0, 1.0, 0.0])
+    changes = [squeeze_step(beta * z, jnp.array(0), 0.5).change for beta in (0.5, 1.0, 2.0, 4.0, 10.0)]
+    leads = np.array([c[1] - c[2] for c in changes])
+    assert leads[1] > leads[0]
+    assert (np.diff(leads[1:]) < 0).all()
+    assert leads[-1] < 1e-3 * leads[1]
+
+
+@pytest.mark.parametrize("learning_rate", [1e-7, 1e-5, 0.5, 50.0])
+def test_small_steps_keep_their_precision_in_float32(learning_rate):
+    """Real learning rates: the threshold must not drown in the logarithm of a number near one."""
+    z = np.array([2.0, 1.0, 0.0, -3.0])
+    exact = squeeze_step(jnp.asarray(z), jnp.array(3), learning_rate)
+    rough = squeeze_step(jnp.asarray(z, jnp.float32), jnp.array(3), learning_rate)
+    close(rough.threshold, exact.threshold, "float32")
+    close(rough.change, exact.change, "float32")
+    np.testing.assert_array_equal(rough.rises, exact.rises)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_long_squeezing_ends_in_the_argmax(seed):
     """Everything pushed out of an unlikely token ends in one place, and all others are drained."""
