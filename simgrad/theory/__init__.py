@@ -35,7 +35,16 @@ from simgrad.theory.entanglement import (
 from simgrad.theory.flow import Flow, Run, kernel_flow, linearized_run
 from simgrad.theory.gainers import TokenGains, token_displacement, top_gainers
 from simgrad.theory.gram import PairKernel
-from simgrad.theory.groups import Group, group_advantages, group_kernel, group_rates, gwhes, nthr, read_group
+from simgrad.theory.groups import (
+    Group,
+    group_advantages,
+    group_kernel,
+    group_rates,
+    gwhes,
+    nthr,
+    read_group,
+    token_influence,
+)
 from simgrad.theory.kernel import head_kernel, kernel_and_responses, pair_kernel, pair_kernel_blocks
 from simgrad.theory.likelihood import Responses, log_probs, responses
 from simgrad.theory.mitigations import (
@@ -128,6 +137,7 @@ __all__ = [
     "surrogate_loss",
     "token_columns",
     "token_displacement",
+    "token_influence",
     "token_kernel",
     "top_gainers",
     "unconstrained",

@@ -119,7 +119,7 @@ def entanglement_kernel(
 
     Rows and columns run over chosen 1, rejected 1, chosen 2, …; unit nats² per unit of θ² (times the
     unit of P). A run on ``batch`` moves any response z of ``other`` by η Σ_j K(z, j) c_j to first order,
-    so probes (a paraphrase, a harmful answer) go into ``other``.
+    so probes (a paraphrase, a harmful answer) go into ``other``. Driven from Python, chunk by chunk.
 
     Args:
         apply: the model.
@@ -159,6 +159,14 @@ def entanglement_blocks(
 
     The blocks sum to the whole kernel; :func:`simgrad.theory.by_layer` and
     :func:`simgrad.theory.by_matrix` group them.
+
+    >>> from simgrad.models import unconstrained_features
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1], [3], [4]), Pair([2], [3], [4])]
+    >>> apply, theta = unconstrained_features(pairs, 9, 4)
+    >>> blocks = entanglement_blocks(apply, theta, padded(pairs))
+    >>> bool((blocks["features/table"][:2, 2:] == 0).all())  # contexts of their own: only W entangles the pairs
+    True
     """
     patterns = tree.patterns(include)
     across, others = (batch, None) if other is None else (other, other.size)
