@@ -14,8 +14,8 @@ def _forward(apply, theta, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradient(apply, theta, tokens, start):
-    """∇ Σ_{k > start} log π(token k | before), as one loop over positions."""
+def _gradient(apply, theta, tokens, start, end):
+    """∇ Σ_{start <= k < end} log π(token k | before), as one loop over positions."""
 
     def logp(theta):
         logits = apply(theta, tokens).logits[0]
@@ -23,7 +23,7 @@ def _gradient(apply, theta, tokens, start):
         for k in range(1, tokens.shape[1]):
             row = logits[k - 1]
             term = row[tokens[0, k]] - jax.scipy.special.logsumexp(row)
-            total = total + jnp.where(k >= start, term, 0.0)
+            total = total + jnp.where((k >= start) & (k < end), term, 0.0)
         return total
 
     return jax.grad(logp)(theta)
@@ -43,8 +43,14 @@ def sequence(apply, theta, prompt, response):
 
 
 def gradient(apply, theta, prompt, response):
-    """∇ log π(response | prompt) for every leaf, one plain sequence."""
-    return _gradient(apply, theta, jnp.array([[*prompt, *response]]), len(prompt))
+    """∇ log π(response | prompt) for every leaf, one plain sequence.
+
+    What follows the response does not reach it in a causal model, so sequences end in zeros up to a common length
+    and few programs are compiled; a context table has no such contexts.
+    """
+    tokens = [*prompt, *response]
+    spare = 0 if hasattr(apply, "contexts") else -len(tokens) % 8
+    return _gradient(apply, theta, jnp.array([tokens + [0] * spare]), len(prompt), len(tokens))
 
 
 def dot(a, b, keep=lambda name: True):

@@ -26,12 +26,13 @@ def test_every_method_agrees_with_two_gradients(kind):
     apply, theta = model(kind)
     trainable = (lambda name: not name.startswith("features")) if apply.frozen else (lambda name: True)
     expected = oracle(apply, theta, PAIRS, trainable)
-    close(pair_kernel(apply, theta, padded(PAIRS), method="plain"), expected)
     close(pair_kernel(apply, theta, packed(PAIRS), method="plain"), expected)
-    close(pair_kernel(apply, theta, padded(PAIRS)), expected)
     if kind in TRANSFORMERS:
         close(pair_kernel(apply, theta, padded(PAIRS), method="ghost"), expected)
         close(pair_kernel(apply, theta, padded(PAIRS), method="explicit"), expected)
+    if kind in ("plain", "linear_softmax", "unconstrained_features"):
+        close(pair_kernel(apply, theta, padded(PAIRS), method="plain"), expected)
+        close(pair_kernel(apply, theta, padded(PAIRS)), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

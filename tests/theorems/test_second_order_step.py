@@ -46,17 +46,25 @@ def after_two_steps(name, kind="plain"):
     return apply, theta, optimizer_step(apply, theta, batch, DPO(), OPTIMIZERS[name], state, reference).direction
 
 
+@functools.partial(jax.jit, static_argnames="apply")
+def moved(apply, theta, batch, direction, factor):
+    """Log-probs after the step."""
+    return responses(apply, jax.tree.map(lambda t, d: t + factor * d, theta, direction), batch).logp
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "side"))
+def gradient(apply, theta, batch, side):
+    return jax.grad(lambda t: responses(apply, t, batch).logp[0, side])(theta)
+
+
 def slopes(apply, theta, batch, direction, terms):
     """Order of |measured - predicted| in the size of the step, for each response."""
-
-    @jax.jit
-    def moved(factor):
-        return responses(apply, jax.tree.map(lambda t, d: t + factor * d, theta, direction), batch).logp
-
     start, change = responses(apply, theta, batch).logp, displacement(apply, theta, batch, direction)
     # unit: a step that moves the responses by about one nat
     unit = 1.0 / float(jnp.abs(change.first).mean())
-    miss = [np.abs(moved(f * unit) - start - getattr(change.scaled(f * unit), terms)).reshape(-1) for f in FACTORS]
+    sizes = [float(f * unit) for f in FACTORS]
+    ends = [moved(apply, theta, batch, direction, size) for size in sizes]
+    miss = [np.abs(e - start - getattr(change.scaled(h), terms)).reshape(-1) for e, h in zip(ends, sizes, strict=True)]
     return slope(FACTORS, miss)
 
 
@@ -86,18 +94,13 @@ def test_own_steps_are_first_order_plus_half_the_curvature_along_the_pairs_gradi
     change = own_steps(apply, theta, batch, d)
     first = first_order(pair_kernel(apply, theta, batch), d)
     close(change.first, jnp.stack([first.chosen, first.rejected], -1))
+    h = 1e-4  # central second difference
     for i, pair in enumerate(PAIRS):
-        one = padded([pair])
-        w, l = (  # noqa: E741
-            jax.grad(lambda t, s=s, one=one: responses(apply, t, one).logp[0, s])(theta) for s in range(2)
-        )
+        one = padded([pair], length=8, rows=5)
+        w, l = (gradient(apply, theta, one, side) for side in range(2))  # noqa: E741
         v = jax.tree.map(lambda a, b, i=i: d.chosen[i] * a - d.rejected[i] * b, w, l)
-
-        def moved(h, v=v, one=one):
-            return np.asarray(responses(apply, jax.tree.map(lambda t, x: t + h * x, theta, v), one).logp[0])
-
-        h = 1e-4  # central second difference
-        np.testing.assert_allclose(change.second[i], (moved(h) - 2 * moved(0.0) + moved(-h)) / h**2 / 2, rtol=1e-3)
+        left, middle, right = (np.asarray(moved(apply, theta, one, v, x)[0]) for x in (-h, 0.0, h))
+        np.testing.assert_allclose(change.second[i], (right - 2 * middle + left) / h**2 / 2, rtol=1e-3)
 
 
 def test_at_the_trust_radius_both_terms_are_equal_and_beyond_it_the_sign_is_lost():
