@@ -18,6 +18,11 @@ __version__ = "0.1.0"
 __all__ = ["Policy", "ScoreTable", "load", "score"]
 
 
+def __dir__() -> list[str]:
+    """Names for completion, those included that are imported when first asked for."""
+    return sorted([*globals(), *__all__, "bridge", "models", "objectives", "pairs", "theory", "tree"])
+
+
 def __getattr__(name: str) -> Any:
     """Import the bridge when it is first asked for, so that ``import simgrad`` is quick."""
     if name in __all__:

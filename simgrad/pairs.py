@@ -8,9 +8,11 @@ that the prompt is computed once. Both give the same log-probs and hidden states
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,16 @@ __all__ = ["CHOSEN", "REJECTED", "Batch", "Pair", "packed", "padded"]
 
 CHOSEN, REJECTED = 1, 2
 """Stream bits: tokens that the chosen, and that the rejected response reads (a prompt is in both)."""
+
+
+def _ids(name: str, tokens: Any) -> tuple[int, ...]:
+    try:
+        ids = tuple(operator.index(t) for t in tokens)
+    except TypeError:
+        raise ValueError(f"{name} must hold token ids (whole numbers), got {tokens!r}: tokenize text first") from None
+    if ids and min(ids) < 0:
+        raise ValueError(f"{name} holds the token id {min(ids)}; ids count from 0")
+    return ids
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,9 @@ class Pair:
     rejected: Sequence[int]
 
     def __post_init__(self) -> None:
-        """Store plain tuples of ints, so that pairs hash and compare."""
+        """Store plain tuples of ints, so that pairs hash and compare; refuse what is no token id."""
         for name in ("prompt", "chosen", "rejected"):
-            object.__setattr__(self, name, tuple(int(t) for t in getattr(self, name)))
+            object.__setattr__(self, name, _ids(name, getattr(self, name)))
 
     def problem(self) -> str | None:
         """Why this pair says nothing about preferences, or None.

@@ -9,7 +9,7 @@ import pytest
 import reference
 from helpers import MODELS, PAIRS, close, model
 
-from simgrad.pairs import Pair, packed, padded
+from simgrad.pairs import Pair, _ids, packed, padded
 from simgrad.theory import responses
 
 
@@ -93,3 +93,11 @@ def test_sizes_that_are_too_small_are_refused():
         padded(PAIRS, rows=1)
     with pytest.raises(ValueError, match="no pairs"):
         padded([])
+
+
+def test_what_is_no_token_id_is_refused():
+    with pytest.raises(ValueError, match="chosen holds the token id -3; ids count from 0"):
+        Pair([1], [4, -3], [2])
+    for alien in ("hello", [1.5], [None]):
+        with pytest.raises(ValueError, match=r"prompt must hold token ids .* tokenize text first"):
+            _ids("prompt", alien)

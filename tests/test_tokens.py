@@ -5,11 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import PAIRS, close, model
+from helpers import PAIRS, VOCAB, close, model
 
 import simgrad.theory.tokens as module
-from simgrad.pairs import packed, padded
-from simgrad.theory import masked_kernel, pair_kernel, token_columns, token_kernel
+from simgrad.objectives import Coefficients
+from simgrad.pairs import Pair, packed, padded
+from simgrad.theory import (
+    Regime,
+    masked_change,
+    masked_kernel,
+    masked_logp,
+    pair_kernel,
+    regime,
+    responses,
+    surrogate_loss,
+    token_columns,
+    token_kernel,
+)
 
 KINDS = ["plain", "rope_mqa_gated_tied", "linear_softmax", "unconstrained_features"]
 
@@ -141,3 +153,45 @@ def test_columns_of_tokens_that_are_not_there_are_refused():
     for wanted in ([[2, 0]], [[0, 99]], [[1, -1]]):
         with pytest.raises(ValueError, match=r"no token \(side, index\) = "):
             token_columns(apply, theta, padded(PAIRS[:1]), jnp.array([wanted]))
+
+
+def test_long_float32_pairs_keep_their_sums():
+    """More than 65,536 numbers in a backward pass, where vmapped passes of a norm come out wrong in jaxlib 0.10.2."""
+    draw = np.random.default_rng(0).integers
+    pairs = [Pair(*(draw(0, VOCAB, n).tolist() for n in (100, 18, 18)))]
+    apply, theta = model("plain", "float32", pairs, width=16, max_length=128)
+    whole = pair_kernel(apply, theta, padded(pairs), method="plain")
+    sums = np.asarray(token_kernel(apply, theta, padded(pairs))).sum((2, 4))[0]
+    scale = float(jnp.maximum(whole.sq_chosen, whole.sq_rejected)[0])
+    got, expected = [sums[0, 0], sums[0, 1], sums[1, 1]], [float(x[0]) for x in jax.tree.leaves(whole)]
+    np.testing.assert_allclose(got, expected, atol=2e-5 * scale)
+
+
+def test_masked_training_moves_whole_responses_as_predicted():
+    """Remainder of second order; a pair whose mask looks ideal can lose its chosen response."""
+    apply, theta = model("plain")
+    batch = padded(PAIRS)
+    weights = jnp.asarray(np.random.default_rng(1).uniform(size=batch.targets.shape))
+    d = Coefficients(*jnp.asarray(np.random.default_rng(2).uniform(0.5, 1, size=(2, len(PAIRS)))))
+    change = masked_change(token_kernel(apply, theta, batch), weights, d)
+
+    @jax.jit
+    def moved(theta, one, a, d, rate):
+        def loss(t):
+            return surrogate_loss(masked_logp(responses(apply, t, one), a), d).sum()
+
+        gradient = jax.grad(loss)(theta)
+        return responses(apply, jax.tree.map(lambda t, g: t - rate * g, theta, gradient), one).logp[0]
+
+    rates = np.geomspace(1e-5, 1e-3, 3)
+    for i in (0, 3):
+        one, a, pair_d = jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, weights, d))
+        start = moved(theta, one, a, pair_d, 0.0)
+        predicted = np.array([change.chosen[i], change.rejected[i]])
+        sizes = rates / np.abs(predicted).max()
+        miss = [np.abs(np.asarray(moved(theta, one, a, pair_d, r) - start) - r * predicted) for r in sizes]
+        np.testing.assert_allclose(np.polyfit(np.log(rates), np.log(miss), 1)[0], 2.0, atol=0.1)
+    one, nothing = jnp.ones(1), jnp.array([[[0.0], [1.0]]])
+    blocks = jnp.ones((1, 2, 1, 2, 1))
+    assert int(regime(masked_kernel(blocks, nothing), Coefficients(one, one))[0]) == Regime.IDEAL
+    assert masked_change(blocks, nothing, Coefficients(one, one)).chosen[0] < 0

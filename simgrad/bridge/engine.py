@@ -102,9 +102,11 @@ def score(
     Raises:
         PreferenceDataError: data that cannot be read, with file, line or row.
         RunMismatchError: ``out`` holds, or is being written by, a run with other arguments.
-        ValueError: ``max_length`` beyond the model's; unknown objective.
+        ValueError: ``max_length`` beyond the model's; unknown objective; ``out`` that is no .parquet.
     """
     objective = objectives.get(objective) if isinstance(objective, str) else objective
+    if out is not None and Path(out).suffix != ".parquet":
+        raise ValueError(f"out={str(out)!r}: tables are written as .parquet")
     encoded = _encoded(policy, pairs, max_length, limit, split)
     run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens)
     if out is not None and Path(out).exists():

@@ -82,10 +82,10 @@ def _advice(table: ScoreTable, ratio: tuple[float, float] | None, exact: bool) -
     if ratio is None:
         return ("No pair lowers its own chosen response to first order.", shared)
     median, high = ratio
-    share = f"{high:.2f} times keeps 90 % of the falling pairs from falling"
+    share = f"a ratio of at least {high:.2f} keeps 90 % of the falling pairs from falling"
     if high > median:
-        share = f"{median:.2f} times keeps half of the falling pairs from falling, {high:.2f} times 90 %"
-    advice = [f"Pull on the chosen harder than the rejected is pushed (d_w/d_l): {share}."]
+        share = f"a ratio of at least {median:.2f} keeps half of the falling pairs from falling, {high:.2f} keeps 90 %"
+    advice = [f"Pull harder on the chosen, relative to the push on the rejected (d_w/d_l): {share}."]
     pull = float(np.median(table["d_rejected"]))
     if pull > 0 and high > 1:
         advice.append(

@@ -34,10 +34,16 @@ class Objectives:
         from rich.console import Console
 
         from simgrad.cli.display import objective_in_full, objective_table
-        from simgrad.objectives import catalog, describe
+        from simgrad.objectives import catalog, describe, get
 
-        shown = [describe(name) for name in self.names] or catalog()
         console = Console()
+        for name in self.names:
+            if name.startswith("trl:"):
+                console.print(f"{name}  {get(name)!r}", highlight=False)
+        named = [name for name in self.names if not name.startswith("trl:")]
+        if self.names and not named:
+            return 0
+        shown = [describe(name) for name in named] or catalog()
         if self.json:
             print(json.dumps([dataclasses.asdict(d) for d in shown], ensure_ascii=False, indent=2))
         elif self.names:

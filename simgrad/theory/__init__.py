@@ -69,7 +69,7 @@ from simgrad.theory.similarity import (
     normalized_edit_distance,
 )
 from simgrad.theory.steps import OptimizerStep, loss_gradient, optimizer_step
-from simgrad.theory.tokens import masked_kernel, token_columns, token_kernel
+from simgrad.theory.tokens import masked_change, masked_kernel, token_columns, token_kernel
 
 __all__ = [
     "Band",
@@ -122,6 +122,7 @@ __all__ = [
     "ln_ches",
     "log_probs",
     "loss_gradient",
+    "masked_change",
     "masked_kernel",
     "masked_logp",
     "normalized_edit_distance",

@@ -100,7 +100,7 @@ def jacobian(apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] 
     def one(pair: Batch) -> Theta:
         logp, _ = log_probs(apply, theta, jax.tree.map(lambda x: x[None], pair), include)
         value, pullback = jax.vjp(lambda t: logp(t)[0], trained)
-        (rows,) = jax.vmap(pullback)(jnp.eye(2, dtype=value.dtype))
+        rows = tree.pulled_back(pullback, jnp.eye(2, dtype=value.dtype))
         return jax.tree.map(tree.widen, rows)
 
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(one, batch))
@@ -171,6 +171,9 @@ def entanglement_blocks(
     patterns = tree.patterns(include)
     across, others = (batch, None) if other is None else (other, other.size)
     chunk = kernel_plan(apply, theta, batch.size, others, include, memory).chunk
+    trained, _ = tree.partition(theta, patterns, apply.frozen)
+    if scale is not None and jax.tree.structure(scale) != jax.tree.structure(trained):
+        raise ValueError("scale must be a tree like the trained parameters, such as the scale of a Preconditioner")
     rows: list[list[dict[str, np.ndarray]]] = []
     for start, left in _chunks(batch, min(chunk, batch.size)):
         a = jacobian(apply, theta, left, patterns)

@@ -28,7 +28,7 @@ from simgrad.models import Apply
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch
 from simgrad.theory.likelihood import in_chunks, log_probs, require_shape
-from simgrad.theory.steps import updated
+from simgrad.theory.steps import require_training, updated
 from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["Flow", "Run", "kernel_flow", "linearized_run"]
@@ -98,12 +98,14 @@ def kernel_flow(
     >>> [round(x, 4) for x in flow.logp[-1, 0].tolist()]
     [-0.025, -0.125]
     """
+    require_training(objective, optimizer)
     reference = logp if reference is None else reference
     pairs, responses = len(logp), 2 * len(logp)
     probes = jnp.zeros((0, responses), kernel.dtype) if probe_kernel is None else probe_kernel
+    require_shape("logp", logp, (pairs, 2))
     require_shape("kernel", kernel, (responses, responses))
     require_shape("probe_kernel", probes, (probes.shape[0], responses))
-    for name, x in (("logp", logp), ("lengths", lengths), ("reference", reference)):
+    for name, x in (("lengths", lengths), ("reference", reference)):
         require_shape(name, x, (pairs, 2))
     order = _checked_order(order, pairs, steps)
     _require_linear(optimizer, steps, logp.dtype)
@@ -148,6 +150,7 @@ def _checked_order(order: Array | None, pairs: int, steps: int) -> Int[Array, "E
         raise ValueError(f"steps must be at least 1, got {steps}")
     if order is None:
         return jnp.asarray(np.tile(np.arange(pairs), (steps, 1)))
+    order = jnp.asarray(order)
     if order.ndim != 2 or len(order) != steps:
         raise ValueError(f"order has shape {order.shape}: it needs one row of pairs a step, and steps={steps}")
     if not isinstance(order, Tracer):
@@ -192,7 +195,8 @@ class Run:
 
     Attributes:
         steps: number of steps taken at each record; the first is 0.
-        logp: of the training pairs.
+        logp: of the training pairs. Values above 0, or falls of tens of nats, say that the linearisation has
+            left its range: refresh more often, or read along the ray.
         probes: log π of the probe pairs (none if no probes were given).
         trained: predicted parameters at the end (None where a leaf is not trained).
     """
@@ -258,6 +262,7 @@ def linearized_run(
     >>> run.steps.tolist(), run.logp.shape
     ([0, 2, 4], (3, 2, 2))
     """
+    require_training(objective, optimizer)
     for name, value in (("refresh", refresh), ("record", record)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

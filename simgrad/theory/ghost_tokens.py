@@ -45,7 +45,7 @@ def ghost_tokens(
     pull = jnp.einsum("srv,vd->srd", error, table.astype(error.dtype), precision="highest").astype(hidden.dtype)
     # token r of both responses at once: they lie on sequences of their own
     one_token = jnp.eye(pull.shape[1], dtype=pull.dtype)[:, None, :, None] * pull[None]
-    (signal,) = jax.vmap(pullback)(one_token)
+    signal = tree.pulled_back(pullback, one_token)
 
     wanted = [n for n in tree.names(theta) if tree.selected(n, include, apply.frozen)]
     parts = [

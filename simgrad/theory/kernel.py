@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,8 @@ def _blocks(
     apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | None, method: Method
 ) -> tuple[dict[str, PairKernel], Responses]:
     tree.partition(theta, include, apply.frozen)  # raises where the selection is empty
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(Method))}")
     tapped = isinstance(apply, TappedApply)
     if method == "plain" or (method == "auto" and (batch.is_packed or not tapped)):
         return _plain(apply, theta, batch, include), responses(apply, theta, batch)
@@ -117,8 +119,8 @@ def _plain(apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | 
         def logp(trained: Theta) -> Array:
             return responses(apply, tree.combine(trained, rest), single).logp[0]
 
-        _, pullback = jax.vjp(logp, trained)
-        (both,) = jax.vmap(pullback)(jnp.eye(2, dtype=jax.eval_shape(logp, trained).dtype))
+        value, pullback = jax.vjp(logp, trained)
+        both = tree.pulled_back(pullback, jnp.eye(2, dtype=value.dtype))
         return {path: _leaf_kernel(path, g) for path, g in zip(paths, jax.tree.leaves(both), strict=True)}
 
     return jax.lax.map(one, batch)

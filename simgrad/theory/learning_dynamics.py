@@ -117,7 +117,8 @@ def logit_kernel(
         def logits(trained: Theta) -> Array:
             return _logits(apply, tree.combine(trained, rest), tokens, _last(tokens))[0]
 
-        return jax.jacrev(logits)(trained)
+        value, pullback = jax.vjp(logits, trained)
+        return tree.pulled_back(pullback, jnp.eye(value.shape[0], dtype=value.dtype))
 
     def product(a: Array, b: Array) -> Array:
         flat = (tree.widen(x).reshape(x.shape[0], -1) for x in (a, b))

@@ -56,7 +56,8 @@ class PairwiseNormalized:
     """Step along g_w/‖g_w‖ - g_l/‖g_l‖: d_w → d_w/‖g_w‖ and d_l → d_l/‖g_l‖.
 
     For d_w = d_l = d it changes log π_w by η d ‖g_w‖ (1 - ρ) ≥ 0 and log π_l by -η d ‖g_l‖ (1 - ρ) ≤ 0 to
-    first order, so the pair is ideal whatever its geometry; for d_w ≠ d_l it is not always so.
+    first order, so the pair, trained alone, is ideal whatever its geometry; for d_w ≠ d_l it is not always so,
+    and in a batch other pairs add their terms.
 
     Source: the pairwise-normalised gradient of Yuan et al., arXiv 2410.13828.
 

@@ -137,7 +137,10 @@ def displacement(
     """
     trained, _ = tree.partition(theta, include, apply.frozen)
     if jax.tree.structure(step) != jax.tree.structure(trained):
-        raise ValueError("step was made for other parameters: give the include that it was made with")
+        raise ValueError(
+            "step is no tree of the trained parameters: give the direction of an optimizer_step, and the include that "
+            "it was made with"
+        )
     return _displacement(apply, theta, batch, step, tree.patterns(include))
 
 

@@ -18,7 +18,7 @@ from simgrad.pairs import Batch
 from simgrad.theory.likelihood import CHUNK, in_chunks, log_probs, require_shape, responses
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["OptimizerStep", "loss_gradient", "optimizer_step", "updated"]
+__all__ = ["OptimizerStep", "loss_gradient", "optimizer_step", "require_training", "updated"]
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +35,14 @@ class OptimizerStep:
     direction: Theta
     state: Any
     gradient: Theta
+
+
+def require_training(objective: Any, optimizer: Any) -> None:
+    """Refuse names in place of objectives, and learning rates in place of optimizers."""
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective is {objective!r}: get one by name, simgrad.objectives.get('dpo')")
+    if not hasattr(optimizer, "update"):
+        raise ValueError(f"optimizer is {optimizer!r}: an optax transformation is needed, for example optax.sgd(1e-3)")
 
 
 def updated(
@@ -148,6 +156,7 @@ def optimizer_step(
     >>> displacement(apply, theta, batch, step.direction).total.shape
     (1, 2)
     """
+    require_training(objective, optimizer)
     trained, _ = tree.partition(theta, include, apply.frozen)
     gradient = loss_gradient(apply, theta, batch, objective, reference, include)
     direction, state = updated(optimizer, gradient, optimizer.init(trained) if state is None else state, trained)

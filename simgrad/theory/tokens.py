@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,17 @@ from jax.core import Tracer
 
 from simgrad import tree
 from simgrad.models import Apply, TappedApply
+from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
 from simgrad.theory.ghost_tokens import ghost_tokens
 from simgrad.theory.gram import PairKernel
 from simgrad.theory.likelihood import flat_rows, responses
+from simgrad.theory.prediction import Change
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["masked_kernel", "token_columns", "token_kernel"]
+__all__ = ["masked_change", "masked_kernel", "token_columns", "token_kernel"]
+
+TokenMethod = Literal["auto", "ghost", "columns"]
 
 
 def token_kernel(
@@ -31,7 +35,7 @@ def token_kernel(
     theta: Theta,
     batch: Batch,
     include: Sequence[str] | None = None,
-    method: Literal["auto", "ghost", "columns"] = "auto",
+    method: TokenMethod = "auto",
     memory: int = 2**31,
 ) -> Float[Array, "B 2 R 2 R"]:
     """⟨∇log π(token i), ∇log π(token j)⟩ for all response tokens of each pair; 0 where padded.
@@ -59,6 +63,8 @@ def token_kernel(
     >>> token_kernel(apply, theta, padded([Pair([1, 2], [3], [4, 5])])).shape
     (1, 2, 2, 2, 2)
     """
+    if method not in get_args(TokenMethod):
+        raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(TokenMethod))}")
     if isinstance(apply, TappedApply) and not batch.is_packed:
         if method == "ghost" or (method == "auto" and _signal_bytes(apply, theta, batch) <= memory):
             return _ghost(apply, theta, batch, tree.patterns(include))
@@ -146,8 +152,9 @@ def _columns(apply: Apply, theta: Theta, batch: Batch, tokens: Array, include: t
 def masked_kernel(kernel: Float[Array, "B 2 R 2 R"], weights: Float[Array, "B 2 R"]) -> PairKernel:
     """Pair kernel when each token's log-prob counts with a weight: log π → Σ_k a_k log π(y_k | ..).
 
-    ⟨g_w, g_l⟩ = Σ_{ij} a_{w,i} a_{l,j} ⟨g_{w,i}, g_{l,j}⟩ and likewise the norms: how much entanglement
-    a token mask removes, before any training.
+    ⟨g_w, g_l⟩ = Σ_{ij} a_{w,i} a_{l,j} ⟨g_{w,i}, g_{l,j}⟩ and likewise the norms. It describes the masked
+    log-probs, which training then moves; what happens to the whole responses, tokens of weight zero
+    included, is :func:`masked_change`.
 
     >>> import jax.numpy as jnp
     >>> masked_kernel(jnp.ones((1, 2, 3, 2, 3)), jnp.array([[[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]])).inner.item()
@@ -155,3 +162,24 @@ def masked_kernel(kernel: Float[Array, "B 2 R 2 R"], weights: Float[Array, "B 2 
     """
     both = jnp.einsum("bsi,bsitj,btj->bst", weights, kernel, weights, precision="highest")
     return PairKernel(both[:, 0, 0], both[:, 0, 1], both[:, 1, 1])
+
+
+def masked_change(
+    kernel: Float[Array, "B 2 R 2 R"], weights: Float[Array, "B 2 R"], coefficients: Coefficients
+) -> Change:
+    """First-order Δlog π of the whole responses per unit learning rate, when masked log-probs are trained.
+
+        Δlog π_s = η Σ_i Σ_j (d_w a_{w,j} ⟨g_{s,i}, g_{w,j}⟩ - d_l a_{l,j} ⟨g_{s,i}, g_{l,j}⟩)
+
+    with i over all tokens of response s. A pair that :func:`masked_kernel` calls ideal can still lose its
+    chosen response through tokens whose weight is zero. d_w, d_l are those of the objective at the masked
+    log-probs.
+
+    >>> import jax.numpy as jnp
+    >>> one, only_rejected = jnp.ones(1), jnp.array([[[0.0], [1.0]]])
+    >>> masked_change(jnp.ones((1, 2, 1, 2, 1)), only_rejected, Coefficients(one, one)).chosen.item()
+    -1.0
+    """
+    signs = jnp.stack([coefficients.chosen, -coefficients.rejected], -1)
+    change = jnp.einsum("bsitj,bt,btj->bs", kernel, signs, weights, precision="highest")
+    return Change(change[:, 0], change[:, 1])
