@@ -100,7 +100,7 @@ def _worst(table: ScoreTable, order: str, rows: Iterable[int]) -> Table:
         title=f"\nWorst pairs: {order}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
     )
     for name in columns:
-        view.add_column(name, justify="right", no_wrap=True)
+        view.add_column(name, justify="right", no_wrap=True, min_width=9 if name == "regime" else None)
     for row in rows:
         values = {name: table[name][row] for name in table}
         view.add_row(*(template.format(**values) for template in columns.values()))

@@ -80,7 +80,9 @@ def from_trl(
     for name in loss_types:
         if name not in TRL_LOSS_TYPES[trainer]:
             known = ", ".join(TRL_LOSS_TYPES[trainer])
-            raise ValueError(f"unknown loss type {name!r} of TRL's {trainer} trainer; there are: {known}")
+            elsewhere = [f"trl:{other}/{name}" for other, kinds in TRL_LOSS_TYPES.items() if name in kinds]
+            hint = f" did you mean {elsewhere[0]!r}?" if elsewhere else ""
+            raise ValueError(f"unknown loss type {name!r} of TRL's {trainer} trainer;{hint} there are: {known}")
     if not loss_types:
         raise ValueError("no loss type given")
     defaults = _DEFAULTS[trainer]
