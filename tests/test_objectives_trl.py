@@ -309,7 +309,7 @@ def test_names_with_a_prefix_are_trls():
     ("call", "text"),
     [
         (lambda: from_trl("sigmoid", trainer="ppo"), "trainer"),
-        (lambda: from_trl("simpo"), "unknown loss type 'simpo' of TRL's dpo trainer; there are: sigmoid"),
+        (lambda: from_trl("simpo"), "unknown loss type 'simpo' of TRL's dpo trainer; did you mean 'trl:cpo/simpo'\\?"),
         (lambda: from_trl("sigmoid", lr=1.0), "TRL's dpo loss has no option lr; it takes: beta, label_smoothing"),
         (lambda: from_trl("sigmoid", cpo_alpha=1.0), "no option cpo_alpha"),
         (lambda: from_trl("sigmoid", use_weighting=True), "use_weighting .WPO. needs whole next-token distributions"),
