@@ -205,8 +205,8 @@ class Composed(Objective):
         self.build()
 
     def build(self) -> Objective:
-        """The same objective, spelled out."""
-        raise NotImplementedError
+        """The same objective, spelled out: what a subclass defines."""
+        raise TypeError(f"{type(self).__name__} does not say what it is composed of")
 
     def per_pair(self, x: Terms) -> Float[Array, "*pairs"]:
         """Loss of what :meth:`build` spells out."""
