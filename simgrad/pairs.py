@@ -28,12 +28,9 @@ CHOSEN, REJECTED = 1, 2
 
 def _ids(name: str, tokens: Any) -> tuple[int, ...]:
     try:
-        ids = tuple(operator.index(t) for t in tokens)
+        return tuple(operator.index(t) for t in tokens)
     except TypeError:
         raise ValueError(f"{name} must hold token ids (whole numbers), got {tokens!r}: tokenize text first") from None
-    if ids and min(ids) < 0:
-        raise ValueError(f"{name} holds the token id {min(ids)}; ids count from 0")
-    return ids
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,8 @@ class Pair:
             return "empty rejected response"
         if self.chosen == self.rejected:
             return "chosen and rejected are identical"
+        if (least := min(*self.prompt, *self.chosen, *self.rejected)) < 0:
+            return f"token id {least} is outside any vocabulary: ids count from 0"
         return None
 
 

@@ -96,8 +96,8 @@ def test_sizes_that_are_too_small_are_refused():
 
 
 def test_what_is_no_token_id_is_refused():
-    with pytest.raises(ValueError, match="chosen holds the token id -3; ids count from 0"):
-        Pair([1], [4, -3], [2])
+    with pytest.raises(ValueError, match="pair 0: token id -3 is outside any vocabulary: ids count from 0"):
+        padded([Pair([1], [4, -3], [2])])
     for alien in ("hello", [1.5], [None]):
         with pytest.raises(ValueError, match=r"prompt must hold token ids .* tokenize text first"):
             _ids("prompt", alien)
