@@ -1,4 +1,4 @@
-"""Token kernels from one batched backward pass, without weight gradients.
+"""Token kernels from one backward pass a token, without weight gradients.
 
 Token i of a response sends the signal δ^i_t back to position t of every operation. With the operation's
 inputs a, the gradients of two tokens meet in
@@ -60,7 +60,8 @@ def ghost_tokens(
     tied = "unembedding" not in theta
     if f"{'embedding' if tied else 'unembedding'}/table" in wanted:
         flat_h, flat_e = (x.reshape(-1, x.shape[-1]) for x in (states_, error))
-        parts.append(_squared(row_inner(flat_h, flat_h) * row_inner(flat_e, flat_e), pull.shape[1]))
+        products = row_inner(flat_h, flat_h) * row_inner(flat_e, flat_e)
+        parts.append(products.reshape(2, pull.shape[1], 2, pull.shape[1]))
     for site in ("embedding", "positions"):
         if f"{site}/table" in wanted:
             ids, delta = uses[site].input, tree.widen(signal[site])
@@ -71,10 +72,6 @@ def ghost_tokens(
                 cross = jnp.einsum("istd,ujd,ujst->siuj", delta, states_, picked, precision="highest")
                 parts.append(cross + jnp.moveaxis(cross, (0, 1), (2, 3)))
     return jnp.stack(parts).sum(0)
-
-
-def _squared(matrix: Float[Array, "..."], rows: int) -> Float[Array, "2 R 2 R"]:
-    return matrix.reshape(2, rows, 2, rows)
 
 
 def _contract(inputs: Float[Array, "2 T 2 T"], delta: Float[Array, "R 2 T O"]) -> Float[Array, "2 R 2 R"]:

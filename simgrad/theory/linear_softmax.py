@@ -116,8 +116,9 @@ def single_token_rise(
     >>> single_token_rise(jnp.ones((1, 2)), jnp.zeros((1, 4)), jnp.array([0]), jnp.array([1])).item()
     2.0
     """
-    probs = jax.nn.softmax(tree.widen(logits), axis=-1)
-    return jnp.square(tree.widen(hidden)).sum(-1) * (1 - _at(probs, chosen) + _at(probs, rejected))
+    still_free = _at(prediction_error(logits, chosen), chosen)  # 1 - π_w
+    rejected_prob = _at(jax.nn.softmax(tree.widen(logits), axis=-1), rejected)
+    return jnp.square(tree.widen(hidden)).sum(-1) * (still_free + rejected_prob)
 
 
 def _at(probs: Array, token: Array) -> Array:

@@ -49,9 +49,10 @@ def token_kernel(
         batch: B pairs; ``ghost`` needs the padded layout.
         include: patterns of parameter paths, see :func:`simgrad.theory.pair_kernel`.
         method: ``columns`` computes J (Jᵀ e_j) for one token after the other, with one gradient in memory
-            at a time, for any model and layout. ``ghost`` is one batched backward pass and contractions
-            over tokens, several times faster; it holds the signals of all tokens of one pair, R times the
-            activations of a forward pass. ``auto`` takes it where it can and the signals fit in ``memory``.
+            at a time, for any model and layout. ``ghost`` is one backward pass for the i-th tokens of
+            both responses, and contractions over tokens, several times faster; it holds the signals of all
+            tokens of one pair, R times the activations of a forward pass. ``auto`` takes it where it can and
+            the signals fit in ``memory``.
         memory: bytes that ``auto`` allows for signals (2 GiB).
 
     Raises:
