@@ -7,6 +7,7 @@ B       preference pairs in a batch
 S       sequences that hold one pair: 1 when packed, 2 when padded
 N       sequences given to a model (N = B * S when they come from a batch)
 T       token positions of a sequence
+L       positions that can be read: T, or the slots of a cache
 R       rows of a response: the most response tokens in the batch
 Q       positions at which a model is asked for logits
 V       vocabulary

@@ -1,25 +1,31 @@
 """Models behind one call: ``apply(theta, tokens, ...) -> Output(logits, hidden)``."""
 
+from simgrad.models.cache import Cache, Rereading, cached
 from simgrad.models.config import InitScales, ModelConfig, Rope
 from simgrad.models.context import ContextApply, contexts_of, linear_softmax, unconstrained_features
 from simgrad.models.lora import LoraApply, add_lora, merge_lora
-from simgrad.models.output import Apply, Output, TappedApply, Use
+from simgrad.models.output import Apply, CachedApply, Memory, Output, TappedApply, Use
 from simgrad.models.transformer import Transformer, TransformerApply, init_transformer
 from simgrad.typing import Theta
 
 __all__ = [
     "Apply",
+    "Cache",
+    "CachedApply",
     "ContextApply",
     "InitScales",
     "LoraApply",
+    "Memory",
     "ModelConfig",
     "Output",
+    "Rereading",
     "Rope",
     "TappedApply",
     "Transformer",
     "TransformerApply",
     "Use",
     "add_lora",
+    "cached",
     "contexts_of",
     "create",
     "init_transformer",

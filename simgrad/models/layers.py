@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from simgrad.models.cache import Slots
 from simgrad.models.config import ModelConfig, Rope
 from simgrad.models.output import Use
 from simgrad.tree import accumulator
@@ -176,13 +177,13 @@ def visible(positions: Int[Array, "N T"], streams: Int[Array, "N T"]) -> Bool[Ar
 @jax.checkpoint
 def attend(
     query: Float[Array, "N T H E"],
-    key: Float[Array, "N T K E"],
-    value: Float[Array, "N T K E"],
-    mask: Bool[Array, "N T T"],
+    key: Float[Array, "N L K E"],
+    value: Float[Array, "N L K E"],
+    mask: Bool[Array, "N T L"],
 ) -> Float[Array, "N T H E"]:
     """softmax(q k^T / sqrt(head_dim)) v over the visible positions; H is a multiple of K.
 
-    The T x T weights are computed again in the backward pass: that is cheaper than keeping them.
+    The T x L weights are computed again in the backward pass: that is cheaper than keeping them.
     """
     n, t, h, e = query.shape
     wide = accumulator(query.dtype)
@@ -210,14 +211,21 @@ class Attention(nnx.Module):
         self.output = Linear(config.heads * e, d, config.attention_output_bias, out_std, config.dtype, rngs)
 
     def __call__(
-        self, x: Float[Array, "N T D"], positions: Int[Array, "N T"], mask: Bool[Array, "N T T"], tape: Tape
+        self,
+        x: Float[Array, "N T D"],
+        positions: Int[Array, "N T"],
+        mask: Bool[Array, "N T L"],
+        tape: Tape,
+        slots: Slots | None = None,
     ) -> Float[Array, "N T D"]:
-        """softmax(q k^T / sqrt(head_dim)) v over the visible positions."""
+        """softmax(q k^T / sqrt(head_dim)) v over the visible positions, those of the cache with ``slots``."""
         c, (n, t, _) = self.config, x.shape
         outputs = {f"attention/{k}": getattr(self, k)(x) for k in ("query", "key", "value")}
         q, k, v = (y.reshape(n, t, -1, c.head_features) for y in tape("linear", x, outputs))
         if c.positions == "rope":
             q, k = (rotate(y, positions, c.rope, c.max_length) for y in (q, k))
+        if slots is not None:
+            k, v = slots(k, v)
         mixed = attend(q, k, v, mask).reshape(n, t, -1)
         return tape("linear", mixed, {"attention/output": self.output(mixed)})[0]
 
@@ -261,10 +269,15 @@ class Block(nnx.Module):
                 self.mlp_norm = Norm(config)
 
     def __call__(
-        self, x: Float[Array, "N T D"], positions: Int[Array, "N T"], mask: Bool[Array, "N T T"], tape: Tape
+        self,
+        x: Float[Array, "N T D"],
+        positions: Int[Array, "N T"],
+        mask: Bool[Array, "N T L"],
+        tape: Tape,
+        slots: Slots | None = None,
     ) -> Float[Array, "N T D"]:
         """One layer of the residual stream."""
-        x = self._residual(x, "attention_norm", tape, lambda y: self.attention(y, positions, mask, tape))
+        x = self._residual(x, "attention_norm", tape, lambda y: self.attention(y, positions, mask, tape, slots))
         if hasattr(self, "mlp"):
             x = self._residual(x, "mlp_norm", tape, lambda y: self.mlp(y, tape))
         return x

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["Apply", "Output", "TappedApply", "Use"]
+__all__ = ["Apply", "CachedApply", "Memory", "Output", "TappedApply", "Use"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["input", "outputs"], meta_fields=["kind", "sites"])
@@ -90,4 +90,37 @@ class TappedApply(Apply, Protocol):
 
     def taps(self, theta: Theta, tokens: Int[Array, "N T"], rows: Int[Array, "N Q"]) -> dict[str, Array]:
         """Zeros shaped like the output of every parameterised operation."""
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """A pytree that remembers the tokens read so far."""
+
+    def repeat(self, count: int) -> Memory:
+        """Each sequence ``count`` times, copies side by side."""
+        ...
+
+
+@runtime_checkable
+class CachedApply(Apply, Protocol):
+    """A model that can go on from the tokens that it has read."""
+
+    def cache(self, theta: Theta, sequences: int, size: int) -> Memory:
+        """The memory of ``sequences`` sequences of at most ``size`` tokens, none of them read yet."""
+        ...
+
+    def extend(
+        self,
+        theta: Theta,
+        tokens: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        cache: Any,
+        rows: Int[Array, "N Q"] | None = None,
+    ) -> tuple[Output, Any]:
+        """Output at the new tokens, each of which reads all up to its own position, and the memory with them.
+
+        ``rows`` index the new tokens (None: logits at all of them). Writing at a position again replaces
+        what was there, so a right-padded prompt is read whole and its row goes on at its own length.
+        """
         ...

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simgrad.models.cache import Cache, Slots
 from simgrad.models.config import ModelConfig
 from simgrad.models.layers import Block, Norm, Table, Tape, visible
 from simgrad.models.output import Output, Use
 from simgrad.tree import accumulator
-from simgrad.typing import Array, Float, Int, Theta
+from simgrad.typing import Array, Bool, Float, Int, Theta
 
 __all__ = ["Transformer", "TransformerApply", "init_transformer"]
 
@@ -50,22 +52,43 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape)
         if streams is None:
             streams = jnp.ones_like(tokens)
-        tape = Tape(taps)
+        return self._run(tokens, positions, visible(positions, streams), rows, Tape(taps))[0]
+
+    def extend(
+        self,
+        tokens: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        cache: Cache,
+        rows: Int[Array, "N Q"] | None = None,
+    ) -> tuple[Output, Cache]:
+        """The same for new tokens that read the cache up to their own positions, and the cache with them."""
+        return self._run(tokens, positions, cache.visible(positions), rows, Tape(None), cache)
+
+    def _run(
+        self,
+        tokens: Array,
+        positions: Array,
+        mask: Bool[Array, "N T L"],
+        rows: Array | None,
+        tape: Tape,
+        cache: Cache | None = None,
+    ) -> tuple[Output, Any]:
         (x,) = tape("lookup", tokens, {"embedding": self.embedding.table[...][tokens]})
         if self.config.positions == "learned":
             (p,) = tape("lookup", positions, {"positions": self.positions.table[...][positions]})
             x = x + p
         if self.config.depth:
-            x = self._blocks(x, positions, streams, tape)
+            x, cache = self._blocks(x, positions, mask, tape, cache)
         hidden = self.final_norm(x, "final_norm", tape) if hasattr(self, "final_norm") else x
         read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
         table = (self.embedding if self.config.tied else self.unembedding).table[...]
         logits = jnp.einsum("nqd,vd->nqv", read, table, preferred_element_type=accumulator(table.dtype))
         (logits,) = tape("readout", read, {"unembedding": logits})
-        return Output(logits, hidden, tape.uses)
+        return Output(logits, hidden, tape.uses), cache
 
-    def _blocks(self, x: Array, positions: Array, streams: Array, tape: Tape) -> Array:
-        mask = visible(positions, streams)
+    def _blocks(
+        self, x: Array, positions: Array, mask: Array, tape: Tape, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
         graph, stacked = nnx.split(self.layers)
         inner = (
             None
@@ -73,16 +96,19 @@ class Transformer(nnx.Module):
             else {site.removeprefix("layers/"): tap for site, tap in tape.taps.items() if site.startswith("layers/")}
         )
 
-        def step(x: Array, layer: tuple) -> tuple[Array, dict[str, Use]]:
-            state, taps = layer
-            block_tape = Tape(taps)
-            return nnx.merge(graph, state)(x, positions, mask, block_tape), block_tape.uses
+        layers = None if cache is None else jnp.arange(self.config.depth)
 
-        x, uses = jax.lax.scan(step, x, (stacked, inner), length=self.config.depth)
+        def step(carry: tuple[Array, Cache | None], layer: tuple) -> tuple[tuple[Array, Cache | None], dict[str, Use]]:
+            (x, kept), (state, taps, number) = carry, layer
+            block_tape, slots = Tape(taps), None if kept is None else Slots(kept, number, positions)
+            x = nnx.merge(graph, state)(x, positions, mask, block_tape, slots)
+            return (x, None if slots is None else slots.cache), block_tape.uses
+
+        (x, cache), uses = jax.lax.scan(step, (x, cache), (stacked, inner, layers), length=self.config.depth)
         for site, use in uses.items():
             sites = tuple(f"layers/{s}" for s in use.sites)
             tape.uses[f"layers/{site}"] = Use(use.kind, sites, use.input, use.outputs)
-        return x
+        return x, cache
 
 
 @functools.lru_cache
@@ -123,6 +149,33 @@ class TransformerApply:
     ) -> Output:
         """Logits and hidden states; with ``taps`` also what the parameters acted on."""
         return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows, taps)
+
+    def cache(self, theta: Theta, sequences: int, size: int) -> Cache:
+        """Empty slots for the keys and values of ``sequences`` sequences of at most ``size`` tokens."""
+        c = self.config
+        shape = (c.depth, sequences, size, c.n_kv_heads, c.head_features)
+        keys, values = (jnp.zeros(shape, theta["embedding"]["table"].dtype) for _ in range(2))
+        return Cache(keys, values)
+
+    def extend(
+        self,
+        theta: Theta,
+        tokens: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        cache: Cache,
+        rows: Int[Array, "N Q"] | None = None,
+    ) -> tuple[Output, Cache]:
+        """Read new tokens after those in the cache; see :class:`simgrad.models.CachedApply`.
+
+        >>> import jax.numpy as jnp
+        >>> from simgrad.models import ModelConfig, create
+        >>> apply, theta = create(ModelConfig(vocab_size=11, width=8, depth=1, heads=2))
+        >>> _, cache = apply.extend(theta, jnp.array([[1, 2]]), jnp.array([[0, 1]]), apply.cache(theta, 1, 4))
+        >>> output, cache = apply.extend(theta, jnp.array([[3]]), jnp.array([[2]]), cache)
+        >>> bool(jnp.allclose(output.logits[0, 0], apply(theta, jnp.array([[1, 2, 3]])).logits[0, 2], atol=1e-5))
+        True
+        """
+        return nnx.merge(_graph(self.config), theta).extend(tokens, positions, cache, rows)
 
     def taps(
         self,
