@@ -2,10 +2,12 @@
 
 from simgrad.bridge.checkpoint import Policy, load
 from simgrad.bridge.engine import score
+from simgrad.bridge.export import save
 from simgrad.bridge.families import UnsupportedCheckpointError
 from simgrad.bridge.journal import RunMismatchError
 from simgrad.bridge.preferences import Encoded, PreferenceDataError, Skipped, encode, read_rows
 from simgrad.bridge.table import ScoreTable
+from simgrad.bridge.words import word_tokenizer
 
 __all__ = [
     "Encoded",
@@ -18,5 +20,7 @@ __all__ = [
     "encode",
     "load",
     "read_rows",
+    "save",
     "score",
+    "word_tokenizer",
 ]

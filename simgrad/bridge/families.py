@@ -1,4 +1,4 @@
-"""Checkpoint families: how their configurations and tensors map to simgrad's transformer.
+"""Checkpoint families: how their configurations and tensors map to simgrad's transformer, and back.
 
 The mapping is total both ways. Every configuration attribute is used, known to be without effect, or
 rejected by name; every parameter leaf names the tensor it comes from.
@@ -12,7 +12,9 @@ from typing import Any
 
 from simgrad.models import ModelConfig, Rope
 
-__all__ = ["Family", "Source", "UnsupportedCheckpointError", "family_of"]
+__all__ = ["FAMILIES", "Family", "Source", "UnsupportedCheckpointError", "family_of", "rope_attributes"]
+
+_HEAD = "lm_head.weight"
 
 
 class UnsupportedCheckpointError(ValueError):
@@ -38,6 +40,7 @@ class Family:
 
     Attributes:
         config: builds the :class:`ModelConfig` (without dtype) from the attributes.
+        attributes: the inverse of ``config``; what the family cannot express comes back otherwise.
         used: attributes that ``config`` reads.
         required: attributes with one supported value, and what another would mean.
         sources: leaf path to tensor, for a configuration.
@@ -46,11 +49,16 @@ class Family:
     """
 
     config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    attributes: Callable[[ModelConfig], dict[str, Any]]
     used: frozenset[str]
     required: Mapping[str, Any]
     sources: Callable[[ModelConfig], dict[str, Source]]
     prefix: str
     ignorable: tuple[str, ...] = ()
+
+    def full_name(self, name: str) -> str:
+        """Name of a source's tensor in the family's own files: the prefix, but for the head."""
+        return name if name == _HEAD else self.prefix + name
 
 
 _ACTIVATIONS = {
@@ -61,6 +69,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+_ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
 # attributes that change neither logits nor hidden states in evaluation mode
 _WITHOUT_EFFECT = frozenset(
@@ -137,6 +146,16 @@ def _rope(parameters: Mapping[str, Any] | None) -> Rope:
     return Rope(kind=kind, **given)
 
 
+def rope_attributes(rope: Rope, max_length: int) -> dict[str, Any]:
+    """``rope_parameters`` of a checkpoint: what the kind uses, defaults that depend on the model resolved."""
+    fields = _ROPE_FIELDS.get(rope.kind, {})
+    values = {theirs: getattr(rope, ours) for theirs, ours in fields.items()}
+    if "original_max_position_embeddings" in _ROPE_NEEDS.get(rope.kind, ()):
+        values["original_max_position_embeddings"] = rope.original_max_length or max_length
+    given = {name: value for name, value in values.items() if value is not None}
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, **given}
+
+
 def _llama_like(attributes: Mapping[str, Any], **biases: bool) -> dict[str, Any]:
     if kinds := sorted(set(attributes.get("layer_types") or ()) - {"full_attention"}):
         raise UnsupportedCheckpointError(f"layer_types hold {', '.join(kinds)}; only full_attention is supported")
@@ -160,9 +179,33 @@ def _llama_like(attributes: Mapping[str, Any], **biases: bool) -> dict[str, Any]
     }
 
 
+def _llama_like_attributes(config: ModelConfig, architecture: str, **more: Any) -> dict[str, Any]:
+    return {
+        "architectures": [architecture],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_features,
+        "max_position_embeddings": config.max_length,
+        "rope_parameters": rope_attributes(config.rope, config.max_length),
+        "rms_norm_eps": float(config.norm_eps),
+        "intermediate_size": config.mlp_features,
+        "hidden_act": _ACTIVATION_NAMES.get(config.activation, config.activation),
+        "tie_word_embeddings": config.tied,
+        **more,
+    }
+
+
 def _llama(attributes: Mapping[str, Any]) -> dict[str, Any]:
     bias, mlp_bias = bool(attributes.get("attention_bias")), bool(attributes.get("mlp_bias"))
     return _llama_like(attributes, qkv_bias=bias, attention_output_bias=bias, mlp_bias=mlp_bias)
+
+
+def _llama_attributes(config: ModelConfig) -> dict[str, Any]:
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return _llama_like_attributes(config, "LlamaForCausalLM", **biases)
 
 
 def _mistral(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,10 +217,18 @@ def _mistral(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return _llama_like(attributes)
 
 
+def _mistral_attributes(config: ModelConfig) -> dict[str, Any]:
+    return _llama_like_attributes(config, "MistralForCausalLM", sliding_window=None)
+
+
 def _qwen2(attributes: Mapping[str, Any]) -> dict[str, Any]:
     if attributes.get("use_sliding_window"):
         raise UnsupportedCheckpointError("use_sliding_window=True (sliding window attention) is not supported")
     return _llama_like(attributes, qkv_bias=True)
+
+
+def _qwen2_attributes(config: ModelConfig) -> dict[str, Any]:
+    return _llama_like_attributes(config, "Qwen2ForCausalLM", use_sliding_window=False, sliding_window=None)
 
 
 def _gpt2(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,8 +249,23 @@ def _gpt2(attributes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _gpt2_attributes(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_embd": config.width,
+        "n_layer": config.depth,
+        "n_head": config.heads,
+        "n_positions": config.max_length,
+        "layer_norm_epsilon": float(config.norm_eps),
+        "n_inner": config.mlp_width,
+        "activation_function": _ACTIVATION_NAMES.get(config.activation, config.activation),
+        "tie_word_embeddings": config.tied,
+    }
+
+
 def _head(config: ModelConfig) -> dict[str, Source]:
-    return {} if config.tied else {"unembedding/table": Source("lm_head.weight")}
+    return {} if config.tied else {"unembedding/table": Source(_HEAD)}
 
 
 def _gpt2_sources(config: ModelConfig) -> dict[str, Source]:
@@ -255,22 +321,27 @@ _GPT2_USED = frozenset(
 )
 
 
-def _llama_family(config: Callable[[Mapping[str, Any]], dict[str, Any]], *used: str) -> Family:
-    return Family(config, _LLAMA_USED | set(used), {}, _llama_sources, "model.", ("rotary_emb.inv_freq",))
+def _llama_family(
+    config: Callable[[Mapping[str, Any]], dict[str, Any]],
+    attributes: Callable[[ModelConfig], dict[str, Any]],
+    *used: str,
+) -> Family:
+    return Family(config, attributes, _LLAMA_USED | set(used), {}, _llama_sources, "model.", ("rotary_emb.inv_freq",))
 
 
 FAMILIES = {
     "gpt2": Family(
         _gpt2,
+        _gpt2_attributes,
         _GPT2_USED,
         {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
         _gpt2_sources,
         "transformer.",
         (".attn.bias", ".attn.masked_bias"),
     ),
-    "llama": _llama_family(_llama, "attention_bias", "mlp_bias"),
-    "mistral": _llama_family(_mistral, "sliding_window"),
-    "qwen2": _llama_family(_qwen2, "use_sliding_window", "sliding_window"),
+    "llama": _llama_family(_llama, _llama_attributes, "attention_bias", "mlp_bias"),
+    "mistral": _llama_family(_mistral, _mistral_attributes, "sliding_window"),
+    "qwen2": _llama_family(_qwen2, _qwen2_attributes, "use_sliding_window", "sliding_window"),
 }
 
 
