@@ -110,6 +110,10 @@ class Batch:
         """Response lengths in tokens."""
         return self.valid.sum(-1)
 
+    def take(self, index: Any) -> Batch:
+        """The pairs at ``index``: whole numbers, a slice, or an array of either kind that arrays take."""
+        return jax.tree.map(lambda x: x[index], self)
+
 
 def _check(pairs: Sequence[Pair]) -> None:
     if not pairs:

@@ -17,11 +17,11 @@ from simgrad.bridge.checkpoint import Policy
 from simgrad.bridge.journal import Journal, RunMismatchError, check_same_run
 from simgrad.bridge.plan import Work, plan
 from simgrad.bridge.preferences import Encoded, Skipped, encode, outside, read_rows
-from simgrad.bridge.provenance import provenance
 from simgrad.bridge.table import ScoreTable
 from simgrad.models import Apply
 from simgrad.objectives import Coefficients, Objective
 from simgrad.pairs import Batch, Pair, packed, padded
+from simgrad.provenance import provenance
 from simgrad.theory import (
     Regime,
     Responses,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
-__all__ = ["cache_folder", "prepare"]
-
-
-def cache_folder() -> Path:
-    """Where compiled programs are kept: $SIMGRAD_CACHE, or ~/.cache/simgrad."""
-    return Path(os.environ.get("SIMGRAD_CACHE", Path.home() / ".cache" / "simgrad"))
+__all__ = ["prepare"]
 
 
-def prepare(dtype: str = "float32") -> None:
-    """Persistent compilation cache, 64-bit mode where asked for, quiet libraries."""
+def prepare(dtype: str = "float32", host_devices: int | None = None) -> None:
+    """Persistent compilation cache, 64-bit mode where asked for, quiet libraries.
+
+    ``host_devices`` splits the CPU in that many devices, so that many small runs use all cores.
+    """
+    if host_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        flag = f"--xla_force_host_platform_device_count={host_devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     import jax
+
+    from simgrad.storage import cache_folder
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from simgrad.bridge.provenance import provenance
 from simgrad.figures import predicted_vs_measured
 from simgrad.figures.style import paper_style
+from simgrad.provenance import provenance
 
 __all__ = ["FIGURES", "Entry", "render"]
 

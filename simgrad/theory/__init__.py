@@ -7,7 +7,7 @@ one step                        ``first_order``, ``own_steps``, ``optimizer_step
 where the mass goes             ``top_gainers``, ``token_displacement``
 whole runs                      ``kernel_flow``, ``linearized_run``
 similarity                      ``ches``, ``ln_ches``, ``head_gap``, ``nthr``, ``gwhes``, …
-remedies                        ``PairwiseNormalized``, ``Calibrated``, ``Projected``, masks, filters
+remedies                        ``PairwiseNormalized``, ``Calibrated``, ``Projected``, token masks, ``keep_lowest``
 optimizers as preconditioners   module ``preconditioning``
 closed forms                    modules ``linear_softmax``, ``unconstrained``, ``learning_dynamics``
 ==============================  =========================================================================
@@ -52,6 +52,7 @@ from simgrad.theory.mitigations import (
     Mitigation,
     PairwiseNormalized,
     Projected,
+    RunningCalibrated,
     SparseMask,
     contrastive_mask,
     keep_lowest,
@@ -89,6 +90,7 @@ __all__ = [
     "Regime",
     "Responses",
     "Run",
+    "RunningCalibrated",
     "SparseMask",
     "StepChange",
     "TokenGains",

@@ -201,7 +201,7 @@ def _chunks(batch: Batch, size: int) -> Iterator[tuple[int, Batch]]:
     """Pieces of equal size (one compiled program); the last repeats its final pair, cut off at the end."""
     for start in range(0, batch.size, size):
         index = np.minimum(np.arange(start, start + size), batch.size - 1)
-        yield start, jax.tree.map(lambda x, index=index: x[index], batch)
+        yield start, batch.take(index)
 
 
 def _mirrored(rows: list[list[dict[str, np.ndarray]]]) -> list[list[dict[str, np.ndarray]]]:

@@ -332,7 +332,7 @@ def _segment(
 
     def step(carry: tuple[Theta, Any], chosen: Array) -> tuple[tuple[Theta, Any], None]:
         delta, state = carry
-        some = jax.tree.map(lambda x: x[chosen], batch)
+        some = batch.take(chosen)
         logp, anchor = log_probs(apply, theta, some, include)
         value, push = jax.linearize(logp, anchor)
         u = value + push(delta)

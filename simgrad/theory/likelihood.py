@@ -142,7 +142,7 @@ def in_chunks(f: Callable[[Batch], Any], batch: Batch) -> Any:
         return f(batch)
     count = -(-batch.size // CHUNK)
     index = jnp.minimum(jnp.arange(count * CHUNK), batch.size - 1).reshape(count, CHUNK)
-    pieces = jax.lax.map(lambda i: f(jax.tree.map(lambda x: x[i], batch)), index)
+    pieces = jax.lax.map(lambda i: f(batch.take(i)), index)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: batch.size], pieces)
 
 

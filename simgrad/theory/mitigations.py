@@ -5,7 +5,7 @@ A remedy acts in one of four places:
 * on the loss: the objectives that keep the chosen up (DPOP, an added SFT term, DPO-Shift, gating) are
   in :mod:`simgrad.objectives`;
 * on the two numbers d_w, d_l of a pair, given its kernel: :class:`PairwiseNormalized`,
-  :class:`Calibrated`, :class:`Projected` here. Theory predicts with the changed numbers
+  :class:`Calibrated`, :class:`RunningCalibrated`, :class:`Projected` here. Theory predicts with the changed numbers
   (:func:`simgrad.theory.first_order`), training differentiates :func:`surrogate_loss`;
 * on tokens: weights in the log-probs, :func:`contrastive_mask` and :class:`SparseMask` here, whose kernel
   is :func:`simgrad.theory.masked_kernel`;
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ __all__ = [
     "Mitigation",
     "PairwiseNormalized",
     "Projected",
+    "RunningCalibrated",
     "SparseMask",
     "contrastive_mask",
     "keep_lowest",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Mitigation(Protocol):
     """A change of d_w and d_l that looks at the pair's geometry."""
 
@@ -98,6 +100,58 @@ class Calibrated:
         square = jnp.where(positive, kernel.sq_rejected / jnp.where(positive, kernel.sq_chosen, 1.0), 1.0)
         alpha = jnp.where(positive, jnp.sqrt(jnp.sqrt(square) / r), 1.0)
         return Coefficients(alpha * d_w, d_l / alpha)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Average:
+    """Exponential moving average of a number, and the weight it has gathered (for the bias correction)."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class RunningCalibrated:
+    """Reward calibration with one α for all pairs, from a moving average over steps.
+
+    d_w → α d_w and d_l → d_l/α with log α = ½ EMA[mean over the batch of log(r*/r)], r and r* as in
+    :class:`Calibrated`. Single pairs are only ideal as far as they resemble the average; in return the
+    relative weight of the pairs stays the objective's.
+
+    Source: the calibration of Chen et al., arXiv 2604.18239; the average over steps and its default decay
+    are our choice.
+
+    >>> import jax.numpy as jnp
+    >>> kernel, one = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0])), jnp.array([1.0])
+    >>> remedy = RunningCalibrated()
+    >>> d, average = remedy.update(remedy.init(), Coefficients(one, one), kernel)
+    >>> round((d.chosen / d.rejected).item(), 4)
+    2.0
+    """
+
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Refuse a decay that forgets nothing or is no decay."""
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+
+    def init(self, dtype: str = "float32") -> Average:
+        """Nothing averaged yet: α = 1."""
+        return Average(jnp.zeros((), dtype), jnp.zeros((), dtype))
+
+    def update(self, average: Average, coefficients: Coefficients, kernel: PairKernel) -> tuple[Coefficients, Average]:
+        """The coefficients to train with, and the average after this batch."""
+        per_pair = Calibrated()(coefficients, kernel)
+        d_w = coefficients.chosen
+        there = d_w != 0
+        alpha = jnp.where(there, per_pair.chosen / jnp.where(there, d_w, 1.0), 1.0)
+        mean = jnp.log(alpha).mean().astype(average.total.dtype)
+        keep = 1 - self.decay
+        average = Average(self.decay * average.total + keep * mean, self.decay * average.weight + keep)
+        alpha = jnp.exp(average.total / average.weight).astype(d_w.dtype)
+        return Coefficients(alpha * d_w, coefficients.rejected / alpha), average
 
 
 @dataclass(frozen=True)

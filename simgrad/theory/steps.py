@@ -114,7 +114,7 @@ def _gradient(
 
     def add(total: Theta, at: Array) -> tuple[Theta, None]:
         index = jnp.minimum(at, batch.size - 1)
-        logp, trained = log_probs(apply, theta, jax.tree.map(lambda x: x[index], batch), include)
+        logp, trained = log_probs(apply, theta, batch.take(index), include)
         _, pullback = jax.vjp(logp, trained)
         (ascent,) = pullback(jnp.where((at < batch.size)[:, None], pull[index] / batch.size, 0.0))
         return jax.tree.map(jnp.subtract, total, ascent), None

@@ -79,7 +79,7 @@ def token_kernel(
 
 def _signal_bytes(apply: TappedApply, theta: Theta, batch: Batch) -> int:
     """Size of one signal a token and operation, for one pair."""
-    pair = jax.tree.map(lambda x: x[:1], batch)
+    pair = batch.take(slice(1))
     taps = jax.eval_shape(lambda t: apply.taps(t, pair.tokens[0], flat_rows(pair)), theta)
     sizes = (x.size * x.dtype.itemsize for site, x in taps.items() if site != "unembedding")
     return batch.targets.shape[-1] * sum(sizes)

@@ -21,9 +21,9 @@ import numpy as np
 from simgrad import objectives
 from simgrad.bridge import Policy, load
 from simgrad.bridge.engine import score_batch
-from simgrad.bridge.provenance import provenance
 from simgrad.models import ModelConfig, create
 from simgrad.pairs import Pair, packed, padded
+from simgrad.provenance import provenance
 from simgrad.theory import pair_kernel, responses
 from simgrad.typing import Array, Theta
 from simgrad.validation import published

@@ -1,0 +1,302 @@
+"""Training agrees with steps taken by hand, resumes exactly, and stops where the loss does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import PAIRS, close, model
+
+from simgrad import tree
+from simgrad.dynamics import DivergedError, Recipe, Trace, batch_order, train
+from simgrad.models import add_lora
+from simgrad.objectives import DPO, SFT, Coefficients, get
+from simgrad.pairs import Pair, padded
+from simgrad.theory import (
+    Calibrated,
+    PairwiseNormalized,
+    Projected,
+    RunningCalibrated,
+    SparseMask,
+    band,
+    pair_kernel,
+    responses,
+)
+from simgrad.theory.steps import updated
+
+BATCH = padded(PAIRS)
+KINDS = ["rope_gqa_head_dim", "linear_softmax", "unconstrained_features"]
+
+
+def by_hand(apply, theta, batch, recipe, optimizer=None):
+    """Steps of plain jax.grad on the mean loss written out, with optax."""
+    optimizer = optimizer or recipe.optimizer
+    trained, rest = tree.partition(theta, recipe.include, apply.frozen)
+    reference = responses(apply, theta, batch).logp
+    state = optimizer.init(trained)
+    for index in recipe.order(batch.size):
+        some = batch.take(index)
+
+        def loss(t, some=some, index=index):
+            logp = responses(apply, tree.combine(t, rest), some).logp
+            ref, n = reference[index], some.lengths
+            terms = (logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], n[:, 0], n[:, 1])
+            return recipe.objective.loss(*terms).mean()
+
+        update, state = updated(optimizer, jax.grad(loss)(trained), state, trained)
+        trained = jax.tree.map(jnp.add, trained, update)
+    return tree.combine(trained, rest)
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.05, momentum=0.9),
+    "clipped adamw": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, weight_decay=0.1)),
+    "schedule": optax.adam(optax.cosine_decay_schedule(1e-2, 5)),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_takes_the_steps_that_optax_takes(kind, optimizer):
+    apply, theta = model(kind)
+    recipe = Recipe(DPO(), OPTIMIZERS[optimizer], steps=5, batch_size=2, seed=3)
+    run = train(apply, theta, BATCH, recipe, record=2)
+    close(run.theta, by_hand(apply, theta, BATCH, recipe))
+    assert run.trace.steps.tolist() == [0, 2, 4, 5]
+    assert int(run.state.step) == 5
+
+
+@pytest.mark.parametrize("objective", ["ipo", "simpo", "kto", "aot"])
+def test_any_objective_those_that_couple_pairs_included(objective):
+    apply, theta = model("rope_gqa_head_dim")
+    recipe = Recipe(get(objective), optax.sgd(0.05), steps=3)
+    close(train(apply, theta, BATCH, recipe).theta, by_hand(apply, theta, BATCH, recipe))
+
+
+@pytest.mark.parametrize("objective", [DPO(), get("aot"), DPO() + 0.1 * SFT()], ids=repr)
+def test_accumulated_gradients_are_the_batch_gradient(objective):
+    apply, theta = model("rope_gqa_head_dim")
+    recipe = Recipe(objective, optax.adam(1e-2), steps=3)
+    whole, parts = (train(apply, theta, BATCH, recipe.replace(accumulate=k)) for k in (1, 2))
+    close(parts.theta, whole.theta)
+    close(parts.trace.losses, whole.trace.losses)
+
+
+def test_frozen_parameters_stay_and_trained_ones_move():
+    apply, theta = model("rope_gqa_head_dim")
+    recipe = Recipe(DPO(), optax.adam(1e-2), steps=2, include=["layers/attention/*"])
+    after = train(apply, theta, BATCH, recipe).theta
+    for name, a, b in zip(tree.names(theta), jax.tree.leaves(theta), jax.tree.leaves(after), strict=True):
+        assert bool((a == b).all()) != name.startswith("layers/attention/"), name
+
+
+def test_lora_trains_the_adapters_alone_and_moves_the_policy():
+    apply, theta = model("rope_gqa_head_dim")
+    adapted, whole = add_lora(apply, theta, ["layers/mlp/*"], rank=2)
+    run = train(adapted, whole, BATCH, Recipe(DPO(), optax.adam(1e-2), steps=3))
+    close(run.theta["base"], theta)
+    assert (jnp.abs(run.trace.change[-1]) > 1e-4).all()
+
+
+@pytest.mark.parametrize("remedy", [None, Calibrated(), RunningCalibrated(), "mask"], ids=repr)
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_stopped_run_resumes_exactly(remedy, where, tmp_path):
+    apply, theta = model("rope_gqa_head_dim")
+    extra = {"mask": SparseMask()} if remedy == "mask" else {"mitigation": remedy}
+    recipe = Recipe(DPO(), optax.adam(1e-2), steps=7, batch_size=2, **extra)
+    options = {"record": 1, "probes": padded([Pair([1, 2], [3], [4])]), "watch": [[1, 2], [3]]}
+    whole = train(apply, theta, BATCH, recipe, **options)
+    short = recipe.replace(steps=4)
+    if where == "memory":
+        resumed = train(apply, theta, BATCH, recipe, resume=train(apply, theta, BATCH, short, **options), **options)
+    else:
+        out = tmp_path / "run.npz"
+        train(apply, theta, BATCH, short, out=out, **options)
+        resumed = train(apply, theta, BATCH, recipe, out=out, **options)
+        close(Trace.load(out).logp, whole.trace.logp)
+        assert Trace.load(out).config["objective"] == "DPO(beta=0.1)"
+    for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(resumed.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(whole.trace), jax.tree.leaves(resumed.trace), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_of_other_arguments_is_not_continued(tmp_path):
+    apply, theta = model("linear_softmax")
+    out, recipe = tmp_path / "run.npz", Recipe(DPO(), optax.sgd(0.1), steps=2)
+    train(apply, theta, BATCH, recipe, out=out)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"other objective"):
+        train(apply, theta, BATCH, recipe.replace(objective=DPO(beta=0.2)), out=out)
+    with pytest.raises(ValueError, match=r"other theta"):
+        train(apply, jax.tree.map(lambda x: 2 * x, theta), BATCH, recipe, out=out)
+    with pytest.raises(ValueError, match=r"another optimizer"):
+        train(apply, theta, BATCH, recipe.replace(optimizer=optax.adam(0.1)), out=out)
+    with pytest.raises(ValueError, match=r"taken 2 steps already"):
+        train(apply, theta, BATCH, recipe.replace(steps=1), out=out)
+    assert out.read_bytes() == before
+
+
+def test_divergence_names_the_step_and_keeps_the_trace(tmp_path):
+    apply, theta = model("linear_softmax")
+    jump = optax.scale_by_schedule(lambda t: jnp.where(t == 5, jnp.inf, -0.1))
+    with pytest.raises(DivergedError, match=r"step 6 .*lower the learning rate") as caught:
+        train(apply, theta, BATCH, Recipe(DPO(), jump, steps=40), record=2, out=tmp_path / "run.npz")
+    assert caught.value.step == 6
+    assert caught.value.trace.steps.tolist() == [0, 2, 4, 6]
+    assert np.isfinite(caught.value.trace.logp[:3]).all()
+    assert Trace.load(tmp_path / "run.npz").steps.tolist() == [0, 2, 4, 6]
+
+
+def test_the_trace_holds_what_theory_says_of_each_record():
+    apply, theta = model("rope_gqa_head_dim")
+    probes = padded([Pair([1, 2], [3], [4, 5])])
+    recipe = Recipe(DPO(), optax.sgd(0.1), steps=4, batch_size=2)
+    run = train(apply, theta, BATCH, recipe, probes=probes, watch=[[1, 5], [4]], record=[1, 3], kernels=True)
+    trace, result = run.trace, responses(apply, run.theta, BATCH)
+    assert trace.steps.tolist() == [0, 1, 3, 4]
+    close(trace.token_logp[-1], result.token_logp)
+    close(trace.probes[-1], responses(apply, run.theta, probes).logp)
+    close(jax.tree.map(lambda x: x[-1], trace.kernel), pair_kernel(apply, run.theta, BATCH))
+    close(jnp.exp(trace.watched).sum(-1), jnp.ones((4, 2)))
+    close(trace.watched[-1, 0], jax.nn.log_softmax(apply(run.theta, jnp.array([[1, 5]])).logits[0, -1]))
+    start = responses(apply, theta, BATCH).logp
+    delta = result.logp - start
+    close(trace.margin[-1], delta[:, 0] - delta[:, 1])
+    close(trace.change[-1], delta)
+    d = DPO().coefficients(*result.logp.T, *start.T, *BATCH.lengths.T)
+    close(jax.tree.map(lambda x: x[-1], trace.coefficients), d)
+    assert trace.regime.shape == (4, len(PAIRS))
+
+
+def test_a_trace_survives_the_disk(tmp_path):
+    apply, theta = model("linear_softmax")
+    run = train(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=3), kernels=True, record=1)
+    run.trace.save(tmp_path / "trace.npz")
+    loaded = Trace.load(tmp_path / "trace.npz")
+    assert loaded.config == dict(run.trace.config)
+    for a, b in zip(jax.tree.leaves(run.trace), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+    (tmp_path / "other.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"not a file that simgrad wrote"):
+        Trace.load(tmp_path / "other.npz")
+
+
+PAIR = padded([Pair([1, 5], [7, 2, 3, 3], [8, 2, 3, 3])])
+
+
+def one_step(remedy, rate=1e-7):
+    apply, theta = model("rope_gqa_head_dim", pairs=PAIRS)
+    run = train(apply, theta, PAIR, Recipe(DPO(), optax.sgd(rate), steps=1, mitigation=remedy))
+    return apply, theta, run.trace.change[-1, 0] / rate
+
+
+@pytest.mark.parametrize("remedy", [PairwiseNormalized(), Calibrated(), RunningCalibrated(), Projected()], ids=repr)
+def test_a_remedy_changes_the_step_as_its_coefficients_say(remedy):
+    apply, theta, change = one_step(remedy)
+    kernel, logp = pair_kernel(apply, theta, PAIR), responses(apply, theta, PAIR).logp
+    d = DPO().coefficients(*logp.T, *logp.T, *PAIR.lengths.T)
+    if isinstance(remedy, RunningCalibrated):
+        d, _ = remedy.update(remedy.init("float64"), d, kernel)
+    else:
+        d = remedy(d, kernel)
+    predicted = [
+        d.chosen * kernel.sq_chosen - d.rejected * kernel.inner,
+        d.chosen * kernel.inner - d.rejected * kernel.sq_rejected,
+    ]
+    np.testing.assert_allclose(change, np.concatenate(predicted), rtol=1e-4)
+    if not isinstance(remedy, Projected):
+        assert bool(band(kernel, d).inside.all())
+
+
+def test_running_calibration_is_the_bias_corrected_average():
+    remedy, kernel = RunningCalibrated(decay=0.5), pair_kernel(*model("linear_softmax"), BATCH)
+    random = np.random.default_rng(0)
+    average, logs = remedy.init("float64"), []
+    for _ in range(3):
+        d_w, d_l = jnp.asarray(random.random((2, BATCH.size)) + 0.1)
+        d = Coefficients(d_w, d_l)
+        ratio = jnp.sqrt(kernel.sq_rejected / kernel.sq_chosen) / (d_w / d_l)
+        logs.append(float(0.5 * jnp.log(ratio).mean()))
+        changed, average = remedy.update(average, d, kernel)
+        weights = 0.5 ** np.arange(len(logs))[::-1]
+        expected = np.exp(np.dot(weights, logs) / weights.sum())
+        np.testing.assert_allclose(changed.chosen / d_w, expected, rtol=1e-10)
+        np.testing.assert_allclose(changed.chosen * changed.rejected, d_w * d_l, rtol=1e-10)
+
+
+def test_a_learned_mask_takes_weight_from_tokens_that_do_not_help():
+    apply, theta = model("rope_gqa_head_dim")
+    plain = Recipe(DPO(), optax.adam(1e-2), steps=60, mask=SparseMask(strength=0.0))
+    sparse = plain.replace(mask=SparseMask(strength=0.5))
+    weights = [train(apply, theta, BATCH, r).trace.token_weights for r in (plain, sparse)]
+    close(weights[0][0], weights[1][0])
+    assert float(weights[1][-1].sum()) < 0.5 * float(weights[0][-1].sum())
+    assert bool((weights[0][:, ~BATCH.valid] == 0).all())
+
+
+def test_a_mask_without_penalty_and_slope_is_a_scaled_objective():
+    """All weights σ(b): one step of the policy is that of the objective on σ(b) log π."""
+    apply, theta = model("rope_gqa_head_dim")
+    frozen = optax.partition(
+        {"policy": optax.sgd(0.1), "mask": optax.set_to_zero()},
+        lambda learned: jax.tree.map_with_path(lambda path, _: path[0].name, learned),
+    )
+    masked = train(apply, theta, BATCH, Recipe(DPO(), frozen, steps=1, mask=SparseMask(0.0, bias=0.0)))
+    plain = train(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.05), steps=1))  # d(½x) = ½ dx at zero margin
+    close(masked.theta, plain.theta)
+    close(masked.trace.logp[-1], plain.trace.logp[-1])
+
+
+ERRORS = {
+    "steps must not be negative": {"steps": -1},
+    "batch_size must be at least 1": {"batch_size": 0},
+    "accumulate must be at least 1": {"accumulate": 0},
+    "do not combine": {"mask": SparseMask(), "mitigation": Calibrated()},
+    "drop one of the three": {"mask": SparseMask(), "accumulate": 2, "objective": get("aot")},
+    "list of patterns": {"include": "layers/*"},
+}
+
+
+@pytest.mark.parametrize("match", ERRORS)
+def test_recipes_that_cannot_be_followed(match):
+    with pytest.raises(ValueError, match=match):
+        Recipe(**{"objective": DPO(), "optimizer": optax.sgd(0.1), "steps": 2, **ERRORS[match]})
+
+
+def test_calls_that_cannot_be_followed(tmp_path):
+    apply, theta = model("linear_softmax")
+    recipe = Recipe(DPO(), optax.sgd(0.1), steps=2)
+    with pytest.raises(ValueError, match=r"batch_size=9, but there are only 4"):
+        train(apply, theta, BATCH, recipe.replace(batch_size=9))
+    with pytest.raises(ValueError, match=r"does not split in accumulate=3"):
+        train(apply, theta, BATCH, recipe.replace(accumulate=3))
+    with pytest.raises(ValueError, match=r"no parameter matches 'nothing'"):
+        train(apply, theta, BATCH, recipe.replace(include=["nothing"]))
+    with pytest.raises(ValueError, match=r"reference has shape"):
+        train(apply, theta, BATCH, recipe, reference=jnp.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"record names step 5"):
+        train(apply, theta, BATCH, recipe, record=[5])
+    with pytest.raises(ValueError, match=r"watch holds an empty prompt"):
+        train(apply, theta, BATCH, recipe, watch=[[]])
+    with pytest.raises(ValueError, match=r"recorded no kernels"):
+        _ = train(apply, theta, BATCH, recipe).trace.regime
+    with pytest.raises(ValueError, match=r"written as .npz"):
+        train(apply, theta, BATCH, recipe, out=tmp_path / "run.json")
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), theta)
+    with pytest.raises(ValueError, match=r"bfloat16: small steps would be rounded away"):
+        train(apply, half, BATCH, recipe)
+
+
+def test_every_pair_comes_once_an_epoch_and_longer_orders_begin_alike():
+    order = batch_order(7, 3, 14, seed=2)
+    assert sorted(order.ravel()[:7]) == sorted(order.ravel()[7:14]) == list(range(7))
+    np.testing.assert_array_equal(batch_order(7, 3, 30, seed=2)[:14], order)
+    assert not np.array_equal(batch_order(7, 3, 14, seed=3), order)
+
+
+def test_zero_steps_record_the_start():
+    apply, theta = model("linear_softmax")
+    run = train(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=0))
+    assert run.trace.steps.tolist() == [0]
