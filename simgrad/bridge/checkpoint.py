@@ -14,6 +14,7 @@ import numpy as np
 
 from simgrad import tree
 from simgrad.bridge.families import Family, Source, UnsupportedCheckpointError, family_of
+from simgrad.bridge.worlds import PREFIX, world_policy
 from simgrad.models import ModelConfig, TransformerApply, init_transformer
 from simgrad.typing import Theta
 
@@ -41,7 +42,8 @@ def load(path_or_hub_id: str | Path, dtype: Dtype = "float32", revision: str | N
     safetensors files (one or sharded). Families: gpt2, llama, mistral, qwen2.
 
     Args:
-        path_or_hub_id: folder with config.json, or a Hub id such as ``"HuggingFaceTB/SmolLM2-135M"``.
+        path_or_hub_id: folder with config.json, a Hub id such as ``"HuggingFaceTB/SmolLM2-135M"``, or a world
+            of :mod:`simgrad.worlds`, pretrained on the spot: ``"world:verdicts"``, ``"world:verdicts:3"`` (seed 3).
         dtype: of parameters and activations; sums always accumulate in float32 or better. ``float64``
             needs ``jax.config.update("jax_enable_x64", True)`` first.
         revision: Hub branch, tag or commit.
@@ -53,6 +55,9 @@ def load(path_or_hub_id: str | Path, dtype: Dtype = "float32", revision: str | N
     """
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError('dtype="float64" needs jax.config.update("jax_enable_x64", True) before loading')
+    if str(path_or_hub_id).startswith(PREFIX):
+        return Policy(*world_policy(str(path_or_hub_id), dtype), name=str(path_or_hub_id))
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = _folder(str(path_or_hub_id), revision)
@@ -60,7 +65,7 @@ def load(path_or_hub_id: str | Path, dtype: Dtype = "float32", revision: str | N
         raise UnsupportedCheckpointError(f"{folder} holds an adapter, not a model: merge it into its base first")
     try:
         attributes = AutoConfig.from_pretrained(folder).to_dict()
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise UnsupportedCheckpointError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     family, fields = family_of(attributes)
     config = ModelConfig(**fields, dtype=dtype)

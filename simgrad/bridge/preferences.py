@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from simgrad.bridge.worlds import PREFIX, world_rows
 from simgrad.pairs import Pair
 
 __all__ = ["Encoded", "PreferenceDataError", "Skipped", "encode", "read_rows"]
@@ -56,16 +57,19 @@ class Encoded:
 
 
 def read_rows(source: str | Path, limit: int | None = None, split: str = "train") -> list[dict[str, Any]]:
-    """Rows of a .jsonl, .json, .csv or .parquet file, or of a data set (folder or Hub name).
+    """Rows of a .jsonl, .json, .csv or .parquet file, or of a data set (folder, Hub name or world).
 
     Args:
-        source: file, folder or Hub name; a Hub configuration follows a colon ("org/name:config").
+        source: file, folder or Hub name; a Hub configuration follows a colon ("org/name:config"). The pairs
+            of a world of :mod:`simgrad.worlds` go by ``"world:verdicts"``, or ``"world:verdicts:3"`` (seed 3).
         limit: read no more rows than this.
         split: of a folder or Hub data set.
 
     Raises:
         PreferenceDataError: names the file and line, or what the Hub answered.
     """
+    if str(source).startswith(PREFIX):
+        return world_rows(str(source), limit)
     path = Path(source)
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from simgrad.bridge.preferences import Skipped
+from simgrad.findings import Findings
+from simgrad.provenance import provenance
 
-__all__ = ["ScoreTable"]
+__all__ = ["ScoreTable", "save_findings", "write_parquet"]
 
 _KEY = b"simgrad"
 
@@ -59,16 +62,11 @@ class ScoreTable:
 
     def save(self, path: str | Path) -> None:
         """Write a parquet file at once (never half of it); skipped rows go to ``<stem>.skipped.jsonl``."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path = Path(path)
         skipped = path.with_name(f"{path.stem}.skipped.jsonl")
         lines = "".join(json.dumps({"index": s.index, "reason": s.reason}) + "\n" for s in self.skipped)
         _replace(skipped, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-        table = pa.table(dict(self.columns))
-        meta = {_KEY: json.dumps(self.metadata, sort_keys=True).encode()}
-        _replace(path, lambda temporary: pq.write_table(table.replace_schema_metadata(meta), temporary))
+        write_parquet(path, self.columns, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreTable:
@@ -90,6 +88,35 @@ class ScoreTable:
         skipped = path.with_name(f"{path.stem}.skipped.jsonl")
         lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else []
         return cls(columns, tuple(Skipped(**json.loads(line)) for line in lines), metadata)
+
+
+def write_parquet(path: Path, columns: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """Columns and a JSON text of metadata, written at once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(dict(columns))
+    meta = {_KEY: json.dumps(metadata, sort_keys=True).encode()}
+    _replace(path, lambda temporary: pq.write_table(table.replace_schema_metadata(meta), temporary))
+
+
+def save_findings(found: Findings, folder: str | Path) -> list[Path]:
+    """One parquet file a table, ``WORLD.TABLE.parquet``: every seed's row, with knobs, claims and versions."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for table in found.tables:
+        metadata = {
+            "world": found.world,
+            "knobs": dict(found.knobs),
+            "seeds": list(found.seeds),
+            "caption": table.caption,
+            "claims": [dataclasses.asdict(claim) for claim in found.claims],
+            "provenance": provenance(),
+        }
+        written.append(folder / f"{found.world}.{table.name}.parquet")
+        write_parquet(written[-1], table.columns, metadata)
+    return written
 
 
 def _replace(path: Path, write: Any) -> None:

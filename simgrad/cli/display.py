@@ -11,15 +11,25 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from simgrad.bridge import ScoreTable
+    from simgrad.findings import Findings
     from simgrad.objectives import Description
 
-__all__ = ["loading", "objective_in_full", "objective_table", "progress_bar", "summary"]
+__all__ = [
+    "findings_tables",
+    "loading",
+    "objective_in_full",
+    "objective_table",
+    "progress_bar",
+    "summary",
+    "world_listing",
+]
 
 
 @contextmanager
@@ -160,3 +170,63 @@ def _facts(d: Description) -> Text:
     if d.pushes_chosen_down:
         text.append(f"\nd_w < 0 where {d.pushes_chosen_down}", style="red")
     return text
+
+
+def findings_tables(console: Console, found: Findings) -> None:
+    """Every table of an experiment, one line a setting, then the claims."""
+    knobs = ", ".join(f"{k}={v}" for k, v in found.knobs.items())
+    seeds = f"seeds {found.seeds[0]} to {found.seeds[-1]}" if len(found.seeds) > 1 else f"seed {found.seeds[0]}"
+    console.print(f"[bold]{found.world}[/] ({seeds}; mean ± half of the 95 % interval)", highlight=False)
+    console.print(Text(knobs, style="dim"))
+    for table in found.tables:
+        lines = table.summary()
+        view = Table(title=f"\n{table.name}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        for name in lines[0]:
+            texts = isinstance(lines[0][name], str)
+            view.add_column(name, justify="left" if texts else "right", no_wrap=name in table.by)
+        for line in lines:
+            view.add_row(*("–" if str(value) == "nan" else str(value) for value in line.values()))
+        console.print(view)
+        console.print(Text(table.caption, style="dim"))
+    if found.claims:
+        console.print("\n[bold]What these seeds say[/]")
+    for claim in found.claims:
+        mark = "[green]holds[/]      " if claim.holds else "[red]does not[/]   "
+        console.print(f"  {mark}{claim.text}\n             {claim.numbers}", highlight=False)
+
+
+def world_listing(console: Console) -> None:
+    """All worlds with their knobs."""
+    import dataclasses
+    import inspect
+
+    from simgrad import worlds
+
+    for name in worlds.names():
+        world = worlds.get(name)
+        module = inspect.getmodule(type(world))
+        title = (inspect.getdoc(module) or "").split("\n")[0].split(": ", 1)[-1]
+        console.print(f"\n[bold]{name}[/]  {title}", highlight=False)
+        for paragraph in (inspect.getdoc(type(world)) or "").split("Attributes:")[0].strip().split("\n\n"):
+            console.print(Padding(Text(" ".join(paragraph.replace("``", "").split())), (0, 0, 0, 2)))
+        meanings = _meanings(inspect.getdoc(type(world)) or "")
+        view = Table.grid(padding=(0, 2))
+        for field in dataclasses.fields(world):
+            knob = f"{field.name}={getattr(world, field.name)}"
+            view.add_row("  ", Text(knob, style="cyan"), Text(meanings.get(field.name, "")))
+        console.print(view)
+    console.print("\nRun one: simgrad world NAME --seeds 5 --set KNOB=VALUE", highlight=False)
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """Attribute to its description in a Google-style docstring."""
+    meanings: dict[str, str] = {}
+    name = ""
+    for line in docstring.partition("Attributes:")[2].splitlines():
+        head, colon, rest = line.strip().partition(":")
+        if line.startswith("    ") and not line.startswith("     ") and colon and head.isidentifier():
+            name = head
+            meanings[name] = rest.strip()
+        elif name and line.strip():
+            meanings[name] += " " + line.strip()
+    return meanings

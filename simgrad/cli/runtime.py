@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 
-__all__ = ["prepare"]
+__all__ = ["HOST_DEVICES", "prepare"]
+
+HOST_DEVICES = min(os.cpu_count() or 1, 8)
+"""Devices to split the CPU in where many small runs are made: XLA uses one core for each of them."""
 
 
 def prepare(dtype: str = "float32", host_devices: int | None = None) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from simgrad.cli.parsing import assignments
+
 __all__ = ["Score"]
 
 
@@ -19,9 +21,9 @@ class Score:
     """
 
     model: str
-    """Folder or Hub id of a checkpoint (gpt2, llama, mistral, qwen2; safetensors)."""
+    """Folder or Hub id of a checkpoint (gpt2, llama, mistral, qwen2; safetensors), or world:NAME."""
     data: str
-    """A .jsonl, .json, .csv or .parquet file, or a Hub data set ("org/name" or "org/name:config")."""
+    """A .jsonl, .json, .csv or .parquet file, a Hub data set ("org/name" or "org/name:config"), or world:NAME."""
     out: Path
     """Parquet file to write; rows that cannot be scored go to a .skipped.jsonl beside it."""
     limit: int | None = None
@@ -84,21 +86,7 @@ class Score:
 
     def _hyperparameters(self) -> dict[str, Any]:
         given = {name: value for name, value in (("beta", self.beta), ("gamma", self.gamma)) if value is not None}
-        for text in self.settings:
-            name, equals, value = text.partition("=")
-            if not (name and equals and value):
-                raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
-            if name in given:
-                raise ValueError(f"{name} is given twice")
-            given[name] = _parsed(value)
-        return given
-
-
-def _parsed(value: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return words[value.lower()]
-    try:
-        return float(value)
-    except ValueError:
-        return value
+        more = assignments(self.settings, "--set")
+        if twice := sorted(set(given) & set(more)):
+            raise ValueError(f"{twice[0]} is given twice")
+        return given | more

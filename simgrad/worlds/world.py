@@ -1,0 +1,168 @@
+"""What every world has: words, a model, a pretraining recipe cached by its fingerprint, preference pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from simgrad import tree
+from simgrad.dynamics.pretraining import Corpus, fit
+from simgrad.dynamics.recipe import batch_order
+from simgrad.dynamics.spread import spread_in_rounds
+from simgrad.findings import Findings
+from simgrad.models import Apply, ModelConfig, TransformerApply, init_transformer
+from simgrad.pairs import Pair
+from simgrad.storage import cache_folder, digest, load_arrays, save_arrays
+from simgrad.typing import Array, Theta
+
+__all__ = ["Pretraining", "World", "pretrained"]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Adam with linear warm-up and cosine decay to 5 % of the peak, gradients clipped to norm 1."""
+
+    steps: int = 400
+    batch_size: int = 64
+    peak: float = 3e-3
+    warmup: int = 50
+
+    def __post_init__(self) -> None:
+        """Refuse counts that make no run."""
+        if min(self.steps, self.batch_size) < 1 or not self.peak > 0:
+            raise ValueError(f"pretraining needs positive steps, batch_size and peak, got {self}")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer, one object for equal settings so that programs are shared."""
+        return _optimizer(self)
+
+
+@functools.lru_cache
+def _optimizer(settings: Pretraining) -> optax.GradientTransformation:
+    warmup = min(settings.warmup, settings.steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.peak, warmup, settings.steps, end_value=0.05 * settings.peak
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+@dataclass(frozen=True)
+class World:
+    """A small controllable setting: subclasses are frozen dataclasses whose fields are the knobs."""
+
+    name: ClassVar[str] = ""
+    end: ClassVar[str | None] = None
+    """Word that ends every response, if the world has one."""
+    pretraining: ClassVar[Pretraining] = Pretraining()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The vocabulary; word i is token i, and 0 begins every sequence."""
+        raise TypeError(f"{type(self).__name__} has no words")
+
+    def model(self) -> ModelConfig:
+        """The transformer of this world."""
+        raise TypeError(f"{type(self).__name__} has no transformer")
+
+    def corpus(self, seed: int) -> Corpus:
+        """Pretraining sequences; of one shape for all seeds."""
+        raise TypeError(f"{type(self).__name__} has no corpus")
+
+    def pairs(self, seed: int) -> list[Pair]:
+        """The world's preference pairs."""
+        raise TypeError(f"{type(self).__name__} has no pairs")
+
+    @property
+    def has_transformer(self) -> bool:
+        """Whether the world pretrains a transformer (others train models of their own pairs)."""
+        return type(self).corpus is not World.corpus
+
+    def policies(self, seeds: Sequence[int]) -> tuple[TransformerApply, Theta]:
+        """The world's pretrained policies: :func:`pretrained`."""
+        return pretrained(self, seeds)
+
+    def experiment(self, seeds: Sequence[int]) -> Findings:
+        """Measure what the world is for, over seeds."""
+        raise TypeError(f"{type(self).__name__} has no experiment")
+
+    def with_knobs(self, **knobs: Any) -> Self:
+        """This world with other values of some knobs.
+
+        Raises:
+            ValueError: unknown knob, by name, or a value of the wrong kind.
+        """
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        if unknown := sorted(set(knobs) - set(fields)):
+            raise ValueError(f"{self.name} has no knob {', '.join(unknown)}; it has: {', '.join(fields)}")
+        for name, value in knobs.items():
+            knobs[name] = _like(getattr(self, name), value, f"{self.name}: {name}")
+        return dataclasses.replace(self, **knobs)
+
+
+def _like(default: Any, value: Any, what: str) -> Any:
+    """``value`` as the kind of the default; numbers may come as other numbers where nothing is lost."""
+    if isinstance(default, bool) or default is None or isinstance(default, tuple):
+        good = isinstance(value, type(default)) or default is None
+    elif isinstance(default, int):
+        good = not isinstance(value, bool | str) and float(value) == int(value)
+        value = int(value) if good else value
+    elif isinstance(default, float):
+        good = not isinstance(value, bool | str)
+        value = float(value) if good else value
+    else:
+        good = isinstance(value, type(default))
+    if not good:
+        raise ValueError(f"{what} takes a {type(default).__name__} such as {default!r}, got {value!r}")
+    return value
+
+
+def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Theta]:
+    """The world's policy for each seed: ``(apply, theta)`` with the seeds on theta's leading axis, on the host.
+
+    Seeds that were never trained are trained together on all local devices and kept in the cache folder
+    under the world's fingerprint.
+    """
+    config = world.model()
+    kind = digest(config, world.pretraining, world)
+    files = {seed: cache_folder() / "worlds" / f"{world.name}-{kind}-{seed}.npz" for seed in seeds}
+    missing = [seed for seed in dict.fromkeys(seeds) if not files[seed].exists()]
+    names = tree.names(jax.eval_shape(lambda: init_transformer(config)))
+    if missing:
+        header = {"kind": "world", "world": repr(world)}
+        for seed, theta in zip(missing, _train(world, config, missing), strict=True):
+            save_arrays(files[seed], dict(zip(names, jax.tree.leaves(theta), strict=True)), header)
+    structure = jax.tree.structure(jax.eval_shape(lambda: init_transformer(config)))
+    stored = [load_arrays(files[seed])[0] for seed in seeds]
+    return TransformerApply(config), structure.unflatten([np.stack([s[n] for s in stored]) for n in names])
+
+
+def _train(world: World, config: ModelConfig, seeds: Sequence[int]) -> list[Theta]:
+    settings = world.pretraining
+    thetas = [init_transformer(config, seed) for seed in seeds]
+    corpora = [world.corpus(seed) for seed in seeds]
+    count = len(corpora[0].tokens)
+    orders = [batch_order(count, settings.batch_size, settings.steps, seed) for seed in seeds]
+    stacked = (jax.tree.map(lambda *xs: np.stack(xs), *many) for many in (thetas, corpora, orders))
+    run = _fitting(TransformerApply(config), settings)
+    found = []
+    for theta, losses in spread_in_rounds(run, *stacked, rounds=1):
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(f"pretraining {world} diverged: lower the peak learning rate")
+        found += [jax.tree.map(lambda x, i=i: x[i], theta) for i in range(len(losses))]
+    return found
+
+
+@functools.lru_cache
+def _fitting(apply: Apply, settings: Pretraining) -> Any:
+    def run(theta: Theta, data: Corpus, order: Array) -> tuple[Theta, Array]:
+        return fit(apply, theta, data, settings.optimizer(), jnp.asarray(order))
+
+    return run
