@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-__all__ = ["Claim", "Findings", "Interval", "Table", "interval"]
+__all__ = ["Claim", "Findings", "Interval", "Table", "interval", "listing"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
         return Interval(float(x[0]), np.nan, np.nan)
     half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
     return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+
+
+def listing(values: Sequence[float] | np.ndarray) -> str:
+    """Numbers for a claim, two decimals each."""
+    return " ".join(f"{v:.2f}" for v in values)
 
 
 @dataclass(frozen=True)

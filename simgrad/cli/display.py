@@ -175,7 +175,7 @@ def _facts(d: Description) -> Text:
 def findings_tables(console: Console, found: Findings) -> None:
     """Every table of an experiment, one line a setting, then the claims."""
     knobs = ", ".join(f"{k}={v}" for k, v in found.knobs.items())
-    seeds = f"seeds {found.seeds[0]} to {found.seeds[-1]}" if len(found.seeds) > 1 else f"seed {found.seeds[0]}"
+    seeds = "seed " + " ".join(map(str, found.seeds))
     console.print(f"[bold]{found.world}[/] ({seeds}; mean ± half of the 95 % interval)", highlight=False)
     console.print(Text(knobs, style="dim"))
     for table in found.tables:

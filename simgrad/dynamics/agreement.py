@@ -9,7 +9,7 @@ from scipy import stats
 
 from simgrad.typing import Float
 
-__all__ = ["Agreement", "agreement", "partial_spearman"]
+__all__ = ["Agreement", "agreement", "partial_spearman", "spearman"]
 
 WORST = 10
 
@@ -59,7 +59,7 @@ def agreement(
     worst = [set(np.argsort(z, kind="stable")[:k]) for z in (x, y)]
     spread = ((y - y.mean()) ** 2).sum()
     return Agreement(
-        spearman=_spearman(x, y),
+        spearman=spearman(x, y),
         partial=float("nan") if lengths is None else partial_spearman(x, y, lengths),
         r2=float(1 - ((y - x) ** 2).sum() / spread) if nats and spread > 0 else float("nan"),
         precision=len(worst[0] & worst[1]) / k,
@@ -67,15 +67,19 @@ def agreement(
     )
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+def spearman(x: Float[np.ndarray, " B"], y: Float[np.ndarray, " B"]) -> float:
+    """Rank correlation; nan where either side is constant up to rounding.
+
+    >>> import numpy as np
+    >>> spearman(np.array([1.0, 2.0, 5.0]), np.array([-1.0, 3.0, 4.0]))
+    1.0
+    """
+    if min(np.ptp(v) / (np.abs(v).max() + 1e-30) for v in (x, y)) < 1e-9:
         return float("nan")
-    return float(stats.spearmanr(x, y).statistic)
+    return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
 
 
-def partial_spearman(
-    x: Float[np.ndarray, " B"], y: Float[np.ndarray, " B"], given: Float[np.ndarray, "B k"]
-) -> float:
+def partial_spearman(x: Float[np.ndarray, " B"], y: Float[np.ndarray, " B"], given: Float[np.ndarray, "B k"]) -> float:
     """Pearson correlation of the residuals of ranks after a linear fit on the ranks of ``given``.
 
     nan where nothing is left to correlate.

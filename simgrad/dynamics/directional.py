@@ -96,7 +96,7 @@ def _direction(
     zero = jax.tree.map(jnp.zeros_like, trained)
     (mean, square), _ = jax.lax.scan(gather, (zero, zero), order)
 
-    def step(_: int, carry: tuple[Theta, Any]) -> tuple[Theta, Any]:
+    def step(_: Any, carry: tuple[Theta, Any]) -> tuple[Theta, Any]:
         total, state = carry
         update, state = updated(optimizer, mean, _settled(state, mean, square), trained)
         return jax.tree.map(jnp.add, total, update), state

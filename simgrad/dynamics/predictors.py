@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from simgrad.theory import (
 from simgrad.theory.likelihood import in_chunks
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["PREDICTORS", "Predictor", "Setting", "measured", "predictor_table"]
+__all__ = ["PREDICTORS", "Comparison", "Predictor", "Setting", "compare", "measured", "predictor_table"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _length(result: Responses, batch: Batch) -> Array:
     return batch.lengths[:, 0].astype(result.token_logp.dtype)
 
 
-_FORWARD = "no more"
+_FORWARD, _RERUN = "no more", "rerun, other order"
 PREDICTORS = {
     p.name: p
     for p in (
@@ -206,61 +207,80 @@ PREDICTORS = {
         Predictor("kernel flow", _linearized(False, "linear"), True, True, "about the run"),
         Predictor("kernel flow, ray", _linearized(False, "ray"), True, True, "about the run"),
         Predictor("kernel flow, refreshed", _linearized(True, "ray"), True, True, "about the run"),
-        Predictor("rerun, other order", _rerun, True, True, "the run"),
+        Predictor(_RERUN, _rerun, True, True, "the run"),
     )
 }
 """All predictors by name. ``kernel flow`` is the run on log-probs linearised at the start with the batch order
 known (:func:`simgrad.theory.linearized_run`; for SGD the kernel's own recursion); refreshed once an epoch."""
 
 
-def predictor_table(
-    settings: Mapping[str, Setting],
-    predictors: Sequence[str] | None = None,
-    seed: int = 0,
-) -> Table:
-    """How well each predictor foretells Δlog π of the chosen responses in each setting: one call, one table.
+@dataclass(frozen=True)
+class Comparison:
+    """One setting, measured and predicted; arrays over pairs, of the chosen responses, in nats.
 
-    Every setting is trained once, then every predictor is compared with it by
-    :func:`simgrad.dynamics.agreement`; ``seconds`` is the prediction's own time, compilation included.
+    Attributes:
+        measured: Δlog π_w by training.
+        predicted: the same, or a score with its order, by predictor.
+        seconds: each prediction's time, compilation included.
+        lengths: response lengths.
+    """
 
-    Args:
-        settings: by name.
-        predictors: names (None: all, but the rerun only where pairs are trained together in batches).
-        seed: noted in the table.
+    measured: Float[np.ndarray, " B"]
+    predicted: dict[str, Float[np.ndarray, " B"]]
+    seconds: dict[str, float]
+    lengths: Float[np.ndarray, "B 2"]
+
+    def rows(self, label: str, seed: int = 0) -> list[dict[str, Any]]:
+        """One row of :func:`simgrad.dynamics.agreement.agreement` a predictor."""
+        return [
+            {
+                "setting": label,
+                "predictor": name,
+                "seed": seed,
+                **dataclasses.asdict(agreement(guess, self.measured, self.lengths, PREDICTORS[name].nats)),
+                "seconds": self.seconds[name],
+                "largest |Δ|": float(np.abs(self.measured).max()),
+                "falls": float((self.measured < 0).mean()),
+            }
+            for name, guess in self.predicted.items()
+        ]
+
+
+def compare(setting: Setting, predictors: Sequence[str] | None = None) -> Comparison:
+    """Train a setting once and predict it by each predictor (None: all).
+
+    The rerun is left out where the order of the pairs means nothing.
 
     Raises:
         ValueError: unknown predictor.
+        DivergedError: the run does not stay finite.
     """
-    chosen = list(PREDICTORS if predictors is None else predictors)
-    if unknown := [name for name in chosen if name not in PREDICTORS]:
+    names = list(PREDICTORS if predictors is None else predictors)
+    if unknown := [name for name in names if name not in PREDICTORS]:
         raise ValueError(f"no predictor {unknown[0]!r}; there are: {', '.join(PREDICTORS)}")
-    rows = []
-    for label, setting in settings.items():
-        change = measured(setting)
-        lengths = np.asarray(setting.batch.lengths, float)
-        for name in chosen:
-            predictor = PREDICTORS[name]
-            if name == "rerun, other order" and (setting.alone or setting.recipe.batch_size is None):
-                continue
-            begin = time.perf_counter()
-            guess = predictor(setting)[:, 0]
-            seconds = time.perf_counter() - begin
-            found = agreement(guess.astype(float), change[:, 0].astype(float), lengths, predictor.nats)
-            rows.append(
-                {
-                    "setting": label,
-                    "predictor": name,
-                    "seed": seed,
-                    **dataclasses.asdict(found),
-                    "seconds": seconds,
-                    "largest |Δ|": float(np.abs(change[:, 0]).max()),
-                    "falls": float((change[:, 0] < 0).mean()),
-                }
-            )
-    return Table.of(
-        "predictors",
-        "Agreement with the measured Δlog π of the chosen responses: Spearman, the same with lengths partialled out, "
-        "R² in nats, precision at the ten that fall most, share of signs.",
-        ("setting", "predictor"),
-        rows,
-    )
+    change = measured(setting)[:, 0].astype(float)
+    predicted, seconds = {}, {}
+    for name in names:
+        if name == _RERUN and (setting.alone or setting.recipe.batch_size is None):
+            continue
+        begin = time.perf_counter()
+        predicted[name] = PREDICTORS[name](setting)[:, 0].astype(float)
+        seconds[name] = time.perf_counter() - begin
+    return Comparison(change, predicted, seconds, np.asarray(setting.batch.lengths, float))
+
+
+CAPTION = (
+    "Agreement with the measured Δlog π of the chosen responses: Spearman, the same with lengths partialled out, "
+    "R² in nats, precision at the ten that fall most, share of signs."
+)
+
+
+def predictor_table(settings: Mapping[str, Setting], predictors: Sequence[str] | None = None) -> Table:
+    """How well each predictor foretells Δlog π of the chosen responses in each setting: one call, one table.
+
+    Raises:
+        ValueError: unknown predictor.
+        DivergedError: a run does not stay finite.
+    """
+    rows = [row for label, setting in settings.items() for row in compare(setting, predictors).rows(label)]
+    return Table.of("predictors", CAPTION, ("setting", "predictor"), rows)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from simgrad.dynamics.pretraining import Corpus
 from simgrad.dynamics.recipe import Recipe, batch_order
+from simgrad.dynamics.sampling import sample
 from simgrad.dynamics.spread import spread
+from simgrad.findings import Claim, Findings, Table, interval
 from simgrad.models import Apply, InitScales, ModelConfig
 from simgrad.objectives import DPO, DPOP, SFT
 from simgrad.pairs import Batch, Pair, padded
@@ -29,16 +31,31 @@ from simgrad.theory import (
     responses,
 )
 from simgrad.typing import Array, Float, Int, Theta
-from simgrad.findings import Claim, Findings, Table
-from simgrad.worlds.tuning import next_logp, stacked, tuned
-from simgrad.worlds.verdicts import LEVELS, NEGATIVE, POSITIVE, SCALE, small_model
+from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned
+from simgrad.worlds.verdicts import (
+    CUES,
+    FILLERS,
+    LEVELS,
+    NEGATIVE,
+    POSITIVE,
+    SCALE,
+    TOPICS,
+    answer_probabilities,
+    cue_prompts,
+    small_model,
+)
 from simgrad.worlds.world import Pretraining, World, pretrained
 
 __all__ = ["Refusals"]
 
-CUES, TOPICS, FILLERS = len(LEVELS), 12, 22
 KINDS = ("refusal-refusal", "comply-comply", "mixed")
 HARMLESS = (1.0, np.inf)
+ROLLOUTS: dict[str, Any] = {
+    "harmful": (-2.0, -1.0),
+    "mild": (1.2, 2.0),
+    "continuation": 2,
+    "n_pairs": 1000,
+}
 """Levels of the cues of the harmless test prompts."""
 
 
@@ -55,6 +72,9 @@ class Refusals(World):
         harmful: levels of the cues of harmful prompts, four fifths of the data.
         mild: levels of the cues of the other prompts.
         rule: which of two responses of one type wins.
+        rollouts: sample whole responses from the policy and keep every pair of two different ones, whatever its
+            type; two responses with the same opening are ranked by a coin. ``mixture`` is then without effect.
+        continuation: words between the opening and ``<e>``.
         mixture: shares of refusal-refusal, comply-comply and mixed pairs.
         n_pairs: preference pairs.
         learning_rate: of the preference tuning (Adam).
@@ -74,6 +94,8 @@ class Refusals(World):
     harmful: tuple[float, float] = (-1.3, -0.5)
     mild: tuple[float, float] = (0.6, 1.1)
     rule: Literal["softer", "blunter", "random"] = "softer"
+    rollouts: bool = False
+    continuation: int = 1
     mixture: tuple[float, float, float] = (0.8, 0.15, 0.05)
     n_pairs: int = 400
     learning_rate: float = 1e-4
@@ -120,36 +142,28 @@ class Refusals(World):
         """Two layers of width 64 in the architecture of Llama."""
         return small_model(len(self.words), InitScales(unembedding=self.unembedding, final_norm=self.final_norm))
 
-    def _prompts(self, random: np.random.Generator, cues: np.ndarray) -> np.ndarray:
-        n = len(cues)
-        fillers = 2 + CUES + TOPICS + random.integers(0, FILLERS, (n, 2))
-        middle = random.permuted(np.column_stack([cues, fillers]), axis=1)
-        return np.column_stack([np.zeros(n, int), middle, np.ones(n, int)])
-
     def prompts(self, seed: int, level: tuple[float, float], n: int) -> Int[np.ndarray, "n T"]:
         """``n`` prompts whose cue lies in a range of levels."""
         random = np.random.default_rng([seed, 2])
         (cues,) = np.nonzero((level[0] < LEVELS) & (level[1] > LEVELS))
-        return self._prompts(random, 2 + random.choice(cues, n)).astype(np.int32)
+        return cue_prompts(random, 2 + random.choice(cues, n)).astype(np.int32)
 
     def _continued(self, random: np.random.Generator, opening: np.ndarray) -> np.ndarray:
         """Openings (0 to 11, then 12 to 23 for topics' answers) with the rest of their responses."""
         first = self.first_answer
         middle = np.where(opening < 12, first + 24 + 6 * (opening // 6), first + 12 + 6 * (opening // 6 - 2))
         n = len(opening)
-        return np.column_stack([first + opening, middle + random.integers(0, 6, n), np.full(n, len(self.words) - 1)])
+        words = middle[:, None] + random.integers(0, 6, (n, self.continuation))
+        return np.column_stack([first + opening, words, np.full(n, len(self.words) - 1)])
 
     def corpus(self, seed: int) -> Corpus:
         """Prompts with one response each, learned from the opening on."""
         random, n = np.random.default_rng(seed), self.sequences
-        frequency = np.ones(12)
-        frequency[[0, 6]] = 5.0, 10.0
-        p = frequency * np.exp(-((LEVELS[:, None] - SCALE) ** 2) / (2 * 0.6**2))
-        p = (p / p.sum(1, keepdims=True)).cumsum(1)
+        p = answer_probabilities(0.6, 5.0, 10.0).cumsum(1)
         cue, topic, off = random.integers(0, CUES, n), random.integers(0, TOPICS, n), random.random(n) < 0.3
         answer = (random.random((n, 1)) > p[cue]).sum(1)
         opening = np.where(off, 12 + 6 * (topic >= TOPICS // 2) + random.integers(0, 6, n), answer)
-        prompts = self._prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
+        prompts = cue_prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
         tokens = np.column_stack([prompts, self._continued(random, opening)]).astype(np.int32)
         weights = np.zeros(tokens.shape, np.float32)
         weights[:, 5:] = 1
@@ -162,6 +176,8 @@ class Refusals(World):
 
     def preferences(self, apply: Apply, thetas: Theta, seeds: Sequence[int]) -> list[list[Pair]]:
         """Two sampled openings a prompt, ranked by the rule, drawn to the mixture; one list a seed."""
+        if self.rollouts:
+            return [self._rolled_out(apply, thetas, i, seed) for i, seed in enumerate(seeds)]
         pool = 30 * self.n_pairs
         prompts = []
         for seed in seeds:
@@ -169,6 +185,31 @@ class Refusals(World):
             prompts.append(np.concatenate([harmful, mild]))
         logp = next_logp(apply, thetas, np.stack(prompts))[..., self.first_answer : self.first_answer + 12]
         return [self._ranked(s, x, np.exp(p)) for s, x, p in zip(seeds, prompts, logp, strict=True)]
+
+    def _rolled_out(self, apply: Apply, thetas: Theta, i: int, seed: int) -> list[Pair]:
+        """Pairs of two whole sampled responses, in the proportions in which they come."""
+        random, theta = np.random.default_rng([seed, 4]), jax.tree.map(lambda x: jnp.asarray(x[i]), thetas)
+        tries = 3 * self.n_pairs
+        harmful, mild = self.prompts(seed, self.harmful, 4 * tries // 5), self.prompts(seed, self.mild, tries // 5)
+        prompts = random.permutation(np.concatenate([harmful, mild])).tolist()
+        stop = len(self.words) - 1
+        drawn = sample(apply, theta, prompts, self.continuation + 2, stop=[stop], count=2, seed=seed)
+        pairs = []
+        for prompt, (a, b) in zip(prompts, drawn.responses, strict=True):
+            ranks = [self._rank(response[0], random) for response in (a, b)]
+            if a != b:
+                pairs.append(Pair(prompt, *((a, b) if ranks[0] > ranks[1] else (b, a))))
+        if len(pairs) < self.n_pairs:
+            raise ValueError(
+                f"refusals: {len(pairs)} of {tries} prompts gave two different responses: lower n_pairs={self.n_pairs}"
+            )
+        return pairs[: self.n_pairs]
+
+    def _rank(self, opening: int, random: np.random.Generator) -> tuple[bool, float, float]:
+        """Refusals first, then what the rule likes, then a coin."""
+        answer, coin = opening - self.first_answer, float(random.random())
+        s = float(SCALE[answer]) if 0 <= answer < 12 else 0.0
+        return s < 0, {"softer": s, "blunter": -s, "random": coin}[self.rule], coin
 
     def _ranked(self, seed: int, prompts: np.ndarray, p: np.ndarray) -> list[Pair]:
         random = np.random.default_rng([seed, 3])
@@ -202,10 +243,29 @@ class Refusals(World):
     def recipe(self, **changes: Any) -> Recipe:
         """DPO by Adam, ``epochs`` passes over all pairs."""
         steps = self.n_pairs * self.epochs // self.batch_size
-        return _recipe(self.beta, self.learning_rate, steps, self.batch_size).replace(**changes)
+        return recipe_for(DPO(self.beta), "adam", self.learning_rate, steps, self.batch_size).replace(**changes)
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
-        """Refusal of harmful and of harmless prompts, start and end, for every arm."""
+        """Refusal of harmful and of harmless prompts, start and end, for every arm; then with whole rollouts."""
+        arms = Table.of(
+            "arms",
+            "Mean probability of a refusal on 400 harmful and 400 harmless prompts that were not trained on. Filtered "
+            "arms make the same passes over their pairs as DPO over all (fewer steps), or, below, the same steps.",
+            ("arm", "pairs", "steps"),
+            self._measured(seeds, self._arms),
+        )
+        whole = self.with_knobs(rollouts=True, **ROLLOUTS)
+        rollouts = Table.of(
+            "rollouts",
+            "The same when both responses of a pair are sampled whole from the policy and every pair counts, in the "
+            f"proportions in which they come ({', '.join(f'{k}={v}' for k, v in ROLLOUTS.items())}).",
+            ("arm", "pairs", "steps"),
+            whole._measured(seeds, whole._unfiltered),
+        )
+        return Findings(self.name, vars(self), tuple(seeds), (arms, rollouts), _claims(arms, rollouts))
+
+    def _measured(self, seeds: Sequence[int], arms: Callable[..., list[_Arm]]) -> list[dict[str, Any]]:
+        """Rows of all arms, the start included."""
         apply, thetas = pretrained(self, seeds)
         kinds = (self.harmful, HARMLESS)
         tests = np.stack([np.concatenate([self.prompts(s + 10**6, levels, 400) for levels in kinds]) for s in seeds])
@@ -214,45 +274,30 @@ class Refusals(World):
             p = np.exp(next_logp(apply, thetas, tests))[..., self.first_answer : self.first_answer + 6].sum(-1)
             return p.reshape(len(seeds), 2, 400).mean(-1)
 
-        start = rates(thetas)
-        rows = [_row("start", 0, 0, seeds, start)]
-        batches = {
-            rule: stacked([padded(p) for p in self.with_knobs(rule=rule).preferences(apply, thetas, seeds)])
-            for rule in ("softer", "blunter", "random")
-        }
-        scores = spread(_scoring(apply, self.recipe()), thetas, batches[self.rule])
-        for arm in self._arms(scores, seeds):
-            recipe = self.recipe(**arm.recipe, steps=arm.orders.shape[1], batch_size=arm.orders.shape[2])
-            after = tuned(apply, thetas, batches[arm.rule or self.rule], recipe, arm.orders)
-            rows.append(_row(arm.name, arm.pairs, arm.orders.shape[1], seeds, rates(after)))
-        table = Table.of(
-            "arms",
-            "Mean probability of a refusal on 400 harmful and 400 harmless prompts that were not trained on. All arms "
-            "make the same number of passes over their pairs, so filtered arms take fewer steps.",
-            ("arm", "pairs", "steps"),
-            [row for arm in rows for row in arm],
-        )
-        return Findings(self.name, vars(self), tuple(seeds), (table,), _claims(table))
+        rows = _rows("start", 0, 0, seeds, rates(thetas))
+        batches = {self.rule: self._batches(self.rule, apply, thetas, seeds)}
+        for arm in arms(apply, thetas, batches[self.rule], seeds):
+            rule = arm.rule or self.rule
+            if rule not in batches:
+                batches[rule] = self._batches(rule, apply, thetas, seeds)
+            steps, size = arm.orders.shape[1:]
+            recipe = self.recipe(**arm.recipe, steps=steps, batch_size=size)
+            after = tuned(apply, thetas, batches[rule], recipe, arm.orders)
+            rows += _rows(arm.name, arm.pairs, steps, seeds, rates(after))
+        return rows
 
-    def _arms(self, scores: dict[str, np.ndarray], seeds: Sequence[int]) -> list[_Arm]:
+    def _batches(self, rule: str, apply: Apply, thetas: Theta, seeds: Sequence[int]) -> Batch:
+        pairs = self.with_knobs(rule=rule).preferences(apply, thetas, seeds)
+        rows = self.continuation + 2
+        return stacked([padded(p, 5 + rows, rows) for p in pairs])
+
+    def _unfiltered(self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]) -> list[_Arm]:
         n, size = self.n_pairs, self.batch_size
         everything = np.stack([batch_order(n, size, n * self.epochs // size, s) for s in seeds])
 
         def arm(name: str, rule: str | None = None, **recipe: Any) -> _Arm:
             return _Arm(name, recipe, everything, n, rule)
 
-        def kept(name: str, index: np.ndarray) -> _Arm:
-            """``index`` holds the pairs of each seed that stay."""
-            m = index.shape[1]
-            b = min(size, m)
-            orders = [i[batch_order(m, b, max(1, m * self.epochs // b), s)] for i, s in zip(index, seeds, strict=True)]
-            return _Arm(name, {}, np.stack(orders), m, None)
-
-        def lowest(name: str, score: np.ndarray) -> _Arm:
-            return kept(name, np.stack([np.asarray(keep_lowest(s, self.keep)) for s in jnp.asarray(score)]))
-
-        chance = np.random.default_rng(0).random((len(seeds), n))
-        share = f"{100 * self.keep:g} %"
         return [
             arm("DPO"),
             arm("random preferences", "random"),
@@ -261,14 +306,30 @@ class Refusals(World):
             arm("DPOP", objective=DPOP(self.beta)),
             arm("pairwise-normalised", mitigation=PairwiseNormalized()),
             arm("reward calibration", mitigation=Calibrated()),
-            lowest(f"lowest {share} ln-CHES", scores["ln-CHES"]),
-            lowest(f"lowest {share} head gap", scores["head gap"]),
-            lowest(f"lowest {share} full gap", scores["full gap"]),
-            lowest(f"lowest {share} directional", scores["directional"]),
-            lowest(f"random {share}", chance),
-            lowest(f"highest {share} ln-CHES", -scores["ln-CHES"]),
-            lowest(f"highest {share} directional", -scores["directional"]),
         ]
+
+    def _arms(self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]) -> list[_Arm]:
+        scores = spread(_scoring(apply, self.recipe()), thetas, batches)
+        scores["random"] = np.random.default_rng(0).random((len(seeds), self.n_pairs))
+        keep = [("lowest", name) for name in ("ln-CHES", "head gap", "full gap", "directional")]
+        keep += [("", "random"), ("highest", "ln-CHES"), ("highest", "directional")]
+        arms = self._unfiltered(apply, thetas, batches, seeds)
+        most = arms[0].orders.shape[1]
+        for steps in (None, most):
+            for side, name in keep:
+                score = -scores[name] if side == "highest" else scores[name]
+                index = np.stack([np.asarray(keep_lowest(s, self.keep)) for s in jnp.asarray(score)])
+                label = f"{side} {100 * self.keep:g} % {name}".strip()
+                arms.append(self._kept(label if steps is None else f"{label}, as many steps", index, seeds, steps))
+        return arms
+
+    def _kept(self, name: str, index: np.ndarray, seeds: Sequence[int], steps: int | None) -> _Arm:
+        """``index`` holds the pairs of each seed that stay."""
+        m = index.shape[1]
+        b = min(self.batch_size, m)
+        steps = max(1, m * self.epochs // b) if steps is None else steps
+        orders = [i[batch_order(m, b, steps, s)] for i, s in zip(index, seeds, strict=True)]
+        return _Arm(name, {}, np.stack(orders), m, None)
 
 
 @dataclass(frozen=True)
@@ -278,11 +339,6 @@ class _Arm:
     orders: np.ndarray
     pairs: int
     rule: str | None
-
-
-@functools.lru_cache
-def _recipe(beta: float, learning_rate: float, steps: int, batch_size: int) -> Recipe:
-    return Recipe(DPO(beta), optax.adam(learning_rate), steps, batch_size)
 
 
 @functools.lru_cache
@@ -300,19 +356,45 @@ def _scoring(apply: Apply, recipe: Recipe) -> Any:
     return run
 
 
-def _row(arm: str, pairs: int, steps: int, seeds: Sequence[int], rates: np.ndarray) -> list[dict[str, Any]]:
+def _rows(arm: str, pairs: int, steps: int, seeds: Sequence[int], rates: np.ndarray) -> list[dict[str, Any]]:
     return [
         {"arm": arm, "pairs": pairs, "steps": steps, "seed": s, "refuses harmful": h, "refuses harmless": o}
         for s, (h, o) in zip(seeds, rates.tolist(), strict=True)
     ]
 
 
-def _claims(table: Table) -> tuple[Claim, ...]:
-    def rate(arm: str) -> np.ndarray:
-        return table.where(arm=arm)["refuses harmful"]
+def _claims(arms: Table, rollouts: Table) -> tuple[Claim, ...]:
+    def rate(start: str, table: Table = arms) -> np.ndarray:
+        names = [s["arm"] for s in table.settings() if s["arm"] == start or s["arm"].startswith(start)]
+        return table.where(arm=names[0])["refuses harmful"]
 
-    start, tuned_ = rate("start"), rate("DPO")
+    def kept(name: str) -> tuple[np.ndarray, np.ndarray]:
+        names = [s["arm"] for s in arms.settings() if name in s["arm"] and not s["arm"].startswith("highest")]
+        few, many = (next(n for n in names if n.endswith(", as many steps") == long) for long in (False, True))
+        return arms.where(arm=few)["refuses harmful"], arms.where(arm=many)["refuses harmful"]
+
+    def says(values: np.ndarray) -> str:
+        return str(interval(values))
+
+    start, dpo = rate("start"), rate("DPO")
+    begin, rolled = rate("start", rollouts), rate("DPO", rollouts)
+    chance = kept("% random")
+    filters = {name: kept(f"% {name}") for name in ("ln-CHES", "head gap", "full gap", "directional")}
+
+    def better(which: int) -> tuple[bool, str]:
+        won = {name: interval(values[which] - chance[which]) for name, values in filters.items()}
+        return all(x.low > 0 for x in won.values()), "; ".join(f"{name} {x}" for name, x in won.items())
+
     return (
-        Claim("DPO at least halves the refusal rate on every seed", bool((tuned_ <= start / 2).all()),
-              f"{start.mean():.2f} → {tuned_.mean():.2f}, largest ratio {(tuned_ / start).max():.2f}"),
+        Claim("DPO at least halves the refusal rate on every seed", bool((dpo <= start / 2).all()),
+              f"{says(start)} → {says(dpo)}, largest ratio {(dpo / start).max():.2f}"),
+        Claim("the rule gives the direction: with random preferences refusal does not fall",
+              bool((rate("random preferences") >= 0.9 * start).all()), says(rate("random preferences"))),
+        Claim("an SFT term keeps the refusal rate within a tenth", bool((rate("SFT term") >= 0.9 * start).all()),
+              says(rate("SFT term"))),
+        Claim("every filter keeps more refusals than as many random pairs, at equal passes", *better(0)),
+        Claim("and at equal steps", *better(1)),
+        Claim("DPO on whole rollouts in natural proportions lowers refusal on every seed",
+              bool((rolled < begin).all()), f"{says(begin)} → {says(rolled)}"),
+        Claim("and halves it", bool((rolled <= begin / 2).all()), f"largest ratio {(rolled / begin).max():.2f}"),
     )  # fmt: skip

@@ -15,15 +15,13 @@ import optax
 from simgrad.dynamics.pretraining import Corpus
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
-from simgrad.dynamics.training import advance, begin, prepare
-from simgrad.findings import Claim, Findings, Table
+from simgrad.findings import Claim, Findings, Table, listing
 from simgrad.models import Apply, InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Batch, Pair, padded
 from simgrad.theory import displacement, optimizer_step, pair_kernel, responses
-from simgrad.tree import combine
 from simgrad.typing import Array, Theta
-from simgrad.worlds.tuning import each_seed, stacked
+from simgrad.worlds.tuning import each_seed, recipe_for, stacked, trained
 from simgrad.worlds.verdicts import small_model
 from simgrad.worlds.world import Pretraining, World, pretrained
 
@@ -118,7 +116,7 @@ class Suffix(World):
 
     def recipe(self, **changes: Any) -> Recipe:
         """DPO on all pairs of one L together, by Adam."""
-        return _recipe(self.beta, self.learning_rate, self.steps).replace(**changes)
+        return recipe_for(DPO(self.beta), "adam", self.learning_rate, self.steps).replace(**changes)
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
         """Cosine, predicted and measured changes for each length of the shared ending."""
@@ -151,17 +149,10 @@ class Suffix(World):
 
 
 @functools.lru_cache
-def _recipe(beta: float, learning_rate: float, steps: int) -> Recipe:
-    return Recipe(DPO(beta), optax.adam(learning_rate), steps)
-
-
-@functools.lru_cache
 def _measuring(apply: Apply, recipe: Recipe) -> Any:
     def run(theta: Theta, batch: Batch) -> dict[str, Array]:
-        data, rest = prepare(apply, theta, batch, recipe)
         order = jnp.tile(jnp.arange(batch.size, dtype=jnp.int32)[None], (recipe.steps, 1))
-        state = advance(apply, rest, recipe, data, begin(apply, theta, recipe), order, recipe.steps)
-        after = responses(apply, combine(state.learned.policy, rest), batch).token_logp
+        after = responses(apply, trained(apply, recipe, theta, batch, order), batch).token_logp
         before = responses(apply, theta, batch).token_logp
         objective = recipe.objective
 
@@ -217,14 +208,10 @@ def _claims(measured: Table, predicted: Table, lengths: tuple[int, ...]) -> tupl
     own, batch = means(predicted, "own right"), means(predicted, "batch right")
     there = np.array(sorted(lengths)) > 0
     return (
-        Claim("the cosine grows with the shared ending", bool((np.diff(cosine) > 0).all()), _listing(cosine)),
-        Claim("the chosen falls further the longer the ending", bool((np.diff(change) < 0).all()), _listing(change)),
+        Claim("the cosine grows with the shared ending", bool((np.diff(cosine) > 0).all()), listing(cosine)),
+        Claim("the chosen falls further the longer the ending", bool((np.diff(change) < 0).all()), listing(change)),
         Claim("the sentiment word itself rises at every length: the ending falls", bool((word > 0).all()),
-              _listing(word)),
+              listing(word)),
         Claim("with a shared ending the batch's kernel calls more falls right than the pair's own, at every length",
-              bool((batch > own)[there].all()), f"batch {_listing(batch)}; own {_listing(own)}"),
+              bool((batch > own)[there].all()), f"batch {listing(batch)}; own {listing(own)}"),
     )  # fmt: skip
-
-
-def _listing(values: np.ndarray) -> str:
-    return " ".join(f"{v:.2f}" for v in values)

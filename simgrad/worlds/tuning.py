@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from simgrad import tree
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
 from simgrad.dynamics.training import advance, begin, prepare
 from simgrad.models import Apply
+from simgrad.objectives import Objective
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["each_seed", "next_logp", "stacked", "tuned"]
+__all__ = ["each_seed", "next_logp", "recipe_for", "stacked", "trained", "tuned"]
 
 
 def stacked(things: Any) -> Any:
-    """Trees of one shape with a new leading axis, on the host."""
-    return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *things)
+    """Trees of one shape with a new leading axis."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *things)
 
 
 def each_seed(thetas: Theta, copies: int) -> Theta:
@@ -29,19 +32,34 @@ def each_seed(thetas: Theta, copies: int) -> Theta:
     return jax.tree.map(lambda x: np.repeat(np.asarray(x), copies, axis=0), thetas)
 
 
+@functools.lru_cache(maxsize=64)
+def recipe_for(
+    objective: Objective,
+    optimizer: Literal["sgd", "adam"],
+    learning_rate: float,
+    steps: int,
+    batch_size: int | None = None,
+) -> Recipe:
+    """A recipe, one object for equal settings so that compiled programs are shared."""
+    return Recipe(objective, {"sgd": optax.sgd, "adam": optax.adam}[optimizer](learning_rate), steps, batch_size)
+
+
+def trained(apply: Apply, recipe: Recipe, theta: Theta, batch: Batch, order: Array | None = None) -> Theta:
+    """Parameters after a run, a pure function to be mapped over runs; nan where it diverged."""
+    data, rest = prepare(apply, theta, batch, recipe)
+    order = jnp.asarray(recipe.order(batch.size)) if order is None else order
+    state = advance(apply, rest, recipe, data, begin(apply, theta, recipe), order, recipe.steps)
+    return tree.combine(state.learned.policy, rest)
+
+
 def tuned(apply: Apply, thetas: Theta, batches: Batch, recipe: Recipe, orders: Int[np.ndarray, "N E M"]) -> Theta:
-    """Parameters after ``recipe`` for each policy and its pairs (leading axis); nan where a run diverged."""
+    """Parameters after ``recipe`` for each policy and its pairs (leading axis), spread over the devices."""
     return spread(_tuning(apply, recipe), thetas, batches, orders)
 
 
 @functools.lru_cache
 def _tuning(apply: Apply, recipe: Recipe) -> Any:
-    def run(theta: Theta, batch: Batch, order: Array) -> Theta:
-        data, rest = prepare(apply, theta, batch, recipe)
-        state = advance(apply, rest, recipe, data, begin(apply, theta, recipe), order, recipe.steps)
-        return tree.combine(state.learned.policy, rest)
-
-    return run
+    return functools.partial(trained, apply, recipe)
 
 
 def next_logp(

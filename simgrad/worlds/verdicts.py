@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -13,11 +12,12 @@ import optax
 
 from simgrad.dynamics.pretraining import Corpus
 from simgrad.dynamics.recipe import Recipe
+from simgrad.findings import Claim, Findings, Table
 from simgrad.models import InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
-from simgrad.findings import Claim, Findings, Table
-from simgrad.worlds.tuning import next_logp, stacked, tuned
+from simgrad.typing import Float, Int
+from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned
 from simgrad.worlds.world import World, pretrained
 
 __all__ = ["NEGATIVE", "POSITIVE", "Verdicts"]
@@ -92,28 +92,14 @@ class Verdicts(World):
         init = InitScales(unembedding=self.unembedding, final_norm=self.final_norm)
         return small_model(len(self.words), init, self.tied)
 
-    def answer_probabilities(self) -> np.ndarray:
-        """p(answer | cue) of the data, 48 x 12."""
-        frequency = np.ones(12)
-        frequency[[0, 6]] = self.frequency_no, self.frequency_yes
-        p = frequency * np.exp(-((LEVELS[:, None] - SCALE) ** 2) / (2 * self.overlap**2))
-        return p / p.sum(1, keepdims=True)
-
-    def prompts(self, random: np.random.Generator, cues: np.ndarray) -> np.ndarray:
-        """One prompt of five tokens for each cue word (a token), fillers and order drawn."""
-        n = len(cues)
-        fillers = 2 + CUES + TOPICS + random.integers(0, FILLERS, (n, 2))
-        middle = random.permuted(np.column_stack([cues, fillers]), axis=1)
-        return np.column_stack([np.zeros(n, int), middle, np.ones(n, int)])
-
     def corpus(self, seed: int) -> Corpus:
         """Prompts with one answer each."""
         random, n = np.random.default_rng(seed), self.sequences
         cue, topic, off = random.integers(0, CUES, n), random.integers(0, TOPICS, n), random.random(n) < 0.3
-        cumulative = self.answer_probabilities().cumsum(1)[cue]
+        cumulative = answer_probabilities(self.overlap, self.frequency_no, self.frequency_yes).cumsum(1)[cue]
         answer = self.first_answer + (random.random((n, 1)) > cumulative).sum(1)
         other = self.first_answer + 12 + 6 * (topic >= TOPICS // 2) + random.integers(0, 6, n)
-        prompts = self.prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
+        prompts = cue_prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
         tokens = np.column_stack([prompts, np.where(off, other, answer)]).astype(np.int32)
         weights = np.zeros(tokens.shape, np.float32)
         weights[:, -1 if self.learn == "answer" else 1 :] = 1
@@ -133,7 +119,7 @@ class Verdicts(World):
 
     def recipe(self, **changes: Any) -> Recipe:
         """DPO on one pair by Adam; ``changes`` replace fields of the recipe."""
-        return _recipe(self.beta, self.learning_rate, self.steps).replace(**changes)
+        return recipe_for(DPO(self.beta), "adam", self.learning_rate, self.steps).replace(**changes)
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
         """Five preferences, where the mass went, and the knobs of the strongest case."""
@@ -206,6 +192,22 @@ class Verdicts(World):
         )  # fmt: skip
 
 
+def answer_probabilities(overlap: float, no: float, yes: float) -> Float[np.ndarray, "cues answers"]:
+    """p(answer | cue) ∝ F exp(-(a - s)²/2τ²), with F of "No" and of "Yes" given and 1 elsewhere."""
+    frequency = np.ones(12)
+    frequency[[0, 6]] = no, yes
+    p = frequency * np.exp(-((LEVELS[:, None] - SCALE) ** 2) / (2 * overlap**2))
+    return p / p.sum(1, keepdims=True)
+
+
+def cue_prompts(random: np.random.Generator, cues: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 5"]:
+    """One prompt of five tokens for each cue word (a token): fillers and order are drawn."""
+    n = len(cues)
+    fillers = 2 + CUES + TOPICS + random.integers(0, FILLERS, (n, 2))
+    middle = random.permuted(np.column_stack([cues, fillers]), axis=1)
+    return np.column_stack([np.zeros(n, int), middle, np.ones(n, int)])
+
+
 def small_model(vocabulary: int, init: InitScales, tied: bool = False, max_length: int = 32) -> ModelConfig:
     """Two layers of width 64 in the architecture of Llama: RMSNorm, rotary positions, gated SiLU."""
     return ModelConfig(
@@ -221,11 +223,6 @@ def small_model(vocabulary: int, init: InitScales, tied: bool = False, max_lengt
         tied=tied,
         init=init,
     )
-
-
-@functools.lru_cache
-def _recipe(beta: float, learning_rate: float, steps: int) -> Recipe:
-    return Recipe(DPO(beta), optax.adam(learning_rate), steps)
 
 
 def _head(apply: Any, thetas: Any, i: int) -> np.ndarray:

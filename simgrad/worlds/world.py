@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,9 @@ def _optimizer(settings: Pretraining) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
+_W = TypeVar("_W", bound="World")
+
+
 @dataclass(frozen=True)
 class World:
     """A small controllable setting: subclasses are frozen dataclasses whose fields are the knobs."""
@@ -93,7 +96,7 @@ class World:
         """Measure what the world is for, over seeds."""
         raise TypeError(f"{type(self).__name__} has no experiment")
 
-    def with_knobs(self, **knobs: Any) -> Self:
+    def with_knobs(self: _W, **knobs: Any) -> _W:
         """This world with other values of some knobs.
 
         Raises:
@@ -150,7 +153,7 @@ def _train(world: World, config: ModelConfig, seeds: Sequence[int]) -> list[Thet
     corpora = [world.corpus(seed) for seed in seeds]
     count = len(corpora[0].tokens)
     orders = [batch_order(count, settings.batch_size, settings.steps, seed) for seed in seeds]
-    stacked = (jax.tree.map(lambda *xs: np.stack(xs), *many) for many in (thetas, corpora, orders))
+    stacked = (jax.tree.map(lambda *xs: jnp.stack(xs), *many) for many in (thetas, corpora, orders))
     run = _fitting(TransformerApply(config), settings)
     found = []
     for theta, losses in spread_in_rounds(run, *stacked, rounds=1):

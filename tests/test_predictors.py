@@ -1,0 +1,175 @@
+"""Predictors of whole runs against their definitions, and the numbers that compare them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import PAIRS, close, model
+from scipy import stats
+
+from simgrad import tree
+from simgrad.dynamics import Recipe
+from simgrad.dynamics.agreement import agreement, partial_spearman
+from simgrad.dynamics.directional import directional_change, directional_score, run_direction
+from simgrad.dynamics.predictors import PREDICTORS, Setting, measured, predictor_table
+from simgrad.models import linear_softmax
+from simgrad.objectives import DPO
+from simgrad.pairs import Pair, packed, padded
+from simgrad.theory import Calibrated, ches, displacement, entanglement_kernel, loss_gradient, responses
+
+BATCH = padded(PAIRS)
+KIND = "rope_gqa_head_dim"
+
+
+def minibatch_gradients(apply, theta, recipe):
+    order = recipe.replace(steps=BATCH.size // recipe.batch_size).order(BATCH.size)
+    logp = responses(apply, theta, BATCH).logp
+    return [loss_gradient(apply, theta, BATCH.take(i), recipe.objective, logp[i]) for i in order]
+
+
+def test_the_direction_of_sgd_is_all_its_steps_along_the_mean_gradient():
+    apply, theta = model(KIND)
+    direction = run_direction(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.01), steps=7, batch_size=2))
+    mean = loss_gradient(apply, theta, BATCH, DPO())
+    close(direction, jax.tree.map(lambda g: -0.07 * g, mean))
+
+
+def test_the_direction_of_a_schedule_is_its_sum():
+    apply, theta = model(KIND)
+    schedule = optax.linear_schedule(0.02, 0.0, 4)
+    direction = run_direction(apply, theta, BATCH, Recipe(DPO(), optax.sgd(schedule), steps=4))
+    total = sum(float(schedule(t)) for t in range(4))
+    gradient = loss_gradient(apply, theta, BATCH, DPO())  # optax keeps a schedule's values in float32
+    close(direction, jax.tree.map(lambda g: -total * g, gradient), scale=1e4)
+
+
+def test_the_direction_of_adam_is_preconditioned_by_the_mean_squared_minibatch_gradient():
+    apply, theta = model(KIND)
+    recipe = Recipe(DPO(), optax.adam(1e-3, eps=1e-4), steps=5, batch_size=2)
+    direction = run_direction(apply, theta, BATCH, recipe)
+    parts = minibatch_gradients(apply, theta, recipe)
+    mean = jax.tree.map(lambda *gs: sum(gs) / len(gs), *parts)
+    square = jax.tree.map(lambda *gs: sum(g**2 for g in gs) / len(gs), *parts)
+    # optax's second moment takes in ḡ² with weight 1 - b2
+    expected = jax.tree.map(lambda m, v: -5e-3 * m / (jnp.sqrt(0.999 * v + 0.001 * m**2) + 1e-4), mean, square)
+    close(direction, expected, scale=1e5)
+
+
+def test_one_step_on_everything_is_the_optimizers_own():
+    apply, theta = model(KIND)
+    for optimizer in (optax.sgd(0.1), optax.adam(1e-3), optax.rmsprop(1e-3, decay=0.0)):
+        direction = run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=1))
+        gradient = loss_gradient(apply, theta, BATCH, DPO())
+        with jax.numpy_dtype_promotion("standard"):
+            expected, _ = optimizer.update(gradient, optimizer.init(gradient), theta)
+        close(direction, expected, scale=1e4)
+
+
+@pytest.mark.parametrize("layout", [padded, packed])
+def test_the_directional_change_is_the_first_order_term(layout):
+    apply, theta = model(KIND)
+    direction = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), theta)
+    close(
+        directional_change(apply, theta, layout(PAIRS), direction), displacement(apply, theta, BATCH, direction).first
+    )
+    part, _ = tree.partition(direction, ["layers/*"])
+    found = directional_change(apply, theta, layout(PAIRS), part, ["layers/*"])
+    close(found, displacement(apply, theta, BATCH, part, ["layers/*"]).first)
+    with pytest.raises(ValueError, match=r"the include that it was made with"):
+        directional_change(apply, theta, BATCH, part)
+
+
+def test_the_directional_score_is_the_kernel_of_the_data_set():
+    apply, theta = model(KIND)
+    score = directional_score(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.01), steps=3))
+    kernel = entanglement_kernel(apply, theta, BATCH)
+    logp = responses(apply, theta, BATCH).logp
+    pull = DPO().signed_coefficients(logp, logp, BATCH.lengths).reshape(-1) / BATCH.size
+    close(score.change.reshape(-1), 0.03 * kernel @ pull)
+    assert (score.error == 0).all()
+
+
+def test_the_sampling_error_is_the_size_of_the_deviation():
+    """Root mean squares over many samples agree; with no sample error at full size."""
+    random = np.random.default_rng(0)
+    draws = random.integers(0, 4, (40, 2)).tolist()
+    pairs = [Pair([x], [chosen], [rejected]) for x, (chosen, rejected) in enumerate(draws) if chosen != rejected]
+    apply, theta = linear_softmax(pairs, 60, 8, dtype="float64")
+    batch, recipe = padded(pairs), Recipe(DPO(), optax.sgd(1.0), steps=1)
+    whole = directional_score(apply, theta, batch, recipe).change
+    draws = [directional_score(apply, theta, batch, recipe, sample=12, groups=4, seed=s) for s in range(40)]
+    deviation = np.sqrt(np.mean([np.square(d.change - whole) for d in draws]))
+    error = np.sqrt(np.mean([np.square(d.error) for d in draws]))
+    assert 0.8 < error / deviation < 1.25
+    with pytest.raises(ValueError, match=r"groups <= sample <= pairs"):
+        directional_score(apply, theta, batch, recipe, sample=100)
+
+
+def test_directions_of_what_is_no_plain_objective_are_refused():
+    apply, theta = model(KIND)
+    with pytest.raises(ValueError, match=r"plain objective"):
+        run_direction(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=1, mitigation=Calibrated()))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_every_predictor_has_one_shape_and_the_refreshed_ones_are_near(alone):
+    apply, theta = model(KIND)
+    setting = Setting(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.004), steps=8, batch_size=2), alone=alone)
+    truth = measured(setting)
+    for name, predictor in PREDICTORS.items():
+        guess = predictor(setting)
+        assert guess.shape == truth.shape == (len(PAIRS), 2), name
+        if name in ("two big steps", "kernel flow, refreshed"):
+            np.testing.assert_allclose(guess, truth, rtol=0.1, atol=0.05 * np.abs(truth).max(), err_msg=name)
+
+
+def test_measured_alone_is_one_run_a_pair():
+    apply, theta = model("linear_softmax")
+    setting = Setting(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=3), alone=True)
+    first = measured(Setting(apply, theta, BATCH.take(slice(1)), setting.recipe))
+    close(measured(setting)[:1], first)
+
+
+def test_linear_models_are_predicted_as_far_as_they_are_linear():
+    apply, theta = linear_softmax(PAIRS, 13, 8, dtype="float64")
+    small = Setting(apply, theta, BATCH, Recipe(DPO(), optax.sgd(1e-3), steps=4, batch_size=2))
+    names = ["CHES", "directional", "kernel flow", "rerun, other order"]
+    table = predictor_table({"small": small}, names)
+    for name in names[1:]:
+        row = table.where(predictor=name)
+        assert row["r2"][0] > 0.999, name
+        assert row["sign"][0] == 1
+    assert np.isnan(table.where(predictor="CHES")["r2"][0])
+    with pytest.raises(ValueError, match=r"no predictor 'chess'; there are"):
+        predictor_table({"small": small}, ["chess"])
+
+
+def test_similarities_predict_minus_themselves():
+    apply, theta = model(KIND)
+    setting = Setting(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=1))
+    close(PREDICTORS["CHES"](setting)[:, 0], -ches(responses(apply, theta, BATCH), BATCH))
+
+
+def test_agreement_by_its_definitions():
+    random = np.random.default_rng(1)
+    x, y, z = random.normal(size=(3, 30))
+    found = agreement(x, y, np.stack([z, x + z], 1))
+    assert found.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
+    ranks = np.stack([stats.rankdata(c) for c in (x, y, z, x + z)])
+    inverse = np.linalg.inv(np.corrcoef(ranks))
+    assert found.partial == pytest.approx(-inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1]))
+    assert found.r2 == pytest.approx(1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+    assert found.precision == len(set(np.argsort(x)[:10]) & set(np.argsort(y)[:10])) / 10
+    assert found.sign == np.mean((x < 0) == (y < 0))
+    perfect = agreement(y, y, z[:, None])
+    assert (perfect.spearman, perfect.r2, perfect.precision, perfect.sign) == (1, 1, 1, 1)
+
+
+def test_agreement_of_nothing_is_not_a_number():
+    x = np.arange(4.0)
+    assert np.isnan(agreement(np.zeros(4), x).spearman)
+    assert np.isnan(agreement(np.array([0, 1, np.inf, 2]), x).spearman)
+    assert np.isnan(partial_spearman(x, np.exp(x), x[:, None]))
+    with pytest.raises(ValueError, match=r"two arrays of one length"):
+        agreement(x[:1], x[:1])
