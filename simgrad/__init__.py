@@ -12,21 +12,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simgrad.bridge import Policy, ScoreTable, load, score
+    from simgrad.bridge import Policy, ScoreTable, load, save, score
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "ScoreTable", "load", "score"]
+__all__ = ["Policy", "ScoreTable", "load", "save", "score"]
+_MODULES = ("bridge", "dynamics", "models", "objectives", "pairs", "theory", "tree", "worlds")
 
 
 def __dir__() -> list[str]:
     """Names for completion, those included that are imported when first asked for."""
-    return sorted([*globals(), *__all__, "bridge", "models", "objectives", "pairs", "theory", "tree"])
+    return sorted([*globals(), *__all__, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     """Import the bridge when it is first asked for, so that ``import simgrad`` is quick."""
     if name in __all__:
         return getattr(importlib.import_module("simgrad.bridge"), name)
-    if name in ("bridge", "models", "objectives", "pairs", "theory", "tree"):
+    if name in _MODULES:
         return importlib.import_module(f"simgrad.{name}")
     raise AttributeError(f"module 'simgrad' has no attribute {name!r}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import simgrad.dynamics
 import simgrad.models
 import simgrad.objectives
 import simgrad.theory
@@ -13,12 +14,23 @@ import simgrad.theory
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_example_runs():
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "linearized_run" in block)
+def example(word):
+    """Run the one block that holds ``word``; return its names."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if word in block)
     scope = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(code, scope)
-    assert scope["kernel"].inner.shape == (2,)
+    return scope
+
+
+def test_theory_example_runs():
+    assert example("linearized_run")["kernel"].inner.shape == (2,)
+
+
+def test_training_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert example("predictor_table")["run"].trace.steps.tolist() == [0, 20, 40, 60]
+    assert (tmp_path / "trace.npz").exists()
 
 
 def index():

@@ -9,17 +9,19 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point: ``simgrad score | world | worlds | objectives | figures | bench``."""
+    """Entry point: ``simgrad score | predict | world | worlds | objectives | figures | bench``."""
     import tyro
 
     from simgrad.cli.bench import Bench
     from simgrad.cli.figures import Figures
     from simgrad.cli.objectives import Objectives
+    from simgrad.cli.predict import Predict
     from simgrad.cli.score import Score
     from simgrad.cli.world import World, Worlds
 
     commands = (
         Annotated[Score, tyro.conf.subcommand(name="score")]
+        | Annotated[Predict, tyro.conf.subcommand(name="predict")]
         | Annotated[World, tyro.conf.subcommand(name="world")]
         | Annotated[Worlds, tyro.conf.subcommand(name="worlds")]
         | Annotated[Objectives, tyro.conf.subcommand(name="objectives")]

@@ -19,6 +19,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from simgrad.bridge import ScoreTable
     from simgrad.findings import Findings
+    from simgrad.findings import Table as TidyTable
     from simgrad.objectives import Description
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "objective_table",
     "progress_bar",
     "summary",
+    "tidy_table",
     "world_listing",
 ]
 
@@ -179,20 +181,25 @@ def findings_tables(console: Console, found: Findings) -> None:
     console.print(f"[bold]{found.world}[/] ({seeds}; mean ± half of the 95 % interval)", highlight=False)
     console.print(Text(knobs, style="dim"))
     for table in found.tables:
-        lines = table.summary()
-        view = Table(title=f"\n{table.name}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-        for name in lines[0]:
-            texts = isinstance(lines[0][name], str)
-            view.add_column(name, justify="left" if texts else "right", no_wrap=name in table.by)
-        for line in lines:
-            view.add_row(*("–" if str(value) == "nan" else str(value) for value in line.values()))
-        console.print(view)
-        console.print(Text(table.caption, style="dim"))
+        tidy_table(console, table)
     if found.claims:
         console.print("\n[bold]What these seeds say[/]")
     for claim in found.claims:
         mark = "[green]holds[/]      " if claim.holds else "[red]does not[/]   "
         console.print(f"  {mark}{claim.text}\n             {claim.numbers}", highlight=False)
+
+
+def tidy_table(console: Console, table: TidyTable) -> None:
+    """One line a setting: means with intervals, then the caption."""
+    lines = table.summary()
+    view = Table(title=f"\n{table.name}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in lines[0]:
+        texts = isinstance(lines[0][name], str)
+        view.add_column(name, justify="left" if texts else "right", no_wrap=name in table.by)
+    for line in lines:
+        view.add_row(*("–" if str(value) == "nan" else str(value) for value in line.values()))
+    console.print(view)
+    console.print(Text(table.caption, style="dim"))
 
 
 def world_listing(console: Console) -> None:

@@ -51,6 +51,9 @@ def descend(
     Loop bounds are values, not shapes: one program serves any number of steps.
     """
 
+    if not len(order):
+        return state
+
     def body(at: Array, state: State) -> State:
         loss, slope, memory = gradient(state.learned, order[at], state.memory)
         update, inner = updated(optimizer, slope, state.optimizer, state.learned)

@@ -240,7 +240,6 @@ class Comparison:
                 **dataclasses.asdict(agreement(guess, self.measured, self.lengths, PREDICTORS[name].nats)),
                 "seconds": self.seconds[name],
                 "largest |Δ|": float(np.abs(self.measured).max()),
-                "falls": float((self.measured < 0).mean()),
             }
             for name, guess in self.predicted.items()
         ]

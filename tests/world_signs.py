@@ -1,0 +1,71 @@
+"""Small experiments of the transformer worlds, for a process of its own (optimised code, two devices)."""
+
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simgrad import worlds
+from simgrad.dynamics.predictors import compare
+
+SEEDS = [101, 102]
+
+
+def verdicts():
+    world = worlds.get("verdicts")
+    strong, mild = (world.displaced(SEEDS, a, "Never") for a in ("No", "Yes"))
+    frozen = world.with_knobs(steps=0).displaced(SEEDS, "No", "Never")
+    return {
+        "moved": [row["moved to opposite"] for row in strong],
+        "agrees": [row["top agrees"] for row in strong],
+        "mild": [row["moved to opposite"] for row in mild],
+        "untrained": [row["moved to opposite"] for row in frozen],
+    }
+
+
+def suffix():
+    found = worlds.get("suffix", lengths=(0, 8), n_pairs=16).experiment(SEEDS)
+    short, long = (found["lengths"].where(L=n) for n in (0, 8))
+    right = found["predictions"].where(L=8)
+    return {
+        "cosine": [float(x["cosine"].mean()) for x in (short, long)],
+        "change": [float(x["Δ chosen"].mean()) for x in (short, long)],
+        "word": float(long["Δ word"].min()),
+        "batch right": float(right["batch right"].mean()),
+        "own right": float(right["own right"].mean()),
+    }
+
+
+def refusals():
+    world = worlds.get("refusals")
+    arms = ("DPO", "random preferences", "SFT term 0.1")
+
+    def few(*given):
+        return [arm for arm in world._unfiltered(*given) if arm.name in arms]
+
+    rows = world._measured(SEEDS, few)
+    rates = {arm: [r["refuses harmful"] for r in rows if r["arm"] == arm] for arm in ("start", *arms)}
+    rolled = world.with_knobs(rollouts=True, n_pairs=40)
+    pairs = rolled.pairs(SEEDS[0])
+    openings = range(world.first_answer, world.first_answer + 12)
+    return {**rates, "rolled openings": [p.chosen[0] in openings for p in pairs]}
+
+
+def percentiles():
+    world = worlds.get("percentiles", n_pairs=32)
+    apply, thetas = world.policies(SEEDS[:1])
+    theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
+    setting = world.settings(apply, theta, SEEDS[0])["together, Adam"]
+    found = compare(setting, ["CHES", "directional", "kernel flow, ray"])
+    return {row["predictor"]: row["spearman"] for row in found.rows("Adam")}
+
+
+if __name__ == "__main__":
+    experiments = {f.__name__: f for f in (verdicts, suffix, refusals, percentiles)}
+    found = experiments[sys.argv[1]]()
+    print(json.dumps(found, default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))
