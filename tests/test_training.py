@@ -278,7 +278,7 @@ def test_calls_that_cannot_be_followed(tmp_path):
         train(apply, theta, BATCH, recipe, reference=jnp.zeros((1, 2)))
     with pytest.raises(ValueError, match=r"record names step 5"):
         train(apply, theta, BATCH, recipe, record=[5])
-    with pytest.raises(ValueError, match=r"watch holds an empty prompt"):
+    with pytest.raises(ValueError, match=r"prompt 0 is empty"):
         train(apply, theta, BATCH, recipe, watch=[[]])
     with pytest.raises(ValueError, match=r"recorded no kernels"):
         _ = train(apply, theta, BATCH, recipe).trace.regime

@@ -50,7 +50,6 @@ def descend(
 
     Loop bounds are values, not shapes: one program serves any number of steps.
     """
-
     if not len(order):
         return state
 

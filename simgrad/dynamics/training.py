@@ -15,6 +15,7 @@ import numpy as np
 from simgrad import tree
 from simgrad.dynamics.gradients import Data, Learned, preference_gradient
 from simgrad.dynamics.loop import State, descend
+from simgrad.dynamics.prompts import next_token_logp
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.trace import Trace, from_arrays, to_arrays
 from simgrad.models import Apply
@@ -116,8 +117,12 @@ def train(
     if out is not None and resume is not None:
         raise ValueError("give out or resume: a file that is there is continued by itself")
     data, rest = prepare(apply, theta, batch, recipe, reference)
-    prompts = None if not len(watch) else _prompts(watch)
-    see = functools.partial(_observe, apply, rest, recipe, data, probes, prompts, kernels=kernels)
+    look = functools.partial(_observe, apply, rest, recipe, data, probes, kernels=kernels)
+
+    def see(learned: Learned) -> dict[str, Any]:
+        watched = next_token_logp(apply, tree.combine(learned.policy, rest), watch) if len(watch) else jnp.zeros((0, 0))
+        return look(learned) | {"watched": watched}
+
     state = begin(apply, theta, recipe)
     records: list[Any] = []
     if out is not None and Path(out).exists():
@@ -219,14 +224,6 @@ def _stops(record: int | Sequence[int] | None, steps: int) -> list[int]:
     return sorted({*record, steps} - {0})
 
 
-def _prompts(watch: Sequence[Sequence[int]]) -> tuple[Int[Array, "N T"], Int[Array, " N"]]:
-    if not all(len(p) for p in watch):
-        raise ValueError("watch holds an empty prompt: no state predicts its next token (is a BOS token missing?)")
-    longest = max(map(len, watch))
-    tokens = np.array([[*p, *[0] * (longest - len(p))] for p in watch], np.int32)
-    return jnp.asarray(tokens), jnp.asarray([len(p) - 1 for p in watch], jnp.int32)
-
-
 @functools.partial(jax.jit, static_argnames=("apply", "recipe", "kernels"))
 def _observe(
     apply: Apply,
@@ -234,7 +231,6 @@ def _observe(
     recipe: Recipe,
     data: Data,
     probes: Batch | None,
-    prompts: tuple[Array, Array] | None,
     learned: Learned,
     kernels: bool,
 ) -> dict[str, Any]:
@@ -256,10 +252,6 @@ def _observe(
     seen["probes"] = jnp.zeros((0, 2), logp.dtype)
     if probes is not None:
         seen["probes"] = in_chunks(lambda some: responses(apply, theta, some).logp, probes)
-    seen["watched"] = jnp.zeros((0, 0), logp.dtype)
-    if prompts is not None:
-        tokens, last = prompts
-        seen["watched"] = jax.nn.log_softmax(apply(theta, tokens, rows=last[:, None]).logits[:, 0], axis=-1)
     return seen
 
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad.dynamics import Corpus
+from simgrad.dynamics import Corpus, directional_score
+from simgrad.dynamics.agreement import spearman
 from simgrad.dynamics.predictors import CAPTION, Comparison, Setting, compare
 from simgrad.findings import Claim, Findings, Table
 from simgrad.models import InitScales, ModelConfig
@@ -152,13 +153,15 @@ class Percentiles(World):
     def experiment(self, seeds: Sequence[int]) -> Findings:
         """Every predictor in the three settings, and mean changes at the percentiles of the scores."""
         apply, thetas = pretrained(self, seeds)
-        rows, windows = [], []
+        rows, windows, samples = [], [], []
         for i, seed in enumerate(seeds):
             theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
             for label, setting in self.settings(apply, theta, seed).items():
                 found = compare(setting)
                 rows += found.rows(label, seed)
                 windows += _windows(found, label, seed)
+                if not setting.alone:
+                    samples += _samples(setting, found, label, seed)
         table = Table.of("predictors", CAPTION, ("setting", "predictor"), _grouped(rows, "predictor"))
         percentiles = Table.of(
             "percentiles",
@@ -167,7 +170,16 @@ class Percentiles(World):
             ("setting", "score"),
             _grouped(windows, "score"),
         )
-        return Findings(self.name, vars(self), tuple(seeds), (table, percentiles), _claims(table, percentiles))
+        sampling = Table.of(
+            "samples",
+            "The directional score when its direction has seen only some of the pairs: rank correlation with the "
+            "measured Δlog π, root mean square of its deviation from the score of all pairs, and of the stated error "
+            "(nats).",
+            ("setting", "pairs seen"),
+            _grouped(samples, "pairs seen"),
+        )
+        tables = (table, percentiles, sampling)
+        return Findings(self.name, vars(self), tuple(seeds), tables, _claims(table, percentiles))
 
 
 def _grouped(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
@@ -187,6 +199,25 @@ def _windows(found: Comparison, label: str, seed: int) -> list[dict[str, Any]]:
         steps = {f"{25 * k} %": mean for k, mean in enumerate(means)}
         ordered = float(np.all(np.diff(means) < 0))
         rows.append({"setting": label, "score": name, "seed": seed, **steps, "ordered": ordered})
+    return rows
+
+
+def _samples(setting: Setting, found: Comparison, label: str, seed: int) -> list[dict[str, Any]]:
+    s, whole, rows = setting, found.predicted["directional"], []
+    n = s.batch.size
+    for sample in sorted({max(4, n // 8), max(4, n // 4), max(4, n // 2), n}):
+        score = directional_score(s.apply, s.theta, s.batch, s.recipe, sample=sample, seed=seed)
+        change, error = (np.asarray(x[:, 0], float) for x in (score.change, score.error))
+        rows.append(
+            {
+                "setting": label,
+                "pairs seen": sample,
+                "seed": seed,
+                "spearman": spearman(change, found.measured),
+                "deviation": float(np.sqrt(np.mean((change - whole) ** 2))),
+                "stated error": float(np.sqrt(np.mean(error**2))),
+            }
+        )
     return rows
 
 

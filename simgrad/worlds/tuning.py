@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from simgrad import tree
+from simgrad.dynamics import prompts
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
 from simgrad.dynamics.training import advance, begin, prepare
@@ -63,18 +64,14 @@ def _tuning(apply: Apply, recipe: Recipe) -> Any:
 
 
 def next_logp(
-    apply: Apply, thetas: Theta, prompts: Int[np.ndarray, "N P T"], lengths: Int[np.ndarray, "N P"] | None = None
+    apply: Apply, thetas: Theta, tokens: Int[np.ndarray, "N P T"], lengths: Int[np.ndarray, "N P"] | None = None
 ) -> Float[np.ndarray, "N P V"]:
     """Log π(z | prompt) of every token, for each policy and its prompts, in nats."""
     if lengths is None:
-        lengths = np.full(prompts.shape[:2], prompts.shape[-1], np.int32)
-    return spread(_reading(apply), thetas, prompts, lengths)
+        lengths = np.full(tokens.shape[:2], tokens.shape[-1], np.int32)
+    return spread(_reading(apply), thetas, tokens, lengths)
 
 
 @functools.lru_cache
 def _reading(apply: Apply) -> Any:
-    def run(theta: Theta, prompts: Array, lengths: Array) -> Array:
-        logits = apply(theta, prompts, rows=(lengths - 1)[:, None]).logits[:, 0]
-        return jax.nn.log_softmax(logits, axis=-1)
-
-    return run
+    return functools.partial(prompts.next_logp, apply)
