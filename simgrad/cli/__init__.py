@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point: ``simgrad score | predict | world | worlds | objectives | figures | bench``."""
+    """Entry point: ``simgrad score | predict | sweep | world | worlds | objectives | figures | bench``."""
     import tyro
 
     from simgrad.cli.bench import Bench
@@ -17,11 +17,13 @@ def main() -> None:
     from simgrad.cli.objectives import Objectives
     from simgrad.cli.predict import Predict
     from simgrad.cli.score import Score
+    from simgrad.cli.sweep import Sweep
     from simgrad.cli.world import World, Worlds
 
     commands = (
         Annotated[Score, tyro.conf.subcommand(name="score")]
         | Annotated[Predict, tyro.conf.subcommand(name="predict")]
+        | Annotated[Sweep, tyro.conf.subcommand(name="sweep")]
         | Annotated[World, tyro.conf.subcommand(name="world")]
         | Annotated[Worlds, tyro.conf.subcommand(name="worlds")]
         | Annotated[Objectives, tyro.conf.subcommand(name="objectives")]

@@ -1,28 +1,51 @@
 """Training: preference tuning, pretraining and sampling as compiled loops; whole sweeps at once."""
 
+from simgrad.dynamics.agreement import Agreement, agreement
+from simgrad.dynamics.configs import RunConfig, grid
+from simgrad.dynamics.directional import DirectionalScore, directional_change, directional_score, run_direction
 from simgrad.dynamics.loop import State
+from simgrad.dynamics.predictors import PREDICTORS, Comparison, Predictor, Setting, compare, measured, predictor_table
 from simgrad.dynamics.pretraining import Corpus, corpus, pretrain
 from simgrad.dynamics.recipe import Recipe, batch_order
 from simgrad.dynamics.sampling import Enumeration, Samples, enumerate_responses, next_token_logp, sample
 from simgrad.dynamics.spread import spread
+from simgrad.dynamics.sweep import sweep
+from simgrad.dynamics.sweep_table import SweepTable
 from simgrad.dynamics.trace import Trace
 from simgrad.dynamics.training import DivergedError, Training, train
 
 __all__ = [
+    "PREDICTORS",
+    "Agreement",
+    "Comparison",
     "Corpus",
+    "DirectionalScore",
     "DivergedError",
     "Enumeration",
+    "Predictor",
     "Recipe",
+    "RunConfig",
     "Samples",
+    "Setting",
     "State",
+    "SweepTable",
     "Trace",
     "Training",
+    "agreement",
     "batch_order",
+    "compare",
     "corpus",
+    "directional_change",
+    "directional_score",
     "enumerate_responses",
+    "grid",
+    "measured",
     "next_token_logp",
+    "predictor_table",
     "pretrain",
+    "run_direction",
     "sample",
     "spread",
+    "sweep",
     "train",
 ]

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,11 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
 
 
-def bench(config: Config = Config(), report: Callable[[Measurement], None] = lambda _: None) -> dict[str, Any]:
+def bench(
+    config: Config = Config(),
+    report: Callable[[Measurement], None] = lambda _: None,
+    tasks: Sequence[str] = ("scoring", "gradients"),
+) -> dict[str, Any]:
     """Time scoring and gradient scalars on every shape; returns a record that goes into JSON."""
     policy, model = _policy(config, max(p + r for p, r in config.shapes))
     rng = np.random.default_rng(0)
@@ -134,8 +138,8 @@ def bench(config: Config = Config(), report: Callable[[Measurement], None] = lam
     for prompt, response in config.shapes:
         draw = lambda n: rng.integers(0, config.vocab_size, n).tolist()  # noqa: E731
         pairs = [Pair(draw(prompt), draw(response), draw(response)) for _ in range(config.pairs)]
-        for task in (_scoring, _gradients):
-            measurement = task(policy, model, pairs, config.repeats)
+        for task in tasks:
+            measurement = {"scoring": _scoring, "gradients": _gradients}[task](policy, model, pairs, config.repeats)
             report(measurement)
             measurements.append(measurement)
     return {
