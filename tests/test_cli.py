@@ -34,7 +34,9 @@ def data(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("arguments", [(), ("score",), ("objectives",), ("figures",), ("bench",)])
+@pytest.mark.parametrize(
+    "arguments", [(), *[(c,) for c in "score predict sweep world worlds objectives figures bench".split()]]
+)
 def test_help(arguments, tmp_path):
     text = simgrad(*arguments, "--help", cache=tmp_path).stdout
     assert "usage: simgrad" in text
@@ -138,3 +140,49 @@ def test_float64_is_float64(checkpoint, data, tmp_path):
                 "--dtype", dtype, "--no-gradients", cache=tmp_path / "c")  # fmt: skip
     a, b = (ScoreTable.load(tmp_path / f"{d}.parquet")["logp_chosen"] for d in ("float64", "float32"))
     assert 0 < np.abs(a - b).max() < 1e-5
+
+
+def test_predict_and_check(checkpoint, data, tmp_path):
+    out = tmp_path / "new" / "predicted.parquet"
+    arguments = ("--model", checkpoint, "--data", data, "--out", out, "--batch-size", 2)
+    done = simgrad("predict", *arguments, "--lr", 1e-3, "--check", cache=tmp_path)
+    assert "are predicted to fall" in done.stdout
+    assert "kernel flow, refreshed" in done.stdout
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(out)
+    assert table["index"].to_pylist() == [0, 1, 2, 3]
+    assert all(np.isfinite(table[name]).all() for name in table.column_names)
+    sampled = simgrad("predict", *arguments, "--sample", 3, cache=tmp_path, check=False)
+    assert sampled.returncode == 2
+    assert "groups <= sample <= pairs" in sampled.stderr
+    wrong = simgrad("predict", *arguments[:5], tmp_path / "x.csv", cache=tmp_path, check=False)
+    assert wrong.returncode == 2
+    assert "written as .parquet" in wrong.stderr
+
+
+def test_worlds_are_listed_with_their_knobs(tmp_path):
+    from simgrad import worlds
+
+    text = simgrad("worlds", cache=tmp_path).stdout
+    for name in worlds.names():
+        assert name in text
+    assert "overlap=0.6" in text
+
+
+def test_a_world_is_measured_and_saved(tmp_path):
+    options = ("--seeds", 2, "--set", "draws=4", "--out", tmp_path / "out")
+    done = simgrad("world", "squeezing", *options, cache=tmp_path)
+    assert "What these seeds say" in done.stdout
+    import pyarrow.parquet as pq
+
+    files = sorted((tmp_path / "out").iterdir())
+    assert files
+    for file in files:
+        metadata = json.loads(pq.read_schema(file).metadata[b"simgrad"])
+        assert metadata["knobs"]["draws"] == 4
+        assert metadata["seeds"] == [0, 1]
+        assert "git_revision" in metadata["provenance"]
+    wrong = simgrad("world", "squeezing", "--set", "draw=4", cache=tmp_path, check=False)
+    assert wrong.returncode == 2
+    assert "squeezing has no knob draw; it has:" in wrong.stderr
