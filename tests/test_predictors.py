@@ -56,6 +56,31 @@ def test_the_direction_of_adam_is_preconditioned_by_the_mean_squared_minibatch_g
     close(direction, expected, scale=1e5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_no_pair_is_left_out_of_the_direction(size):
+    apply, theta = model(KIND)
+    direction = run_direction(apply, theta, BATCH, Recipe(DPO(), optax.sgd(1.0), steps=1, batch_size=size))
+    close(direction, jax.tree.map(jnp.negative, loss_gradient(apply, theta, BATCH, DPO())))
+
+
+def test_second_moments_of_other_kinds_are_refused():
+    apply, theta = model(KIND)
+    for optimizer in (optax.radam(1e-3), optax.adamax(1e-3), optax.rmsprop(1e-3, centered=True), optax.adabelief(1e-3)):
+        with pytest.raises(ValueError, match=r"known for SGD, momentum, Adam, AdamW and RMSProp"):
+            run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=1))
+
+
+def test_masked_optimizers_have_a_direction():
+    apply, theta = model(KIND)
+    labels = jax.tree.map_with_path(lambda path, _: "on" if "['mlp']" in jax.tree_util.keystr(path) else "off", theta)
+    optimizer = optax.partition({"on": optax.adam(1e-3), "off": optax.set_to_zero()}, labels)
+    found = run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=3, batch_size=2))
+    plain = run_direction(apply, theta, BATCH, Recipe(DPO(), optax.adam(1e-3), steps=3, batch_size=2))
+    inside, outside = (tree.partition(x, ["*mlp/*"]) for x in (found, plain))
+    close(inside[0], outside[0])
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(inside[1]))
+
+
 def test_one_step_on_everything_is_the_optimizers_own():
     apply, theta = model(KIND)
     for optimizer in (optax.sgd(0.1), optax.adam(1e-3), optax.rmsprop(1e-3, decay=0.0)):

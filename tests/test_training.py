@@ -131,8 +131,11 @@ def test_a_run_of_other_arguments_is_not_continued(tmp_path):
         train(apply, theta, BATCH, recipe.replace(objective=DPO(beta=0.2)), out=out)
     with pytest.raises(ValueError, match=r"other theta"):
         train(apply, jax.tree.map(lambda x: 2 * x, theta), BATCH, recipe, out=out)
-    with pytest.raises(ValueError, match=r"another optimizer"):
-        train(apply, theta, BATCH, recipe.replace(optimizer=optax.adam(0.1)), out=out)
+    for other in (optax.adam(0.1), optax.sgd(0.2), optax.sgd(0.1, momentum=0.5)):
+        with pytest.raises(ValueError, match=r"other optimizer"):
+            train(apply, theta, BATCH, recipe.replace(optimizer=other), out=out)
+    with pytest.raises(ValueError, match=r"other followed"):
+        train(apply, theta, BATCH, recipe, out=out, kernels=True)
     with pytest.raises(ValueError, match=r"taken 2 steps already"):
         train(apply, theta, BATCH, recipe.replace(steps=1), out=out)
     assert out.read_bytes() == before
@@ -141,12 +144,53 @@ def test_a_run_of_other_arguments_is_not_continued(tmp_path):
 def test_divergence_names_the_step_and_keeps_the_trace(tmp_path):
     apply, theta = model("linear_softmax")
     jump = optax.scale_by_schedule(lambda t: jnp.where(t == 5, jnp.inf, -0.1))
-    with pytest.raises(DivergedError, match=r"step 6 .*lower the learning rate") as caught:
+    with pytest.raises(DivergedError, match=r"step 5 .*lower the learning rate") as caught:
         train(apply, theta, BATCH, Recipe(DPO(), jump, steps=40), record=2, out=tmp_path / "run.npz")
-    assert caught.value.step == 6
-    assert caught.value.trace.steps.tolist() == [0, 2, 4, 6]
-    assert np.isfinite(caught.value.trace.logp[:3]).all()
-    assert Trace.load(tmp_path / "run.npz").steps.tolist() == [0, 2, 4, 6]
+    assert caught.value.step == 5
+    assert caught.value.trace.steps.tolist() == [0, 2, 4]
+    assert np.isfinite(caught.value.trace.logp).all()
+    assert Trace.load(tmp_path / "run.npz").steps.tolist() == [0, 2, 4]
+    with pytest.raises(DivergedError, match=r"step 6 .*"):
+        train(apply, theta, BATCH, Recipe(DPO(), jump, steps=40))
+
+
+def test_a_policy_that_is_not_finite_is_not_returned():
+    apply, theta = model("linear_softmax")
+    with pytest.raises(DivergedError, match=r"step 0 "):
+        train(apply, theta, BATCH, Recipe(DPO(), optax.sgd(jnp.inf), steps=1))
+
+
+def test_a_run_is_resumed_with_its_own_arguments_only():
+    apply, theta = model("linear_softmax")
+    recipe = Recipe(DPO(), optax.adam(0.1), steps=2)
+    run = train(apply, theta, BATCH, recipe)
+    longer = recipe.replace(steps=4)
+    with pytest.raises(ValueError, match=r"other theta.*at its start"):
+        train(apply, run.theta, BATCH, longer, resume=run)
+    with pytest.raises(ValueError, match=r"other pairs"):
+        train(apply, theta, BATCH.take(slice(2)), longer, resume=run)
+    with pytest.raises(ValueError, match=r"other objective, seed"):
+        train(apply, theta, BATCH, longer.replace(objective=DPO(0.3), seed=4), resume=run)
+    with pytest.raises(ValueError, match=r"other optimizer"):
+        train(apply, theta, BATCH, longer.replace(optimizer=optax.adam(0.2)), resume=run)
+
+
+def test_optimizers_that_know_the_parameters_tree():
+    apply, theta = model("rope_gqa_head_dim")
+    labels = jax.tree.map_with_path(lambda path, _: "on" if "['mlp']" in jax.tree_util.keystr(path) else "off", theta)
+    optimizer = optax.partition({"on": optax.adam(1e-2), "off": optax.set_to_zero()}, labels)
+    recipe = Recipe(DPO(), optimizer, steps=3)
+    after = train(apply, theta, BATCH, recipe).theta
+    close(after, train(apply, theta, BATCH, recipe.replace(optimizer=optax.adam(1e-2), include=["*mlp/*"])).theta)
+
+
+def test_pairs_and_prompts_that_the_model_does_not_know():
+    apply, theta = model("linear_softmax")
+    recipe = Recipe(DPO(), optax.sgd(0.1), steps=1)
+    with pytest.raises(ValueError, match=r"log π of pair 1 is not finite before the first step"):
+        train(apply, theta, padded([PAIRS[0], Pair([9, 9], [1], [2])]), recipe)
+    with pytest.raises(ValueError, match=r"log π of watched prompt 0"):
+        train(apply, theta, BATCH, recipe, watch=[[9, 9]])
 
 
 def test_the_trace_holds_what_theory_says_of_each_record():

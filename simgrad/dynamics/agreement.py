@@ -62,7 +62,7 @@ def agreement(
         spearman=spearman(x, y),
         partial=float("nan") if lengths is None else partial_spearman(x, y, lengths),
         r2=float(1 - ((y - x) ** 2).sum() / spread) if nats and spread > 0 else float("nan"),
-        precision=len(worst[0] & worst[1]) / k,
+        precision=len(worst[0] & worst[1]) / k if np.ptp(x) > 0 else float("nan"),
         sign=float(((x < 0) == (y < 0)).mean()) if nats else float("nan"),
     )
 

@@ -17,7 +17,7 @@ from simgrad.dynamics.recipe import Recipe
 from simgrad.models import Apply
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch
-from simgrad.theory.likelihood import in_chunks, log_probs, responses
+from simgrad.theory.likelihood import in_chunks, log_probs, require_shape, responses
 from simgrad.theory.steps import loss_gradient, updated
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -47,26 +47,27 @@ def run_direction(
 ) -> Theta:
     """D: where the whole run would go if gradients stayed what they are now.
 
-        D = Σ_{t < steps} optimizer_t(ḡ),        ḡ = mean of the minibatch gradients of one epoch at θ
+        D = Σ_{t < steps} optimizer_t(ḡ),        ḡ = mean gradient of all pairs at θ
 
-    with second moments v (Adam, AdamW, RMSProp) held at the mean squared minibatch gradient, so that the
-    preconditioner is P = 1/(√v + ε) as it is after the first steps; first moments start at ḡ. Momentum and
-    schedules run as they do, decay acts at θ, clipping sees ḡ. It costs one epoch of gradients; with
-    ``batch_size=None`` one gradient.
+    with the second moments of Adam, AdamW and RMSProp held at the mean squared minibatch gradient of one
+    epoch, so that the preconditioner is P = 1/(√v + ε) as it is after the first steps; first moments start
+    at ḡ. Momentum and schedules run as they do, decay acts at θ, clipping sees ḡ. It costs one epoch of
+    gradients (and one batch more where batches do not divide the pairs).
 
     Raises:
         ValueError: what :class:`Recipe` or the batch do not allow; mitigations and masks, which change the
-            gradient with the policy.
+            gradient with the policy; adaptive optimizers other than these, whose moments are not known here.
     """
     if recipe.mitigation is not None or recipe.mask is not None:
         raise ValueError("a direction of the plain objective only: drop mitigation and mask, or train")
     size = batch.size if recipe.batch_size is None else recipe.batch_size
-    epoch = batch.size // size
-    order = jnp.asarray(recipe.replace(steps=epoch).order(batch.size))
-    if reference is None:
-        reference = _logp(apply, theta, batch)
+    order = jnp.asarray(recipe.replace(steps=-(-batch.size // size)).order(batch.size))
+    start = _logp(apply, theta, batch) if reference is None else reference
+    require_shape("reference", start, (batch.size, 2))
+    trained, _ = tree.partition(theta, recipe.include, apply.frozen)
+    _require_settling(recipe.optimizer, trained)
     fixed = (recipe.objective, recipe.optimizer, recipe.steps)
-    return _direction(apply, theta, batch, *fixed, reference, order, tree.patterns(recipe.include))
+    return _direction(apply, theta, batch, *fixed, start, order, tree.patterns(recipe.include))
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -87,14 +88,23 @@ def _direction(
     include: tuple[str, ...] | None,
 ) -> Theta:
     trained, _ = tree.partition(theta, include, apply.frozen)
+    size, left = order.shape[1], batch.size % order.shape[1]
 
-    def gather(sums: tuple[Theta, Theta], index: Array) -> tuple[tuple[Theta, Theta], None]:
-        g = loss_gradient(apply, theta, batch.take(index), objective, reference[index], include)
-        first = jax.tree.map(lambda m, x: m + x / len(order), sums[0], g)
+    def slope(index: Array) -> Theta:
+        return loss_gradient(apply, theta, batch.take(index), objective, reference[index], include)
+
+    def gather(sums: tuple[Theta, Theta], row: tuple[Array, Array]) -> tuple[tuple[Theta, Theta], None]:
+        index, weight = row
+        g = slope(index)
+        first = jax.tree.map(lambda m, x: m + weight.astype(x.dtype) * x, sums[0], g)
         return (first, jax.tree.map(lambda v, x: v + x * x / len(order), sums[1], g)), None
 
+    # a last batch that had to be filled up counts for the second moment; its own pairs for the mean
+    weights = jnp.full(len(order), size / batch.size).at[-1].multiply(0.0 if left else 1.0)
     zero = jax.tree.map(jnp.zeros_like, trained)
-    (mean, square), _ = jax.lax.scan(gather, (zero, zero), order)
+    (mean, square), _ = jax.lax.scan(gather, (zero, zero), (order, weights))
+    if left:
+        mean = jax.tree.map(lambda m, x: m + (left / batch.size) * x, mean, slope(order[-1, :left]))
 
     def step(_: Any, carry: tuple[Theta, Any]) -> tuple[Theta, Any]:
         total, state = carry
@@ -106,21 +116,57 @@ def _direction(
     return jax.lax.fori_loop(0, steps, step, (zero, state))[0]
 
 
+def _holds_moments(node: Any) -> bool:
+    return hasattr(node, "_fields") and "nu" in node._fields
+
+
+def _require_settling(optimizer: optax.GradientTransformation, trained: Theta) -> None:
+    """Refuse second moments that are none of Adam's or RMSProp's, and Adams whose first steps do not normalise."""
+    whole = jax.eval_shape(optimizer.init, trained)
+    kinds = [node for node in jax.tree.leaves(whole, is_leaf=_holds_moments) if _holds_moments(node)]
+    for node in kinds:
+        if not isinstance(node, optax.ScaleByAdamState | optax.ScaleByRmsState) or not _normalises(optimizer):
+            raise ValueError(
+                "the direction of a run is known for SGD, momentum, Adam, AdamW and RMSProp; this optimizer keeps "
+                f"second moments otherwise ({type(node).__name__}): use kernel flow (linearized_run), or train"
+            )
+
+
+def _normalises(optimizer: optax.GradientTransformation) -> bool:
+    """Whether a gradient of twice the size gives the same first step and four times the second moment."""
+    with jax.ensure_compile_time_eval():
+        probe = {"w": jnp.array([0.3, -0.7])}
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                state = optimizer.init(cast(Any, probe))
+            (a, once), (b, twice) = (updated(optimizer, {"w": c * probe["w"]}, state, probe) for c in (1.0, 2.0))
+        except (ValueError, KeyError, TypeError):  # made for the parameters' own tree: what it holds is believed
+            return True
+        nodes = (jax.tree.leaves(x, is_leaf=_holds_moments) for x in (once, twice))
+        moments = [np.concatenate([np.ravel(n.nu["w"]) for n in some if _holds_moments(n)]) for some in nodes]
+        return bool(np.allclose(a["w"], b["w"], rtol=1e-2) and np.allclose(4 * moments[0], moments[1], rtol=1e-2))
+
+
 def _settled(state: Any, mean: Theta, square: Theta) -> Any:
     """The optimizer's state with moments at their long-run values."""
 
-    def holds_moments(node: Any) -> bool:
-        return hasattr(node, "_fields") and "nu" in node._fields
+    def held(old: Any, new: Theta) -> Any:
+        return jax.tree.map(lambda o, n: o if _masked(o) else n, old, new, is_leaf=_masked)
 
     def settle(node: Any) -> Any:
-        if not holds_moments(node):
+        if not _holds_moments(node):
             return node
-        values = {"mu": mean, "nu": square}
+        moments = {"mu": mean, "nu": square}
+        values = {name: held(getattr(node, name), new) for name, new in moments.items() if name in node._fields}
         if "count" in node._fields:
             values["count"] = jnp.full_like(node.count, 10**6)  # no bias correction
-        return node._replace(**{name: value for name, value in values.items() if name in node._fields})
+        return node._replace(**values)
 
-    return jax.tree.map(settle, state, is_leaf=holds_moments)
+    return jax.tree.map(settle, state, is_leaf=_holds_moments)
+
+
+def _masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def directional_change(

@@ -162,7 +162,7 @@ def _two_big_steps(s: Setting) -> Array:
 def _linearized(refresh: bool, read: str) -> Callable[[Setting], Array]:
     def predict(s: Setting) -> Array:
         recipe, size = s.recipe, s.recipe.batch_size or s.batch.size
-        epoch = max(1, s.batch.size // size) if size < s.batch.size else max(1, recipe.steps // 4)
+        epoch = s.batch.size // size if size < s.batch.size else recipe.steps // 4
         run = linearized_run(
             s.apply,
             s.theta,
@@ -172,7 +172,7 @@ def _linearized(refresh: bool, read: str) -> Callable[[Setting], Array]:
             recipe.steps,
             order=jnp.asarray(recipe.order(s.batch.size)),
             include=recipe.include,
-            refresh=epoch if refresh else None,
+            refresh=max(2, epoch) if refresh else None,
             read="ray" if read == "ray" else "linear",
         )
         return run.logp[-1] - run.logp[0]

@@ -78,6 +78,8 @@ class Recipe:
             ValueError: more pairs a step than there are, or a batch that does not split in micro-batches.
         """
         size = pairs if self.batch_size is None else self.batch_size
+        if pairs < 1:
+            raise ValueError("no pairs to train on")
         if size > pairs:
             raise ValueError(f"batch_size={size}, but there are only {pairs} pairs")
         if size % self.accumulate:

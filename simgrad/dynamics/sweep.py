@@ -21,7 +21,7 @@ from simgrad.dynamics.configs import RunConfig
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread_in_rounds
 from simgrad.dynamics.sweep_table import Found, SweepTable
-from simgrad.dynamics.training import advance, begin, prepare
+from simgrad.dynamics.training import advance, begin, prepare, whole_policy
 from simgrad.models import Apply, ContextApply
 from simgrad.pairs import Batch
 from simgrad.storage import digest
@@ -148,7 +148,7 @@ def _at_once(apply: Apply, thetas: Theta) -> int:
     if cpu and not isinstance(apply, ContextApply):
         return 1
     each = sum(x[0].nbytes for x in jax.tree.leaves(thetas))
-    return max(1, min(16 if cpu else 64, 2**30 // (4 * each)))
+    return max(1, min(256 if cpu else 64, 2**30 // (4 * each)))
 
 
 @functools.lru_cache(maxsize=32)
@@ -160,7 +160,7 @@ def _running(apply: Apply, recipe: Recipe) -> Any:
         usual = optax.tree.get(state.optimizer, "learning_rate")
         inner = optax.tree.set(state.optimizer, learning_rate=rate.astype(usual.dtype))
         state = advance(apply, rest, recipe, data, replace(state, optimizer=inner), order, recipe.steps)
-        after = tree.combine(state.learned.policy, rest)
+        after = whole_policy(state.learned, rest)
         change = in_chunks(lambda some: responses(apply, after, some).logp, batch) - data.reference
         good = jnp.append(jnp.isfinite(state.losses), jnp.isfinite(change).all())
         return {

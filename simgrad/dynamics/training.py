@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +25,10 @@ from simgrad.provenance import provenance
 from simgrad.storage import digest, load_arrays, save_arrays
 from simgrad.theory import RunningCalibrated, pair_kernel, responses
 from simgrad.theory.likelihood import in_chunks, require_shape
+from simgrad.theory.steps import updated
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["DivergedError", "Training", "advance", "begin", "prepare", "train"]
+__all__ = ["DivergedError", "Training", "advance", "begin", "prepare", "train", "whole_policy"]
 
 CHECK = 100
 """Steps between two looks for a loss that is no longer finite."""
@@ -49,12 +50,12 @@ class Training:
 
 
 class DivergedError(FloatingPointError):
-    """The loss is no longer finite. ``step`` is the update that met it, ``trace`` what was recorded before."""
+    """Training is no longer finite: ``step`` is the update that met or made it, ``trace`` what was recorded before."""
 
     def __init__(self, step: int, trace: Trace) -> None:
         super().__init__(
-            f"the loss of step {step} (counted from 0) is not finite: lower the learning rate or clip gradients; the "
-            "records so far are in this error's .trace"
+            f"step {step} (counted from 0) met or left log-probs that are not finite: lower the learning rate or clip "
+            "gradients, and begin anew; the records so far are in this error's .trace"
         )
         self.step, self.trace = step, trace
 
@@ -97,10 +98,10 @@ def train(
         progress: called with (steps taken, steps in all).
 
     Raises:
-        DivergedError: a loss that is not finite; it holds the step and the trace so far, and ``out`` keeps
-            the last records before it.
+        DivergedError: a loss or log-prob that is not finite; it holds the step and the trace so far, and ``out`` keeps
+            the last finite record before it.
         ValueError: parameters below float32 (small steps would be rounded away), shapes that do not fit,
-            a batch size larger than the data, ``out`` of another run.
+            pairs that the model knows nothing of, a run to continue that began with other arguments.
 
     >>> import optax
     >>> from simgrad.models import ModelConfig, create
@@ -113,14 +114,14 @@ def train(
     ([0, 2, 4], (3, 2, 2), True)
     """
     order, stops = jnp.asarray(recipe.order(batch.size)), _stops(record, recipe.steps)
-    run = _identity(apply, theta, batch, recipe, reference, probes, watch)
+    run = _identity(apply, theta, batch, recipe, reference, (probes, [list(p) for p in watch], kernels))
     if out is not None and resume is not None:
         raise ValueError("give out or resume: a file that is there is continued by itself")
     data, rest = prepare(apply, theta, batch, recipe, reference)
     look = functools.partial(_observe, apply, rest, recipe, data, probes, kernels=kernels)
 
-    def see(learned: Learned) -> dict[str, Any]:
-        watched = next_token_logp(apply, tree.combine(learned.policy, rest), watch) if len(watch) else jnp.zeros((0, 0))
+    def see(learned: Theta) -> dict[str, Any]:
+        watched = next_token_logp(apply, whole_policy(learned, rest), watch) if len(watch) else jnp.zeros((0, 0))
         return look(learned) | {"watched": watched}
 
     state = begin(apply, theta, recipe)
@@ -128,9 +129,11 @@ def train(
     if out is not None and Path(out).exists():
         resume = _read(Path(out), run, state, theta, rest)
     if resume is not None:
-        state, records = _continued(resume, recipe.steps)
+        _require_same(run, resume.trace.config, "the run to resume")
+        state, records = _continued(resume, state, recipe.steps)
     else:
         records = [(0, see(state.learned))]
+        _require_start(records[0][1])
     config = {**run, "provenance": provenance()}
     result = functools.partial(_result, rest, data, config)
 
@@ -152,7 +155,10 @@ def train(
             at = until
             if progress is not None:
                 progress(at, recipe.steps)
-        records.append((stop, see(state.learned)))
+        seen = see(state.learned)
+        if not np.isfinite(np.asarray(seen["logp"])).all():
+            raise DivergedError(at - 1, result(state, records).trace)
+        records.append((stop, seen))
         keep()
     return result(state, records)
 
@@ -179,12 +185,11 @@ def prepare(
 def begin(apply: Apply, theta: Theta, recipe: Recipe) -> State:
     """The state before the first step."""
     policy, _ = tree.partition(theta, recipe.include, apply.frozen)
-    mask, memory, dtype = None, None, str(jax.tree.leaves(policy)[0].dtype)
+    learned, memory, dtype = policy, None, str(jax.tree.leaves(policy)[0].dtype)
     if recipe.mask is not None:
-        mask = recipe.mask.init(_width(apply, theta), dtype)
+        learned = Learned(policy, recipe.mask.init(_width(apply, theta), dtype))
     if isinstance(recipe.mitigation, RunningCalibrated):
         memory = recipe.mitigation.init(dtype)
-    learned = Learned(policy, mask)
     with jax.numpy_dtype_promotion("standard"):
         inner = recipe.optimizer.init(cast(Any, learned))
     return State(jnp.zeros((), jnp.int32), learned, inner, memory, jnp.full(recipe.steps, jnp.nan, dtype))
@@ -197,7 +202,9 @@ def advance(
     """Steps up to ``until``, compiled; differentiable and mappable like any function of arrays."""
 
     def gradient(learned: Theta, index: Array, memory: Any) -> tuple[Array, Theta, Any]:
-        return preference_gradient(apply, rest, recipe, data.take(index), learned, memory)
+        whole = learned if isinstance(learned, Learned) else Learned(learned)
+        loss, slope, memory = preference_gradient(apply, rest, recipe, data.take(index), whole, memory)
+        return loss, slope if isinstance(learned, Learned) else slope.policy, memory
 
     return descend(gradient, recipe.optimizer, state, order, until)
 
@@ -215,7 +222,8 @@ def _width(apply: Apply, theta: Theta) -> int:
 def _stops(record: int | Sequence[int] | None, steps: int) -> list[int]:
     if record is None:
         return [steps]
-    if isinstance(record, int):
+    if isinstance(record, int | np.integer):
+        record = int(record)
         if record < 1:
             raise ValueError(f"record must be at least 1, got {record}")
         record = range(record, steps, record)
@@ -231,15 +239,15 @@ def _observe(
     recipe: Recipe,
     data: Data,
     probes: Batch | None,
-    learned: Learned,
+    learned: Theta,
     kernels: bool,
 ) -> dict[str, Any]:
-    theta, batch = tree.combine(learned.policy, rest), data.batch
+    theta, batch = whole_policy(learned, rest), data.batch
 
     def look(some: Batch) -> dict[str, Any]:
         result = responses(apply, theta, some)
         seen: dict[str, Any] = {"token_logp": result.token_logp}
-        if recipe.mask is not None and learned.mask is not None:
+        if recipe.mask is not None:
             seen["token_weights"] = recipe.mask.weights(learned.mask, result.hidden, some.valid)
         if kernels:
             seen["kernel"] = pair_kernel(apply, theta, some, recipe.include)
@@ -261,13 +269,39 @@ def _result(rest: Theta, data: Data, config: dict[str, Any], state: State, recor
     absent = {"kernel": None, "token_weights": None}
     losses = state.losses[: int(state.step)]
     trace = Trace(jnp.asarray(steps), losses, data.reference, **{**absent, **columns}, config=config)
-    return Training(tree.combine(state.learned.policy, rest), state, trace)
+    return Training(whole_policy(state.learned, rest), state, trace)
 
 
-def _continued(run: Training, steps: int) -> tuple[State, list[Any]]:
+def whole_policy(learned: Theta, rest: Theta) -> Theta:
+    """All parameters of the policy, from what is trained (with a mask or without) and the rest."""
+    return tree.combine(learned.policy if isinstance(learned, Learned) else learned, rest)
+
+
+def _require_start(seen: dict[str, Any]) -> None:
+    """Refuse pairs, probes and prompts of which the model says nothing."""
+    for name, what in (("logp", "pair"), ("probes", "probe"), ("watched", "watched prompt")):
+        bad = ~np.isfinite(np.asarray(seen[name])).all(axis=tuple(range(1, seen[name].ndim)))
+        if bad.any():
+            raise ValueError(
+                f"log π of {what} {int(bad.argmax())} is not finite before the first step: token ids beyond the "
+                "vocabulary, a context that the model does not hold, or overflow"
+            )
+
+
+def _require_same(run: dict[str, Any], there: Mapping[str, Any], what: str) -> None:
+    if differ := sorted(k for k in run if there.get(k) != run[k]):
+        raise ValueError(
+            f"{what} is another one (other {', '.join(differ)}): give the arguments it began with (theta: the "
+            "parameters at its start), or begin anew"
+        )
+
+
+def _continued(run: Training, fresh: State, steps: int) -> tuple[State, list[Any]]:
     """State and records of a run that goes on, with room for its further losses."""
     state, trace = run.state, run.trace
     done = int(state.step)
+    if jax.tree.structure(state.optimizer) != jax.tree.structure(fresh.optimizer):
+        raise ValueError("the run to resume has the state of another optimizer")
     if done > steps:
         raise ValueError(f"the run has taken {done} steps already, more than steps={steps}")
     room = jnp.full(steps, jnp.nan, state.losses.dtype).at[:done].set(state.losses[:done])
@@ -278,11 +312,12 @@ def _continued(run: Training, steps: int) -> tuple[State, list[Any]]:
 
 
 def _identity(
-    apply: Apply, theta: Theta, batch: Batch, recipe: Recipe, reference: Any, probes: Any, watch: Any
+    apply: Apply, theta: Theta, batch: Batch, recipe: Recipe, reference: Any, followed: Any
 ) -> dict[str, Any]:
-    """What must be equal for one run to continue another. Optimizers cannot be compared: they are functions."""
+    """What must be equal for one run to continue another; the number of steps may grow."""
     return {
         "objective": repr(recipe.objective),
+        "optimizer": _behaviour(apply, theta, recipe),
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,
         "include": None if recipe.include is None else list(recipe.include),
@@ -292,8 +327,28 @@ def _identity(
         "model": digest(apply),
         "theta": digest(theta),
         "pairs": digest(batch, reference),
-        "followed": digest(probes, [list(p) for p in watch]),
+        "followed": digest(followed),
     }
+
+
+def _behaviour(apply: Apply, theta: Theta, recipe: Recipe) -> list[str]:
+    """An optimizer is functions, which cannot be compared: what it makes of a few fixed gradients."""
+    updates = _probed(recipe, begin(apply, theta, recipe).learned)
+    return [f"{x:.5e}" for x in np.asarray(updates).tolist()]
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _probed(recipe: Recipe, learned: Theta) -> Float[Array, " E"]:
+    ones = jax.tree.map(jnp.ones_like, learned)
+
+    def step(state: Any, t: Array) -> tuple[Any, Array]:
+        slope = jax.tree.map(lambda x: jnp.cos(3 * t).astype(x.dtype) * x, ones)
+        update, state = updated(recipe.optimizer, slope, state, ones)
+        return state, jnp.stack([jnp.abs(u).mean().astype(jnp.float32) for u in jax.tree.leaves(update)]).mean()
+
+    with jax.numpy_dtype_promotion("standard"):
+        state = recipe.optimizer.init(cast(Any, ones))
+    return jax.lax.scan(step, state, jnp.arange(6, dtype=jnp.float32))[1]
 
 
 def _write(path: Path, run: dict[str, Any], training: Training) -> None:
@@ -304,9 +359,7 @@ def _write(path: Path, run: dict[str, Any], training: Training) -> None:
 
 def _read(path: Path, run: dict[str, Any], state: State, theta: Theta, rest: Theta) -> Training:
     arrays, header = load_arrays(path)
-    there = header.get("run", {})
-    if differ := sorted(k for k in run if there.get(k) != run[k]):
-        raise ValueError(f"{path} holds another run (other {', '.join(differ)}): choose another out or delete it")
+    _require_same(run, header.get("run", {}), f"the run in {path}")
     leaves, treedef = jax.tree.flatten(state)
     count = sum(name.startswith("state/") for name in arrays)
     stored = [jnp.asarray(arrays[f"state/{i}"]) for i in range(count)]
@@ -314,4 +367,4 @@ def _read(path: Path, run: dict[str, Any], state: State, theta: Theta, rest: The
         raise ValueError(f"{path} was written with another optimizer: choose another out, or delete the file")
     trace = from_arrays({k.removeprefix("trace/"): v for k, v in arrays.items() if k.startswith("trace/")}, header)
     state = treedef.unflatten(stored)
-    return Training(tree.combine(state.learned.policy, rest), state, trace)
+    return Training(whole_policy(state.learned, rest), state, trace)

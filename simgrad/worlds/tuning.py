@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simgrad import tree
 from simgrad.dynamics import prompts
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
-from simgrad.dynamics.training import advance, begin, prepare
+from simgrad.dynamics.training import advance, begin, prepare, whole_policy
 from simgrad.models import Apply
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch
@@ -50,7 +49,7 @@ def trained(apply: Apply, recipe: Recipe, theta: Theta, batch: Batch, order: Arr
     data, rest = prepare(apply, theta, batch, recipe)
     order = jnp.asarray(recipe.order(batch.size)) if order is None else order
     state = advance(apply, rest, recipe, data, begin(apply, theta, recipe), order, recipe.steps)
-    return tree.combine(state.learned.policy, rest)
+    return whole_policy(state.learned, rest)
 
 
 def tuned(apply: Apply, thetas: Theta, batches: Batch, recipe: Recipe, orders: Int[np.ndarray, "N E M"]) -> Theta:
