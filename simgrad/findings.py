@@ -116,10 +116,10 @@ def _commonest(values: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the papers, or of a recipe, and whether these seeds bear it out."""
+    """A statement of the papers, or of a recipe, and whether these seeds bear it out (None: they cannot tell)."""
 
     text: str
-    holds: bool
+    holds: bool | None
     numbers: str
 
 

@@ -276,16 +276,16 @@ def _implicit_messages(chosen: Sequence, rejected: Sequence) -> tuple[list, list
 
 def _text(prompt: str, responses: tuple[str, str], tokenizer: Any) -> tuple[list[int], list[list[int]], int]:
     eos = tokenizer.eos_token_id
-    prompt_ids = list(tokenizer(prompt)["input_ids"])
+    prompt_ids = _ids(tokenizer, prompt)
     if len(prompt_ids) > 1 and prompt_ids[-1] == eos and not prompt.endswith(tokenizer.eos_token):
         prompt_ids.pop()  # a tokenizer that closes every text
     out, merged = [], 0
     for response in responses:
-        ids = list(tokenizer(prompt + response)["input_ids"])
+        ids = _ids(tokenizer, prompt + response)
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         else:
-            ids, merged = list(tokenizer(response, add_special_tokens=False)["input_ids"]), merged + 1
+            ids, merged = _plain_ids(tokenizer, response), merged + 1
         if eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         out.append(ids)
@@ -324,4 +324,11 @@ def _templated(tokenizer: Any, messages: list, **options: bool) -> str:
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _ids(tokenizer, text, add_special_tokens=False)
+
+
+def _ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except Exception as error:  # tokenizers raises plain exceptions, for words it does not know for example
+        raise _UnusableRowError(f"the tokenizer refuses this row: {error}") from error

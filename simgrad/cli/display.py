@@ -185,7 +185,8 @@ def findings_tables(console: Console, found: Findings) -> None:
     if found.claims:
         console.print("\n[bold]What these seeds say[/]")
     for claim in found.claims:
-        mark = "[green]holds[/]      " if claim.holds else "[red]does not[/]   "
+        marks = {True: "[green]holds[/]      ", False: "[red]does not[/]   ", None: "not tested "}
+        mark = marks[claim.holds]
         console.print(f"  {mark}{claim.text}\n             {claim.numbers}", highlight=False)
 
 

@@ -86,6 +86,8 @@ class Predict:
                 raise ValueError(f"{self.data}: no row can be used; the first: {encoded.skipped[0].reason}")
             batch = padded(encoded.pairs)
             recipe = self._recipe(batch.size)
+            if self.check and batch.size < 2:
+                raise ValueError("--check compares pairs with each other: at least two are needed")
         with loading(console, f"Predicting a run of {recipe.steps} steps on {batch.size} pairs"):
             score = directional_score(policy.apply, policy.theta, batch, recipe, sample=self.sample)
             start = in_chunks(lambda some: responses(policy.apply, policy.theta, some).logp, batch)
@@ -99,6 +101,8 @@ class Predict:
             }
         run = {"model": self.model, "data": self.data, "optimizer": self.optimizer, "lr": self.learning_rate}
         run |= {"objective": repr(recipe.objective), "steps": recipe.steps, "batch_size": recipe.batch_size}
+        run |= {"epochs": self.epochs, "sample": self.sample, "limit": self.limit, "split": self.split}
+        run |= {"max_length": longest}
         skipped = [{"index": s.index, "reason": s.reason} for s in encoded.skipped]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_parquet(self.out, columns, {"run": run, "skipped": skipped, "provenance": provenance()})

@@ -56,6 +56,7 @@ class Linear(World):
     """
 
     name: ClassVar[str] = "linear"
+    zero: ClassVar[tuple[str, ...]] = ("correlation", "across", "jitter")
     n_pairs: int = 6
     suffixes: tuple[int, ...] = (0, 1, 5, 15)
     prefix: int = 5
@@ -73,6 +74,7 @@ class Linear(World):
 
     def __post_init__(self) -> None:
         """Refuse knobs that no model can have."""
+        super().__post_init__()
         for name in ("n_pairs", "prefix", "draws", "steps", "beta", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"linear: {name} must be positive, got {getattr(self, name)}")

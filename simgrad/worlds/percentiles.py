@@ -51,6 +51,9 @@ class Percentiles(World):
     """
 
     name: ClassVar[str] = "percentiles"
+    tuning: ClassVar[tuple[str, ...]] = tuple(
+        "n_pairs learning_rate sgd_rate alone_rate alone_steps batch_size epochs beta".split()
+    )
     end: ClassVar[str | None] = "<e>"
     pretraining: ClassVar[Pretraining] = Pretraining(steps=400, batch_size=48)
     n_pairs: int = 96
@@ -65,6 +68,7 @@ class Percentiles(World):
 
     def __post_init__(self) -> None:
         """Refuse numbers of pairs that make no quarters."""
+        super().__post_init__()
         if self.n_pairs < 8 or self.n_pairs % 4:
             raise ValueError(f"percentiles: n_pairs must be a multiple of 4 and at least 8, got {self.n_pairs}")
 

@@ -89,6 +89,10 @@ class Refusals(World):
     """
 
     name: ClassVar[str] = "refusals"
+    tuning: ClassVar[tuple[str, ...]] = tuple(
+        "harmful mild rule rollouts mixture n_pairs learning_rate beta batch_size epochs keep sft".split()
+    )
+    zero: ClassVar[tuple[str, ...]] = ("sft",)
     end: ClassVar[str | None] = "<e>"
     pretraining: ClassVar[Pretraining] = Pretraining(steps=400, batch_size=64)
     harmful: tuple[float, float] = (-1.3, -0.5)
@@ -110,10 +114,14 @@ class Refusals(World):
 
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
+        super().__post_init__()
         if len(self.mixture) != 3 or min(self.mixture) < 0 or abs(sum(self.mixture) - 1) > 1e-9:
             raise ValueError(f"refusals: mixture needs three shares that sum to 1, got {self.mixture}")
-        if self.rule not in ("softer", "blunter", "random"):
-            raise ValueError(f"refusals: rule={self.rule!r}: choose softer, blunter or random")
+        if self.n_pairs < self.batch_size:
+            raise ValueError(f"refusals: n_pairs={self.n_pairs} is less than batch_size={self.batch_size}")
+        for name in ("harmful", "mild"):
+            if len(getattr(self, name)) != 2 or not _cues(getattr(self, name)).size:
+                raise ValueError(f"refusals: {name}={getattr(self, name)}: no cue lies between two such levels")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -145,8 +153,7 @@ class Refusals(World):
     def prompts(self, seed: int, level: tuple[float, float], n: int) -> Int[np.ndarray, "n T"]:
         """``n`` prompts whose cue lies in a range of levels."""
         random = np.random.default_rng([seed, 2])
-        (cues,) = np.nonzero((level[0] < LEVELS) & (level[1] > LEVELS))
-        return cue_prompts(random, 2 + random.choice(cues, n)).astype(np.int32)
+        return cue_prompts(random, 2 + random.choice(_cues(level), n)).astype(np.int32)
 
     def _continued(self, random: np.random.Generator, opening: np.ndarray) -> np.ndarray:
         """Openings (0 to 11, then 12 to 23 for topics' answers) with the rest of their responses."""
@@ -214,7 +221,7 @@ class Refusals(World):
     def _ranked(self, seed: int, prompts: np.ndarray, p: np.ndarray) -> list[Pair]:
         random = np.random.default_rng([seed, 3])
         cumulative = (p / p.sum(1, keepdims=True)).cumsum(1)
-        draws = (random.random((len(p), 2))[:, :, None] > cumulative[:, None]).sum(-1)
+        draws = (random.random((len(p), 2))[:, :, None] > cumulative[:, None, :-1]).sum(-1)
         refusal = draws < 6
         kind = np.where(refusal.all(1), 0, np.where(refusal.any(1), 2, 1))
         differ = draws[:, 0] != draws[:, 1]
@@ -249,16 +256,18 @@ class Refusals(World):
         """Refusal of harmful and of harmless prompts, start and end, for every arm; then with whole rollouts."""
         arms = Table.of(
             "arms",
-            "Mean probability of a refusal on 400 harmful and 400 harmless prompts that were not trained on. Filtered "
+            "Mean probability of a refusal on 400 harmful and 400 harmless prompts drawn afresh. Filtered "
             "arms make the same passes over their pairs as DPO over all (fewer steps), or, below, the same steps.",
             ("arm", "pairs", "steps"),
             self._measured(seeds, self._arms),
         )
-        whole = self.with_knobs(rollouts=True, **ROLLOUTS)
+        usual = type(self)()
+        others = {k: v for k, v in ROLLOUTS.items() if getattr(self, k) == getattr(usual, k)}
+        whole = self.with_knobs(rollouts=True, **others)
         rollouts = Table.of(
             "rollouts",
             "The same when both responses of a pair are sampled whole from the policy and every pair counts, in the "
-            f"proportions in which they come ({', '.join(f'{k}={v}' for k, v in ROLLOUTS.items())}).",
+            f"proportions in which they come ({', '.join(f'{k}={getattr(whole, k)}' for k in ROLLOUTS)}).",
             ("arm", "pairs", "steps"),
             whole._measured(seeds, whole._unfiltered),
         )
@@ -310,7 +319,7 @@ class Refusals(World):
 
     def _arms(self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]) -> list[_Arm]:
         scores = spread(_scoring(apply, self.recipe()), thetas, batches)
-        scores["random"] = np.random.default_rng(0).random((len(seeds), self.n_pairs))
+        scores["random"] = np.stack([np.random.default_rng([s, 5]).random(self.n_pairs) for s in seeds])
         keep = [("lowest", name) for name in ("ln-CHES", "head gap", "full gap", "directional")]
         keep += [("", "random"), ("highest", "ln-CHES"), ("highest", "directional")]
         arms = self._unfiltered(apply, thetas, batches, seeds)
@@ -330,6 +339,11 @@ class Refusals(World):
         steps = max(1, m * self.epochs // b) if steps is None else steps
         orders = [i[batch_order(m, b, steps, s)] for i, s in zip(index, seeds, strict=True)]
         return _Arm(name, {}, np.stack(orders), m, None)
+
+
+def _cues(level: tuple[float, float]) -> Int[np.ndarray, " n"]:
+    """Cues whose level lies inside a range."""
+    return np.flatnonzero((level[0] < LEVELS) & (level[1] > LEVELS))
 
 
 @dataclass(frozen=True)
@@ -381,9 +395,10 @@ def _claims(arms: Table, rollouts: Table) -> tuple[Claim, ...]:
     chance = kept("% random")
     filters = {name: kept(f"% {name}") for name in ("ln-CHES", "head gap", "full gap", "directional")}
 
-    def better(which: int) -> tuple[bool, str]:
+    def better(which: int) -> tuple[bool | None, str]:
         won = {name: interval(values[which] - chance[which]) for name, values in filters.items()}
-        return all(x.low > 0 for x in won.values()), "; ".join(f"{name} {x}" for name, x in won.items())
+        text = "; ".join(f"{name} {x}" for name, x in won.items())
+        return all(x.low > 0 for x in won.values()) if len(start) > 1 else None, text
 
     return (
         Claim("DPO at least halves the refusal rate on every seed", bool((dpo <= start / 2).all()),

@@ -77,10 +77,11 @@ class Squeezing(World):
 
     def __post_init__(self) -> None:
         """Refuse knobs that leave nothing to measure."""
+        super().__post_init__()
         for name in ("draws", "rate", "steps", "prompts", "width", "sft_steps", "beta", "groups", "group_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"squeezing: {name} must be positive, got {getattr(self, name)}")
-        if len(self.peaks) < 2 or min(self.peaks) != 0 or not self.push_steps or min(self.push_steps) < 1:
+        if len(set(self.peaks)) < 2 or min(self.peaks) != 0 or not self.push_steps or min(self.push_steps) < 1:
             raise ValueError("squeezing: peaks takes 0, the null, and standard deviations, push_steps counts from 1 on")
         if self.vocabulary <= 3 * self.prompts or self.length < 2:
             raise ValueError(f"squeezing: vocabulary must exceed {3 * self.prompts} (3 tokens a prompt), length 1")

@@ -54,6 +54,8 @@ class Suffix(World):
     """
 
     name: ClassVar[str] = "suffix"
+    tuning: ClassVar[tuple[str, ...]] = ("lengths", "n_pairs", "learning_rate", "beta", "steps")
+    zero: ClassVar[tuple[str, ...]] = ("steps",)
     pretraining: ClassVar[Pretraining] = Pretraining(steps=300, batch_size=48)
     agreement: float = 0.8
     regular: float = 0.85
@@ -67,6 +69,9 @@ class Suffix(World):
 
     def __post_init__(self) -> None:
         """Refuse suffixes longer than the template."""
+        super().__post_init__()
+        if not (0 < self.agreement < 1 and 0 < self.regular < 1):
+            raise ValueError(f"suffix: agreement={self.agreement} and regular={self.regular} must lie inside (0, 1)")
         if not self.lengths or not all(0 <= n <= LONGEST for n in self.lengths):
             raise ValueError(f"suffix: lengths must lie between 0 and {LONGEST}, got {self.lengths}")
 
@@ -207,11 +212,16 @@ def _claims(measured: Table, predicted: Table, lengths: tuple[int, ...]) -> tupl
     cosine, change, word = (means(measured, c) for c in ("cosine", "Δ chosen", "Δ word"))
     own, batch = means(predicted, "own right"), means(predicted, "batch right")
     there = np.array(sorted(lengths)) > 0
+    several, shared = len(lengths) > 1, bool(there.any())
+    ending = change - word
     return (
-        Claim("the cosine grows with the shared ending", bool((np.diff(cosine) > 0).all()), listing(cosine)),
-        Claim("the chosen falls further the longer the ending", bool((np.diff(change) < 0).all()), listing(change)),
-        Claim("the sentiment word itself rises at every length: the ending falls", bool((word > 0).all()),
-              listing(word)),
+        Claim("the cosine grows with the shared ending", bool((np.diff(cosine) > 0).all()) if several else None,
+              listing(cosine)),
+        Claim("the chosen falls further the longer the ending", bool((np.diff(change) < 0).all()) if several else None,
+              listing(change)),
+        Claim("the sentiment word itself rises at every length", bool((word > 0).all()), listing(word)),
+        Claim("what falls is the shared ending", bool((ending[there] < 0).all()) if shared else None,
+              listing(ending[there])),
         Claim("with a shared ending the batch's kernel calls more falls right than the pair's own, at every length",
-              bool((batch > own)[there].all()), f"batch {listing(batch)}; own {listing(own)}"),
+              bool((batch > own)[there].all()) if shared else None, f"batch {listing(batch)}; own {listing(own)}"),
     )  # fmt: skip

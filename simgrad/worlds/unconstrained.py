@@ -55,6 +55,7 @@ class Unconstrained(World):
     """
 
     name: ClassVar[str] = "unconstrained"
+    zero: ClassVar[tuple[str, ...]] = ("alike", "certain")
     vocabulary: int = 24
     width: int = 12
     rows: tuple[float, float] = (2.0, 1.0)
@@ -70,6 +71,7 @@ class Unconstrained(World):
 
     def __post_init__(self) -> None:
         """Refuse knobs that leave nothing to measure."""
+        super().__post_init__()
         if min(self.draws, self.steps) < 1 or self.width < 2 or self.longest < 2:
             raise ValueError("unconstrained: draws and steps must be at least 1, width and longest at least 2")
         if self.vocabulary < 2 * self.longest + 1:

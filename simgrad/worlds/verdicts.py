@@ -54,6 +54,8 @@ class Verdicts(World):
     """
 
     name: ClassVar[str] = "verdicts"
+    tuning: ClassVar[tuple[str, ...]] = ("learning_rate", "beta", "steps", "level")
+    zero: ClassVar[tuple[str, ...]] = ("steps", "level")
     overlap: float = 0.6
     frequency_no: float = 5.0
     frequency_yes: float = 10.0
@@ -187,8 +189,8 @@ class Verdicts(World):
                   f"least {moved.min():.2f}"),
             Claim("Yes ≻ Never moves no mass to the opposite polarity", bool((other < 0.05).all()),
                   f"most {other.max():.2f}"),
-            Claim("⟨W_z, W₊ - W₋⟩ names the top gaining answer in at least 90 % of the strong cases (.5 moved)",
-                  bool(len(agree) and agree.mean() >= 0.9), f"{int(agree.sum())} of {len(agree)}"),
+            Claim("⟨W_z, W₊ - W₋⟩ names the top gaining answer in 90 % of the runs of No that moved .5 or more",
+                  bool(agree.mean() >= 0.9) if len(agree) else None, f"{int(agree.sum())} of {len(agree)}"),
         )  # fmt: skip
 
 

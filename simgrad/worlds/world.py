@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +70,24 @@ class World:
     """Word that ends every response, if the world has one."""
     pretraining: ClassVar[Pretraining] = Pretraining()
 
+    tuning: ClassVar[tuple[str, ...]] = ()
+    """Knobs that pretraining does not depend on."""
+    zero: ClassVar[tuple[str, ...]] = ()
+    """Knobs that may be 0 although they are not by default."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can be made of, by name."""
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value, default = getattr(self, f.name), f.default
+            if typing.get_origin(hints[f.name]) is Literal and value not in typing.get_args(hints[f.name]):
+                choices = ", ".join(map(str, typing.get_args(hints[f.name])))
+                raise ValueError(f"{self.name}: {f.name}={value!r}: choose {choices}")
+            if isinstance(value, bool | str) or not isinstance(default, int | float):
+                continue
+            if not math.isfinite(value) or value < 0 or (value == 0 and default > 0 and f.name not in self.zero):
+                raise ValueError(f"{self.name}: {f.name} must be positive and finite, got {value}")
+
     @property
     def words(self) -> tuple[str, ...]:
         """The vocabulary; word i is token i, and 0 begins every sequence."""
@@ -112,10 +134,15 @@ class World:
 
 def _like(default: Any, value: Any, what: str) -> Any:
     """``value`` as the kind of the default; numbers may come as other numbers where nothing is lost."""
-    if isinstance(default, bool) or default is None or isinstance(default, tuple):
+    if isinstance(default, tuple):
+        value = value if isinstance(value, tuple | list) else (value,)
+        return tuple(_like(default[0], item, what) for item in value) if default else tuple(value)
+    if isinstance(default, bool) or default is None:
         good = isinstance(value, type(default)) or default is None
+    elif not isinstance(value, int | float | str | np.number):
+        good = False
     elif isinstance(default, int):
-        good = not isinstance(value, bool | str) and float(value) == int(value)
+        good = not isinstance(value, bool | str) and math.isfinite(value) and float(value) == int(value)
         value = int(value) if good else value
     elif isinstance(default, float):
         good = not isinstance(value, bool | str)
@@ -134,7 +161,7 @@ def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Th
     under the world's fingerprint.
     """
     config = world.model()
-    kind = digest(config, world.pretraining, world)
+    kind = _fingerprint(world)
     files = {seed: cache_folder() / "worlds" / f"{world.name}-{kind}-{seed}.npz" for seed in seeds}
     missing = [seed for seed in dict.fromkeys(seeds) if not files[seed].exists()]
     names = tree.names(jax.eval_shape(lambda: init_transformer(config)))
@@ -145,6 +172,15 @@ def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Th
     structure = jax.tree.structure(jax.eval_shape(lambda: init_transformer(config)))
     stored = [load_arrays(files[seed])[0] for seed in seeds]
     return TransformerApply(config), structure.unflatten([np.stack([s[n] for s in stored]) for n in names])
+
+
+def _fingerprint(world: World) -> str:
+    """All that pretraining depends on: its knobs, the model, the code of the worlds and the library's version."""
+    knobs = {f.name: getattr(world, f.name) for f in dataclasses.fields(world) if f.name not in world.tuning}
+    source = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return digest(
+        type(world).__qualname__, world.model(), world.pretraining, knobs, source, metadata.version("simgrad")
+    )
 
 
 def _train(world: World, config: ModelConfig, seeds: Sequence[int]) -> list[Theta]:
