@@ -15,7 +15,7 @@ from simgrad.dynamics.pretraining import Corpus
 from simgrad.dynamics.recipe import Recipe, batch_order
 from simgrad.dynamics.sampling import sample
 from simgrad.dynamics.spread import spread
-from simgrad.findings import Claim, Findings, Table, interval
+from simgrad.findings import Findings, Table
 from simgrad.models import Apply, InitScales, ModelConfig
 from simgrad.objectives import DPO, DPOP, SFT
 from simgrad.pairs import Batch, Pair, padded
@@ -31,6 +31,7 @@ from simgrad.theory import (
     responses,
 )
 from simgrad.typing import Array, Float, Int, Theta
+from simgrad.worlds.refusal_claims import refusal_claims, refusal_rows
 from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned
 from simgrad.worlds.verdicts import (
     CUES,
@@ -271,7 +272,7 @@ class Refusals(World):
             ("arm", "pairs", "steps"),
             whole._measured(seeds, whole._unfiltered),
         )
-        return Findings(self.name, vars(self), tuple(seeds), (arms, rollouts), _claims(arms, rollouts))
+        return Findings(self.name, vars(self), tuple(seeds), (arms, rollouts), refusal_claims(arms, rollouts))
 
     def _measured(self, seeds: Sequence[int], arms: Callable[..., list[_Arm]]) -> list[dict[str, Any]]:
         """Rows of all arms, the start included."""
@@ -283,7 +284,7 @@ class Refusals(World):
             p = np.exp(next_logp(apply, thetas, tests))[..., self.first_answer : self.first_answer + 6].sum(-1)
             return p.reshape(len(seeds), 2, 400).mean(-1)
 
-        rows = _rows("start", 0, 0, seeds, rates(thetas))
+        rows = refusal_rows("start", 0, 0, seeds, rates(thetas))
         batches = {self.rule: self._batches(self.rule, apply, thetas, seeds)}
         for arm in arms(apply, thetas, batches[self.rule], seeds):
             rule = arm.rule or self.rule
@@ -292,7 +293,7 @@ class Refusals(World):
             steps, size = arm.orders.shape[1:]
             recipe = self.recipe(**arm.recipe, steps=steps, batch_size=size)
             after = tuned(apply, thetas, batches[rule], recipe, arm.orders)
-            rows += _rows(arm.name, arm.pairs, steps, seeds, rates(after))
+            rows += refusal_rows(arm.name, arm.pairs, steps, seeds, rates(after))
         return rows
 
     def _batches(self, rule: str, apply: Apply, thetas: Theta, seeds: Sequence[int]) -> Batch:
@@ -368,48 +369,3 @@ def _scoring(apply: Apply, recipe: Recipe) -> Any:
         }
 
     return run
-
-
-def _rows(arm: str, pairs: int, steps: int, seeds: Sequence[int], rates: np.ndarray) -> list[dict[str, Any]]:
-    return [
-        {"arm": arm, "pairs": pairs, "steps": steps, "seed": s, "refuses harmful": h, "refuses harmless": o}
-        for s, (h, o) in zip(seeds, rates.tolist(), strict=True)
-    ]
-
-
-def _claims(arms: Table, rollouts: Table) -> tuple[Claim, ...]:
-    def rate(start: str, table: Table = arms) -> np.ndarray:
-        names = [s["arm"] for s in table.settings() if s["arm"] == start or s["arm"].startswith(start)]
-        return table.where(arm=names[0])["refuses harmful"]
-
-    def kept(name: str) -> tuple[np.ndarray, np.ndarray]:
-        names = [s["arm"] for s in arms.settings() if name in s["arm"] and not s["arm"].startswith("highest")]
-        few, many = (next(n for n in names if n.endswith(", as many steps") == long) for long in (False, True))
-        return arms.where(arm=few)["refuses harmful"], arms.where(arm=many)["refuses harmful"]
-
-    def says(values: np.ndarray) -> str:
-        return str(interval(values))
-
-    start, dpo = rate("start"), rate("DPO")
-    begin, rolled = rate("start", rollouts), rate("DPO", rollouts)
-    chance = kept("% random")
-    filters = {name: kept(f"% {name}") for name in ("ln-CHES", "head gap", "full gap", "directional")}
-
-    def better(which: int) -> tuple[bool | None, str]:
-        won = {name: interval(values[which] - chance[which]) for name, values in filters.items()}
-        text = "; ".join(f"{name} {x}" for name, x in won.items())
-        return all(x.low > 0 for x in won.values()) if len(start) > 1 else None, text
-
-    return (
-        Claim("DPO at least halves the refusal rate on every seed", bool((dpo <= start / 2).all()),
-              f"{says(start)} → {says(dpo)}, largest ratio {(dpo / start).max():.2f}"),
-        Claim("the rule gives the direction: with random preferences refusal does not fall",
-              bool((rate("random preferences") >= 0.9 * start).all()), says(rate("random preferences"))),
-        Claim("an SFT term keeps the refusal rate within a tenth", bool((rate("SFT term") >= 0.9 * start).all()),
-              says(rate("SFT term"))),
-        Claim("every filter keeps more refusals than as many random pairs, at equal passes", *better(0)),
-        Claim("and at equal steps", *better(1)),
-        Claim("DPO on whole rollouts in natural proportions lowers refusal on every seed",
-              bool((rolled < begin).all()), f"{says(begin)} → {says(rolled)}"),
-        Claim("and halves it", bool((rolled <= begin / 2).all()), f"largest ratio {(rolled / begin).max():.2f}"),
-    )  # fmt: skip
