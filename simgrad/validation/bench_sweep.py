@@ -37,13 +37,14 @@ class SweepConfig:
 
     Attributes:
         steps: of a run.
-        batch_sizes: pairs a step of the transformer's tasks; the linear-softmax model takes the largest.
-        pairs: in all.
+        batch_sizes: pairs a step of the transformer's tasks.
+        pairs: of the transformer's tasks in all.
         learning_rate: η; the linear-softmax model takes 10 to 100 times as much.
         prompt: tokens of the transformer's prompts.
         response: tokens of its responses; the linear-softmax model's have one.
         width: D of the transformer (learned positions, RMSNorm, plain MLP, 4 heads).
         linear_width: D of the linear-softmax model.
+        linear_pairs: its pairs, all of them in every step.
         depth: blocks.
         vocab_size: V.
         seeds: runs of the transformer's tasks.
@@ -61,6 +62,7 @@ class SweepConfig:
     response: int = 4
     width: int = 64
     linear_width: int = 16
+    linear_pairs: int = 8
     depth: int = 2
     vocab_size: int = 108
     seeds: int = 16
@@ -115,18 +117,18 @@ def bench_sweeps(
     }
 
 
-def _pairs(config: SweepConfig, prompt: int, response: int) -> list[Pair]:
+def _pairs(config: SweepConfig, count: int, prompt: int, response: int) -> list[Pair]:
     """Random pairs; no two prompts begin alike, and no rejected token equals the chosen one in its place."""
     random, size = np.random.default_rng(0), config.vocab_size
-    prompts = random.integers(0, size, (config.pairs, prompt))
-    prompts[:, 0] = np.arange(config.pairs)
-    chosen = random.integers(0, size, (config.pairs, response))
+    prompts = random.integers(0, size, (count, prompt))
+    prompts[:, 0] = np.arange(count)
+    chosen = random.integers(0, size, (count, response))
     rejected = (chosen + random.integers(1, size, chosen.shape)) % size
     return [Pair(*sides) for sides in zip(prompts.tolist(), chosen.tolist(), rejected.tolist(), strict=True)]
 
 
 def _transformer(config: SweepConfig, batch_size: int) -> SweepMeasurement:
-    pairs = _pairs(config, config.prompt, config.response)
+    pairs = _pairs(config, config.pairs, config.prompt, config.response)
     shape = ModelConfig(
         vocab_size=config.vocab_size,
         width=config.width,
@@ -147,12 +149,11 @@ def _transformer(config: SweepConfig, batch_size: int) -> SweepMeasurement:
 
 
 def _linear(config: SweepConfig) -> SweepMeasurement:
-    pairs = _pairs(config, 1, 1)
+    pairs = _pairs(config, config.linear_pairs, 1, 1)
     policies = [linear_softmax(pairs, config.vocab_size, config.linear_width, s) for s in range(config.linear_seeds)]
     apply, theta = policies[0]
     rates = np.geomspace(10, 100, config.linear_rates) * config.learning_rate
-    batch_size = max(config.batch_sizes, default=None)
-    configs = grid(optimizer="sgd", learning_rate=rates, steps=config.steps, batch_size=batch_size)
+    configs = grid(optimizer="sgd", learning_rate=rates, steps=config.steps)
 
     def copy() -> Any:
         from simgrad.validation.torch_loop import Linear
