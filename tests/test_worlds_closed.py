@@ -219,7 +219,7 @@ def test_experiment(name):
         (Squeezing, {"peaks": (1.0, 2.0)}, "peaks takes 0"),
         (Squeezing, {"push_steps": ()}, "push_steps"),
         (Squeezing, {"vocabulary": 36}, "vocabulary must exceed 36"),
-        (Squeezing, {"overlap": 0.0}, "overlap must lie"),
+        (Squeezing, {"overlap": 0.0}, "overlap must be positive"),
         (Squeezing, {"peak": 1.0}, "no knob peak"),
         (Linear, {"across": 0.9}, "across ≤ correlation"),
         (Linear, {"chosen": 0.9}, "probabilities"),

@@ -31,9 +31,9 @@ class Corpus:
         weights: of each token's loss; 0 on the first token, on padding and on what is only read (prompts).
     """
 
-    tokens: Int[Array, "N T"]
-    streams: Int[Array, "N T"]
-    weights: Float[Array, "N T"]
+    tokens: Int[Array, "*runs N T"]
+    streams: Int[Array, "*runs N T"]
+    weights: Float[Array, "*runs N T"]
 
 
 def corpus(sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> Corpus:
