@@ -298,8 +298,8 @@ def test_calls_that_cannot_be_followed(tmp_path):
 
 
 TOY = bench_sweep.SweepConfig(
-    steps=3, batch_sizes=(2,), pairs=3, width=8, linear_width=4, linear_pairs=3, depth=1, seeds=1, linear_seeds=2, linear_rates=2,
-    repeats=2, loops=1, vocab_size=20
+    steps=3, batch_sizes=(2,), pairs=3, width=8, linear_width=4, linear_pairs=3, depth=1, seeds=1, linear_seeds=2,
+    linear_rates=2, repeats=2, loops=1, vocab_size=20
 )  # fmt: skip
 
 
