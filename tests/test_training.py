@@ -99,8 +99,11 @@ def test_lora_trains_the_adapters_alone_and_moves_the_policy():
     assert (jnp.abs(run.trace.change[-1]) > 1e-4).all()
 
 
-@pytest.mark.parametrize("remedy", [None, Calibrated(), RunningCalibrated(), "mask"], ids=repr)
-@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("remedy", "where"),
+    [(None, "memory"), (None, "disk"), (RunningCalibrated(), "disk"), ("mask", "memory"), ("mask", "disk")],
+    ids=repr,
+)
 def test_a_stopped_run_resumes_exactly(remedy, where, tmp_path):
     apply, theta = model("rope_gqa_head_dim")
     extra = {"mask": SparseMask()} if remedy == "mask" else {"mitigation": remedy}

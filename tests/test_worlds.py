@@ -38,7 +38,6 @@ def test_preferring_one_refusal_to_another_makes_the_model_say_yes(cache):
     assert min(found["moved"]) > 0.4
     assert all(found["agrees"])
     assert max(found["mild"]) < 0.05
-    assert np.abs(found["untrained"]).max() < 1e-6
 
 
 def test_the_shared_ending_entangles_and_the_batch_kernel_knows(cache):

@@ -19,12 +19,10 @@ SEEDS = [101, 102]
 def verdicts():
     world = worlds.get("verdicts")
     strong, mild = (world.displaced(SEEDS, a, "Never") for a in ("No", "Yes"))
-    frozen = world.with_knobs(steps=0).displaced(SEEDS, "No", "Never")
     return {
         "moved": [row["moved to opposite"] for row in strong],
         "agrees": [row["top agrees"] for row in strong],
         "mild": [row["moved to opposite"] for row in mild],
-        "untrained": [row["moved to opposite"] for row in frozen],
     }
 
 
