@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point: ``simgrad score | predict | sweep | world | worlds | objectives | figures | bench``."""
+    """Entry point: ``simgrad score | predict | sweep | world | worlds | objectives | figures | validate | bench``."""
     import tyro
 
     from simgrad.cli.bench import Bench
@@ -18,6 +18,7 @@ def main() -> None:
     from simgrad.cli.predict import Predict
     from simgrad.cli.score import Score
     from simgrad.cli.sweep import Sweep
+    from simgrad.cli.validate import Validate
     from simgrad.cli.world import World, Worlds
 
     commands = (
@@ -28,6 +29,7 @@ def main() -> None:
         | Annotated[Worlds, tyro.conf.subcommand(name="worlds")]
         | Annotated[Objectives, tyro.conf.subcommand(name="objectives")]
         | Annotated[Figures, tyro.conf.subcommand(name="figures")]
+        | Annotated[Validate, tyro.conf.subcommand(name="validate")]
         | Annotated[Bench, tyro.conf.subcommand(name="bench")]
     )
     command = tyro.cli(

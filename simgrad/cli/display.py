@@ -42,8 +42,8 @@ def loading(console: Console, text: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with pairs per second and time left; yields a function of (done, total)."""
+def progress_bar(console: Console, text: str, unit: str = "pairs") -> Iterator[Callable[[int, int], None]]:
+    """A bar with units per second and time left; yields a function of (done, total)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -58,7 +58,7 @@ def progress_bar(console: Console, text: str) -> Iterator[Callable[[int, int], N
         def update(done: int, total: int) -> None:
             begin.append((time.monotonic(), done)) if not begin else None
             seconds, fresh = time.monotonic() - begin[0][0], done - begin[0][1]
-            rate = f"{fresh / seconds:.2f} pairs/s" if fresh and seconds else "compiling"
+            rate = f"{fresh / seconds:.2f} {unit}/s" if fresh and seconds else "compiling"
             bar.update(task, completed=done, total=total, rate=rate)
 
         yield update

@@ -92,10 +92,24 @@ class StepChange:
         """η* = |first| / |second|: the factor on v at which both terms are equal in size.
 
         Beyond it a first-order statement about the response means nothing. Infinite where the second
-        order vanishes.
+        order vanishes, which may happen to one response of many: then the third order decides, and
+        :attr:`safe_radius` is the better guide.
         """
-        flat = self.second == 0
-        return jnp.where(flat, jnp.inf, jnp.abs(self.first) / jnp.abs(jnp.where(flat, 1.0, self.second)))
+        return _ratio(jnp.abs(self.first), jnp.abs(self.second))
+
+    @property
+    def safe_radius(self) -> Float[Array, "*pairs 2"]:
+        """½ min(η*, ‖first‖/‖second‖), norms over all responses: up to it signs can be believed.
+
+        At η* itself both orders may cancel, and a response whose second order happens to vanish has an η* far beyond
+        the range of any expansion. ``simgrad validate`` counts how often signs are right inside both radii.
+        """
+        whole = _ratio(jnp.linalg.norm(self.first), jnp.linalg.norm(self.second))
+        return jnp.minimum(self.trust_radius, whole) / 2
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    return jnp.where(b == 0, jnp.inf, a / jnp.where(b == 0, 1.0, b))
 
 
 def _terms(logp: Callable[[Theta], Array], trained: Theta, step: Theta) -> StepChange:

@@ -1,0 +1,170 @@
+"""One quantity by several routes, on several devices, in several dtypes: how far apart they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from simgrad import objectives
+from simgrad.dynamics import Recipe, train
+from simgrad.models import TappedApply
+from simgrad.objectives import Coefficients
+from simgrad.theory import (
+    PairKernel,
+    displacement,
+    entanglement_kernel,
+    linearized_run,
+    loss_gradient,
+    optimizer_step,
+    own_steps,
+    pair_kernel,
+    token_kernel,
+)
+from simgrad.theory.kernel import Method
+from simgrad.validation.cells import Base, step_of
+from simgrad.validation.checks import Check, gap
+from simgrad.validation.grid import optimizer
+from simgrad.validation.measure import difference, measured_along, pulled
+
+__all__ = ["against_reference", "between_devices", "repeated", "routes", "runs"]
+
+LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
+"""Allowed distance of kernels from float64, relative to their own norms: some hundred roundoffs."""
+
+Where = dict[str, str]
+
+
+def _check(group: str, name: str, base: Base, where: Where, error: float, limit: float | None) -> Check:
+    return Check(group, name, base.subject.name, error=error, limit=limit, **where)
+
+
+def against_reference(base: Base, reference: Base, where: Where, judged: bool, thorough: bool) -> Iterator[Check]:
+    """Kernels and log-probs against the same numbers in float64 on the CPU.
+
+    The distance of a kernel is relative to ‖g‖‖g'‖, so that a small inner product of long gradients counts as such.
+    """
+    s, dtype = base.subject, where["arithmetic"].split()[0]
+    limit = LIMITS[dtype] if judged else None
+    own = base.every[: len(s.pairs)]
+    yield _check("kernels", "log-probs", base, where, gap(base.logp, reference.logp), limit)
+    yield _check("kernels", "pair kernel", base, where, _distance(base.kernel, reference.kernel), limit)
+    methods: tuple[Method, ...] = ("plain",) if dtype == "float64" or thorough else ()
+    if thorough and isinstance(s.apply, TappedApply):
+        methods = (*methods, "ghost", "explicit")
+    for method in methods:
+        kernel = _joined([pair_kernel(s.apply, s.theta, pair, method=method) for pair in own])
+        yield _check("kernels", f"pair kernel, {method}", base, where, _distance(kernel, reference.kernel), limit)
+    tokens = jnp.concatenate([token_kernel(s.apply, s.theta, pair).sum((2, 4)) for pair in own])
+    total = PairKernel(tokens[:, 0, 0], tokens[:, 0, 1], tokens[:, 1, 1])
+    yield _check("kernels", "token kernel, summed", base, where, _distance(total, reference.kernel), limit)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
+def _distance(kernel: PairKernel, exact: PairKernel) -> float:
+    w, l = (np.sqrt(np.asarray(x, float)) for x in (exact.sq_chosen, exact.sq_rejected))  # noqa: E741
+    scales = (w * w, w * l, l * l)
+    names = ("sq_chosen", "inner", "sq_rejected")
+    parts = [
+        np.abs(np.asarray(getattr(kernel, n), float) - np.asarray(getattr(exact, n), float)) / np.maximum(scale, 1e-300)
+        for n, scale in zip(names, scales, strict=True)
+    ]
+    return float(np.max(parts))
+
+
+def routes(base: Base, where: Where, limit: float = 1e-9) -> Iterator[Check]:
+    """Different functions of the library that must say the same, in float64: kernels, steps and whole runs."""
+    s, pair = base.subject, base.every[0]
+
+    def check(name: str, ours: Any, theirs: Any) -> Check:
+        return _check("routes", name, base, where, gap(ours, theirs), limit)
+
+    force = base.forces("dpo", each=True)
+    step = pulled(s.apply, s.theta, pair, force[:1])
+    change = displacement(s.apply, s.theta, pair, step)
+    yield check(
+        "own steps are steps on one pair",
+        own_steps(s.apply, s.theta, pair, Coefficients(force[:1, 0], -force[:1, 1])),
+        change,
+    )
+    rate = jnp.asarray(0.1 / float(jnp.abs(change.first).max()))
+    yield check(
+        "the path integral is the difference",
+        measured_along(s.apply, s.theta, pair, step, rate[None])[0],
+        difference(s.apply, s.theta, pair, step, rate),
+    )
+    two = s.followed.take(np.arange(2))
+    steps = [pulled(s.apply, s.theta, p, f[None]) for p, f in zip(base.every[:2], force[:2], strict=True)]
+    both = jax.tree.map(jnp.add, *steps)
+    kernel = entanglement_kernel(s.apply, s.theta, two)
+    yield check(
+        "K c is the first order of a joint step",
+        jnp.einsum("uv,v->u", kernel, force[:2].reshape(-1), precision="highest").reshape(-1, 2),
+        _joined([displacement(s.apply, s.theta, p, both).first for p in base.every[:2]]),
+    )
+
+
+def runs(base: Base, where: Where, optimizers: Sequence[str], limit: float = 1e-9) -> Iterator[Check]:
+    """Training takes the predicted steps; a run that is linearised anew at every step is the run itself."""
+    s, loss, steps = base.subject, objectives.get("dpo"), 6
+    trained = base.every[: len(s.pairs)]
+    for name in optimizers:
+        unit = jnp.abs(_joined([displacement(s.apply, s.theta, p, step_of(base, "dpo", name)).first for p in trained]))
+        recipe = Recipe(loss, optimizer(name, 0.3 / float(unit.max()) / steps), steps, batch_size=2)
+        order = jnp.asarray(recipe.order(len(s.pairs)))
+        run = train(s.apply, s.theta, s.batch, recipe, record=[1, steps])
+        step = optimizer_step(s.apply, s.theta, s.batch.take(order[0]), loss, recipe.optimizer).direction
+        one = _joined([difference(s.apply, s.theta, p, step, jnp.asarray(1.0)) for p in trained])
+        error = gap(run.trace.change[1], one)
+        yield _check("routes", f"training takes the predicted first step ({name})", base, where, error, limit)
+        same = linearized_run(
+            s.apply, s.theta, s.batch, loss, recipe.optimizer, steps, order=order, refresh=1, read="ray"
+        ).logp
+        error = gap(same[-1] - same[0], run.trace.change[-1])
+        yield _check("routes", f"linearised anew at every step it is the run ({name})", base, where, error, limit)
+
+
+def repeated(base: Base, where: Where) -> Iterator[Check]:
+    """Bit for bit the same when done again."""
+    s = base.subject
+    step = step_of(base, "dpo", "sgd")
+    once, again = (
+        [
+            pair_kernel(s.apply, s.theta, base.every[0]),
+            displacement(s.apply, s.theta, base.every[-1], step),
+            measured_along(s.apply, s.theta, base.every[-1], step, jnp.asarray([0.1], base.logp.dtype)),
+            step_of(base, "dpo", "sgd"),
+        ]
+        for _ in range(2)
+    )
+    same = all(np.array_equal(x, y) for x, y in zip(*(jax.tree.leaves(r) for r in (once, again)), strict=True))
+    yield _check(
+        "determinism", "kernel, prediction, measurement and step, done twice", base, where, float(not same), 0.0
+    )
+
+
+def between_devices(base: Base, where: Where, devices: Sequence[Any]) -> Iterator[Check]:
+    """A loss gradient with the pairs spread over all devices against one device's."""
+    s, loss = base.subject, objectives.get("dpo")
+    count = min(len(devices), len(s.pairs))
+    batch = s.batch.take(np.arange(count * (len(s.pairs) // count)))
+    mesh = Mesh(np.array(devices[:count]), ("data",))
+    spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put(s.theta, NamedSharding(mesh, PartitionSpec()))
+    ours = loss_gradient(s.apply, everywhere, spread, loss)
+    limit = 100 * float(jnp.finfo(where["arithmetic"].split()[0]).eps)
+    yield _check(
+        "devices",
+        f"a gradient over {count} devices",
+        base,
+        where,
+        gap(ours, loss_gradient(s.apply, s.theta, batch, loss)),
+        limit,
+    )

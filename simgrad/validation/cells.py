@@ -1,0 +1,284 @@
+"""One cell of the grid: a step predicted to first and second order, and measured at many learning rates."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simgrad import objectives, tree
+from simgrad.objectives import Coefficients
+from simgrad.pairs import Batch
+from simgrad.theory import PairKernel, StepChange, displacement, first_order, pair_kernel, responses
+from simgrad.theory.steps import updated
+from simgrad.typing import Array, Float, Theta
+from simgrad.validation.checks import gap
+from simgrad.validation.grid import Grid, optimizer
+from simgrad.validation.measure import measured_along, pulled
+from simgrad.validation.subjects import Subject
+
+__all__ = ["Base", "Cell", "alone", "base_of", "regimes_of", "step_of", "together"]
+
+NOISE = 100
+"""A remainder says nothing below this many roundoffs of the change itself."""
+POINTS, NEAR = 4, 0.05
+"""An order is fitted to the smallest rates that rounding does not spoil, within this share of the trust radius."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all cells of a subject share.
+
+    Attributes:
+        subject: the policy and its pairs.
+        every: batches of one pair each, trained pairs first: one compiled program serves them all.
+        logp: log π of the trained pairs.
+        lengths: of their responses.
+        kernel: theirs, by the library's default route.
+        rounding: unit roundoff.
+    """
+
+    subject: Subject
+    every: tuple[Batch, ...]
+    logp: Float[Array, "B 2"]
+    lengths: Any
+    kernel: PairKernel
+    rounding: float
+
+    def forces(self, objective: str, each: bool) -> Float[Array, "B 2"]:
+        """(d_w, -d_l) of each pair: trained alone, or of the mean loss over all pairs."""
+        loss, reference = objectives.get(objective), self.subject.references(self.logp)
+        if each:
+            one = lambda *x: loss.signed_coefficients(*(y[None] for y in x))[0]  # noqa: E731
+            return jax.vmap(one)(self.logp, reference, self.lengths)
+        return loss.signed_coefficients(self.logp, reference, self.lengths) / len(self.logp)
+
+
+def base_of(subject: Subject) -> Base:
+    """Evaluate a subject once."""
+    followed, count = subject.followed, len(subject.pairs)
+    every = tuple(followed.take(slice(i, i + 1)) for i in range(followed.size))
+    apply, theta = subject.apply, subject.theta
+    logp = jnp.concatenate([responses(apply, theta, pair).logp for pair in every[:count]])
+    kernels = [pair_kernel(apply, theta, pair) for pair in every[:count]]
+    kernel = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kernels)
+    rounding = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(theta))
+    return Base(subject, every, logp, followed.lengths[:count], kernel, rounding)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one setting gave. Relative errors are relative to the first-order change.
+
+    Attributes:
+        kind: ``alone`` (each pair by itself, SGD, the pair kernel's prediction) or ``together`` (one step on all pairs,
+            the optimizer's own direction; probes are followed too).
+        model: of the grid.
+        arithmetic: dtype and precision.
+        device: where it ran.
+        objective: by name.
+        optimizer: by name.
+        trust_radius: ‖first‖/‖second‖ over all responses, in learning rates.
+        order_first: fitted order of ‖measured - first order‖ in η, with a 95 % jackknife interval over pairs (None: too
+            few rates at which rounding does not hide it).
+        order_second: the same for the second-order prediction.
+        error_first: largest relative error of the first-order prediction inside the safe radius.
+        error_second: of the second-order prediction.
+        signs: share of responses and rates inside the safe radius whose change has the predicted sign.
+        signs_own: the same inside each response's own η* = |first|/|second|.
+        signs_count: of how many.
+        regimes: share of pairs and rates with both responses inside whose regime is the predicted one.
+        regimes_count: of how many.
+        r2_first: R² of the first-order prediction over responses, at the rate next to a tenth of the trust radius.
+        r2_second: the same for the second order.
+        holds_to: largest multiple of the trust radius up to which R² of the second-order prediction is above .9.
+        holds_to_nats: the largest |Δ log π| there.
+        reference_error: of the first-order prediction against float64 on the CPU, relative to the largest in the cell.
+        multiples: the learning rates as multiples of the trust radius.
+        curve_first: relative error of the first order at each rate: norm over all responses.
+        curve_second: of the second order.
+        curve_signs: share of all responses with the predicted sign at each rate.
+    """
+
+    kind: str
+    model: str
+    arithmetic: str
+    device: str
+    objective: str
+    optimizer: str
+    trust_radius: float
+    order_first: tuple[float, float, float] | None
+    order_second: tuple[float, float, float] | None
+    error_first: float
+    error_second: float
+    signs: float
+    signs_count: int
+    signs_own: float
+    regimes: float
+    regimes_count: int
+    r2_first: float
+    r2_second: float
+    holds_to: float
+    holds_to_nats: float
+    reference_error: float
+    multiples: Sequence[float] = field(repr=False)
+    curve_first: Sequence[float] = field(repr=False)
+    curve_second: Sequence[float] = field(repr=False)
+    curve_signs: Sequence[float] = field(repr=False)
+
+
+def alone(base: Base, reference: Base, objective: str, grid: Grid, where: dict[str, str]) -> Cell | None:
+    """Every pair by itself under SGD: the statement about its regime. None where the objective moves no pair."""
+    s, force = base.subject, base.forces(objective, each=True)
+    first = _first_alone(base, force)
+    steps = [pulled(s.apply, s.theta, pair, f[None]) for pair, f in zip(base.every, force, strict=False)]
+    second = jnp.concatenate(
+        [displacement(s.apply, s.theta, pair, v).second for pair, v in zip(base.every, steps, strict=False)]
+    )
+    exact = first if reference is base else _first_alone(reference, reference.forces(objective, each=True))
+    where = {**where, "kind": "alone", "objective": objective, "optimizer": "sgd"}
+    return _judged(base, where, StepChange(first, second), steps, grid, gap(first, exact))
+
+
+def together(base: Base, reference: Base, objective: str, name: str, grid: Grid, where: dict[str, str]) -> Cell | None:
+    """One step of an optimizer on all pairs: what it does to them, and to the probes.
+
+    None where the objective moves no pair.
+    """
+    step = step_of(base, objective, name)
+    change = _followed(base, step)
+    exact = change if reference is base else _followed(reference, step_of(reference, objective, name))
+    where = {**where, "kind": "together", "objective": objective, "optimizer": name}
+    return _judged(base, where, change, [step] * len(base.every), grid, gap(change.first, exact.first))
+
+
+def _followed(base: Base, step: Theta) -> StepChange:
+    s = base.subject
+    changes = [displacement(s.apply, s.theta, pair, step) for pair in base.every]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *changes)
+
+
+def step_of(base: Base, objective: str, name: str) -> Theta:
+    """The optimizer's update at learning rate 1, its moments fed by two earlier gradients."""
+    s, force = base.subject, base.forces(objective, each=False)
+
+    def ascent(pull: Array) -> Theta:
+        parts = [pulled(s.apply, s.theta, pair, f[None]) for pair, f in zip(base.every, pull, strict=False)]
+        return jax.tree.map(lambda *xs: jnp.stack([tree.widen(x) for x in xs]).sum(0).astype(xs[0].dtype), *parts)
+
+    ascents = [ascent(pull) for pull in (0.7 * force, jnp.roll(force, 1, 0), force)]
+    trained, _ = tree.partition(s.theta, None, s.apply.frozen)
+    return _third_update(name, ascents, trained)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _third_update(name: str, ascents: list[Theta], trained: Theta) -> Theta:
+    transform = optimizer(name)
+    state, step = transform.init(trained), None
+    for ascent in ascents:
+        step, state = updated(transform, jax.tree.map(jnp.negative, ascent), state, trained)
+    return jax.tree.map(lambda x, t: x.astype(t.dtype), step, trained)
+
+
+def _first_alone(base: Base, force: Array) -> Float[Array, "B 2"]:
+    change = first_order(base.kernel, Coefficients(force[:, 0], -force[:, 1]))
+    return jnp.stack([change.chosen, change.rejected], -1)
+
+
+def regimes_of(change: np.ndarray) -> np.ndarray:
+    """Values of :class:`simgrad.theory.Regime` of measured or predicted changes (…, 2)."""
+    falls, rises = change[..., 0] < 0, change[..., 1] > 0
+    return np.where(falls, np.where(rises, 3, 1), np.where(rises, 2, 0))
+
+
+def _judged(
+    base: Base, where: dict[str, str], change: StepChange, steps: list[Theta], grid: Grid, reference_error: float
+) -> Cell | None:
+    """Take the steps and compare; pairs that the objective does not move (a saturated hinge) are left out."""
+    first, second = (np.asarray(x, float) for x in (change.first, change.second))
+    moves = np.flatnonzero(np.abs(first).max(-1) > 0)
+    if not len(moves):
+        return None
+    first, second = first[moves], second[moves]
+    moved = StepChange(jnp.asarray(first), jnp.asarray(second))
+    unit = float(np.linalg.norm(first) / max(np.linalg.norm(second), 1e-300))
+    rates = np.array(grid.learning_rates or [m * unit for m in grid.rates])
+    s, etas = base.subject, jnp.asarray(rates, base.logp.dtype)
+    pieces = [measured_along(s.apply, s.theta, base.every[i], steps[i], etas) for i in moves]
+    measured = np.concatenate([np.asarray(x, float) for x in pieces], 1)
+
+    eta, multiple = rates[:, None, None], rates / unit
+    one, two = eta * first, eta * first + eta**2 * second
+    misses, size = [np.abs(measured - x) for x in (one, two)], np.abs(eta * first)
+    relative = [np.where(size > 0, miss / np.where(size > 0, size, 1), 0.0) for miss in misses]
+    inside, own = (np.asarray(eta <= np.asarray(r, float)) for r in (moved.safe_radius, moved.trust_radius))
+    right = np.sign(measured) == np.sign(one)
+    norms = [np.linalg.norm(x, axis=(1, 2)) for x in (*misses, one)]
+    r2 = [np.array([_r2(m, p) for m, p in zip(measured, x, strict=True)]) for x in (one, two)]
+    middle, holds = int(np.argmin(np.abs(np.log(multiple / 0.1)))), _leading(r2[1] > 0.9)
+    return Cell(
+        **where,
+        model=s.name,
+        trust_radius=unit,
+        order_first=_order(rates, multiple, misses[0], measured, base.rounding),
+        order_second=_order(rates, multiple, misses[1], measured, base.rounding),
+        error_first=_largest(relative[0], inside),
+        error_second=_largest(relative[1], inside),
+        signs=_share(right, inside),
+        signs_count=int(inside.sum()),
+        signs_own=_share(right, own),
+        regimes=_share(regimes_of(measured) == regimes_of(one), inside.all(-1)),
+        regimes_count=int(inside.all(-1).sum()),
+        r2_first=float(r2[0][middle]),
+        r2_second=float(r2[1][middle]),
+        holds_to=float(multiple[holds - 1]) if holds else 0.0,
+        holds_to_nats=float(np.abs(measured[:holds]).max()) if holds else 0.0,
+        reference_error=reference_error,
+        multiples=multiple.tolist(),
+        curve_first=(norms[0] / norms[2]).tolist(),
+        curve_second=(norms[1] / norms[2]).tolist(),
+        curve_signs=right.mean((1, 2)).tolist(),
+    )
+
+
+def _largest(values: Any, where: Any) -> float:
+    return float(values[where].max()) if where.any() else float("nan")
+
+
+def _share(right: Any, where: Any) -> float:
+    return float(right[where].mean()) if where.any() else float("nan")
+
+
+def _leading(good: np.ndarray) -> int:
+    return len(good) if good.all() else int(np.argmin(good))
+
+
+def _r2(measured: np.ndarray, predicted: np.ndarray) -> float:
+    spread = np.square(measured - measured.mean()).sum()
+    return float(1 - np.square(measured - predicted).sum() / spread) if spread > 0 else float("nan")
+
+
+def _order(
+    rates: np.ndarray, multiple: np.ndarray, miss: np.ndarray, measured: np.ndarray, rounding: float
+) -> tuple[float, float, float] | None:
+    """Slope of log ‖miss‖ over log η, norms over all responses; interval by leaving out one pair after the other."""
+    clear = np.linalg.norm(miss, axis=(1, 2)) > NOISE * rounding * np.linalg.norm(measured, axis=(1, 2))
+    use = np.flatnonzero(clear & (multiple <= NEAR))[:POINTS]
+    if len(use) < 3:
+        return None
+
+    def slope(keep: np.ndarray) -> float:
+        return float(np.polyfit(np.log(rates[use]), np.log(np.linalg.norm(miss[use][:, keep], axis=(1, 2))), 1)[0])
+
+    count = miss.shape[1]
+    whole = slope(np.arange(count))
+    if count < 3:
+        return whole, float("nan"), float("nan")
+    parts = np.array([slope(np.delete(np.arange(count), i)) for i in range(count)])
+    half = 2 * float(np.sqrt((count - 1) / count * np.square(parts - parts.mean()).sum()))
+    return whole, whole - half, whole + half

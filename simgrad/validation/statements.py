@@ -1,0 +1,158 @@
+"""From cells and checks to statements that hold or do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simgrad.validation.cells import Cell
+from simgrad.validation.checks import Check
+
+__all__ = ["Statement", "statements"]
+
+AGREEMENT = 0.99
+"""Least share of right signs and regimes inside the safe radius."""
+FLOAT32 = 1e-5
+"""Largest distance of a float32 prediction from the float64 one, relative to the largest of a cell."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim about all cells or checks of one kind.
+
+    Attributes:
+        name: ``kind/arithmetic``.
+        text: what is claimed.
+        holds: whether all bear it out (None: reported, not judged).
+        goal: the bound.
+        worst: the number farthest from the goal.
+        where: the cell or check that gave it.
+        count: cells or checks.
+    """
+
+    name: str
+    text: str
+    holds: bool | None
+    goal: str
+    worst: str
+    where: str
+    count: int
+
+
+def statements(cells: Sequence[Cell], checks: Sequence[Check]) -> list[Statement]:
+    """Everything that is claimed, in the order of a reader's questions."""
+    found = []
+    for arithmetic in dict.fromkeys(c.arithmetic for c in cells):
+        some = [c for c in cells if c.arithmetic == arithmetic]
+        found += _orders(some, arithmetic)
+        found += _agreement(some, arithmetic)
+        if arithmetic != "float64":
+            found.append(_float64(some, arithmetic))
+    for group, text in _GROUPS.items():
+        for arithmetic in dict.fromkeys(c.arithmetic for c in checks if c.group == group):
+            found.append(_identity(group, text, arithmetic, [c for c in checks if _is(c, group, arithmetic)]))
+    return sorted(found, key=lambda s: _ORDER.index(s.name.split("/")[0]))
+
+
+_GROUPS = {
+    "closed forms": "every closed form is what automatic differentiation gives on this device",
+    "kernels": "kernels and log-probs agree with float64 on the CPU by every route",
+    "routes": "different functions for one quantity agree, and training takes the predicted steps",
+    "devices": "many devices give what one gives",
+    "determinism": "the same again, bit for bit",
+}
+_ORDER = ["first order", "second order", "signs", "regimes", "float64", *_GROUPS]
+
+
+def _is(check: Check, group: str, arithmetic: str) -> bool:
+    return check.group == group and check.arithmetic == arithmetic
+
+
+def _judged(arithmetic: str) -> bool:
+    """float32 or better with full-precision products."""
+    return arithmetic in ("float64", "float32")
+
+
+def _orders(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
+    rows: list[tuple[str, int, float, Callable[[Cell], tuple[float, float, float] | None]]] = [
+        ("first order", 2, 0.05, lambda c: c.order_first),
+        ("second order", 3, 0.1, lambda c: c.order_second),
+    ]
+    for name, order, slack, of in rows:
+        known = [(c, fit) for c in cells if (fit := of(c)) is not None]
+        if known:
+            cell, fit = max(known, key=lambda item: _or_inf(abs(item[1][0] - order)))
+            holds = bool(_or_inf(abs(fit[0] - order)) <= slack) if arithmetic == "float64" else None
+            yield Statement(
+                f"{name}/{arithmetic}",
+                f"what the {name} leaves out is of order {order} in the learning rate",
+                holds,
+                f"{order} ± {slack:g}",
+                f"{fit[0]:.3f} [{fit[1]:.3f}, {fit[2]:.3f}]",
+                _place(cell),
+                len(known),
+            )
+
+
+def _or_inf(x: float) -> float:
+    return x if np.isfinite(x) else np.inf
+
+
+def _agreement(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
+    texts = {
+        "signs": "inside the safe radius every response goes where the first order says",
+        "regimes": "inside the safe radius every pair is in the predicted regime",
+    }
+    for name, text in texts.items():
+        pooled = []
+        for model in dict.fromkeys(c.model for c in cells):
+            some = [c for c in cells if c.model == model]
+            counts = np.array([getattr(c, f"{name}_count") for c in some])
+            if counts.sum():
+                right = sum(getattr(c, name) * n for c, n in zip(some, counts, strict=True) if n)
+                pooled.append((float(right / counts.sum()), int(counts.sum()), model))
+        if pooled:
+            share, count, model = min(pooled)
+            yield Statement(
+                f"{name}/{arithmetic}",
+                text,
+                bool(share >= AGREEMENT) if _judged(arithmetic) else None,
+                f"≥ {AGREEMENT:.0%}",
+                f"{share:.2%} of {count}",
+                model,
+                sum(n for _, n, _ in pooled),
+            )
+
+
+def _float64(cells: Sequence[Cell], arithmetic: str) -> Statement:
+    worst = max(cells, key=lambda c: _or_inf(c.reference_error))
+    return Statement(
+        f"float64/{arithmetic}",
+        "first-order predictions are those of float64",
+        bool(worst.reference_error <= FLOAT32) if arithmetic == "float32" else None,
+        f"≤ {FLOAT32:g}",
+        f"{worst.reference_error:.1e}",
+        _place(worst),
+        len(cells),
+    )
+
+
+def _identity(group: str, text: str, arithmetic: str, checks: Sequence[Check]) -> Statement:
+    worst = max(checks, key=lambda c: _or_inf(c.error / c.limit) if c.limit else _or_inf(c.error))
+    judged = [c for c in checks if c.holds is not None]
+    limit = "not judged" if worst.limit is None else f"≤ {worst.limit:g}"
+    return Statement(
+        f"{group}/{arithmetic}",
+        text,
+        all(c.holds for c in judged) if judged else None,
+        limit,
+        f"{worst.error:.1e}",
+        f"{worst.name}; {worst.model}, {worst.device}",
+        len(checks),
+    )
+
+
+def _place(cell: Cell) -> str:
+    return f"{cell.model}, {cell.objective}, {cell.optimizer}, pairs {cell.kind}; {cell.device}"
