@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -105,7 +106,7 @@ def split_array(
 
     The host holds one part beside what the devices hold; of many processes, each reads the parts of its own devices.
     """
-    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))
         devices.setdefault(bounds, []).append(device)

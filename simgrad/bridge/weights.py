@@ -179,10 +179,10 @@ def _equal(tensor: _Tensor, other: _Tensor, dtype: str) -> bool:
     step = max(1, _BLOCK // (8 * width))
     for start in range(0, rows, step):
         index = (slice(start, min(start + step, rows)), slice(0, width))
-        blocks = [np.empty((index[0].stop - start, width), dtype) for _ in range(2)]
-        for x, block in zip((tensor, other), blocks, strict=True):
-            x.read(index, block)
-        if not np.array_equal(*blocks):
+        one, two = (np.empty((index[0].stop - start, width), dtype) for _ in range(2))
+        tensor.read(index, one)
+        other.read(index, two)
+        if not np.array_equal(one, two):
             return False
     return True
 
