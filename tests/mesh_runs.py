@@ -30,10 +30,11 @@ if MODE == "devices":
 
 import jax
 import numpy as np
+import pytest
 
 import simgrad
 from simgrad import tree
-from simgrad.bridge import device_mesh, weights
+from simgrad.bridge import RunMismatchError, device_mesh, weights
 from simgrad.bridge.engine import score
 from simgrad.bridge.mesh import mesh_of
 from simgrad.pairs import Pair
@@ -89,6 +90,9 @@ def devices(folder):
                         shape[SPLIT[path]] //= 2
                     assert {s.data.shape for s in split.addressable_shards} == {tuple(shape)}, path
             score(policy, PAIRS, learning_rate=0.1, out=folder / f"{name}-{data}-{model}.parquet")
+    for mine, other in ((policy, "gpt2"), (whole, "gpt2-2-2")):  # what is there is of another mesh
+        with pytest.raises(RunMismatchError, match="arguments .mesh: .*data=2,model=2"):
+            score(mine, PAIRS, learning_rate=0.1, out=folder / f"{other}.parquet")
     score(whole, PAIRS, gradients=False, out=folder / "forward.parquet")
     score(policy, PAIRS, gradients=False, out=folder / "forward-2-2.parquet")
 

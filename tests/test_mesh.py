@@ -15,7 +15,7 @@ from helpers import close, write_checkpoint
 from mesh_runs import CHECKPOINTS, MESHES
 
 import simgrad
-from simgrad.bridge import Policy, ScoreTable, device_mesh
+from simgrad.bridge import Policy, ScoreTable, checkpoint, device_mesh
 from simgrad.bridge.mesh import spec
 from simgrad.cli.parsing import mesh_axes
 from simgrad.cli.runtime import connect
@@ -128,12 +128,12 @@ def test_the_command_in_two_processes(folder, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"chosen": " so"}])))
     score = [*COMMAND, "score", "--model", folder / "gqa", "--data", tmp_path / "pairs.jsonl", "--no-gradients"]
     score += ["--out", tmp_path / "two.parquet", "--dtype", "float64"]
-    many = ["--coordinator", f"localhost:{free_port()}", "--processes", 2]
+    many = ["--mesh", "data=2,model=2", "--coordinator", f"localhost:{free_port()}", "--processes", 2]
     out = run(*([*score, *many, "--process", i] for i in range(2)), cache=folder / "cache")
     assert "3 pairs scored" in out[0]
     assert "scored" not in out[1]
     two = ScoreTable.load(tmp_path / "two.parquet")
-    assert two.metadata["run"]["mesh"] == "data=2,model=1"
+    assert two.metadata["run"]["mesh"] == "data=2,model=2"
     same(two, simgrad.score(simgrad.load(folder / "gqa", "float64"), tmp_path / "pairs.jsonl", gradients=False))
 
 
@@ -186,9 +186,10 @@ def test_heads_are_never_cut():
     }
 
 
-def test_parameters_of_a_world_go_on_a_mesh():
-    """One device is a mesh too; its tables go with those that know of no mesh."""
+def test_parameters_of_a_world_go_on_a_mesh(monkeypatch):
+    config = ModelConfig(vocab_size=9, width=8, depth=1, heads=2)
+    apply, theta = create(config)
+    monkeypatch.setattr(checkpoint, "world_policy", lambda source, dtype: (apply, theta, config, None))
     policy = simgrad.load("world:verdicts", mesh=device_mesh())
-    plain = simgrad.load("world:verdicts")
-    jax.tree.map(np.testing.assert_array_equal, policy.theta, plain.theta)
+    jax.tree.map(np.testing.assert_array_equal, policy.theta, theta)
     assert {leaf.sharding.mesh.axis_names for leaf in jax.tree.leaves(policy.theta)} == {("data", "model")}

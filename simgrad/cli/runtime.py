@@ -60,7 +60,8 @@ def connect(
 
     if coordinator is not None:
         address = None if coordinator == "auto" else coordinator
-        jax.distributed.initialize(address, processes, process)
+        # where one process fails, the others wait for it no longer than this
+        jax.distributed.initialize(address, processes, process, shutdown_timeout_seconds=60)
         axes = axes or {"data": jax.device_count()}
     if axes is None:
         return None

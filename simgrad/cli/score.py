@@ -49,7 +49,7 @@ class Score:
     revision: str | None = None
     """Hub revision of the checkpoint."""
     batch_tokens: int | None = None
-    """Token positions evaluated at once (default: 1024 on CPU, 16384 on accelerators)."""
+    """Token positions evaluated at once by each device of the data axis (default: 1024 on CPU, else 16384)."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=D,model=M")] = None
     """Split the parameters over M devices, and the pairs over D groups of those; CPUs are split in D x M devices."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
