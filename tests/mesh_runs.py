@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 CHECKPOINTS = ("gqa", "tied", "gpt2")
-MESHES = {"gqa": [(4, 1), (1, 4), (2, 2)], "tied": [(1, 4)], "gpt2": [(2, 2)]}
+MESHES = {"gqa": [(4, 1), (2, 2)], "tied": [(1, 4)], "gpt2": [(2, 2)]}
 SPLIT = {  # of each leaf that is split on (2, 2): the axis
     "layers/attention/query/kernel": 2,
     "layers/attention/key/kernel": 2,

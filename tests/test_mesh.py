@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
         write_checkpoint(folder / name, case, tokenizer=name == "gqa")
     config = ModelConfig(
-        40, 16, 2, 4, kv_heads=4, max_length=32, positions="rope", mlp="gated", activation="silu", mlp_width=24,
+        40, 16, 2, 4, kv_heads=2, max_length=32, positions="rope", mlp="gated", activation="silu", mlp_width=24,
         tied=True, dtype="float64",
     )  # fmt: skip
     simgrad.save(Policy(*create(config), config), folder / "tied")
@@ -166,6 +166,14 @@ def test_meshes_that_cannot_be_are_named(text, message):
 def test_process_arguments_that_do_not_go_together_are_named(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         connect("float32", *arguments)
+
+
+def test_without_a_cluster_the_coordinator_must_be_named(tmp_path):
+    score = [*COMMAND, "score", "--model", "m", "--data", "d", "--out", "o.parquet", "--coordinator", "auto"]
+    done = subprocess.run(score, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "--coordinator auto: JAX finds no processes" in done.stderr
+    assert "give --coordinator HOST:PORT --processes N --process I" in done.stderr
 
 
 def test_a_mesh_has_as_many_devices_as_there_are():

@@ -60,8 +60,11 @@ def connect(
 
     if coordinator is not None:
         address = None if coordinator == "auto" else coordinator
-        # where one process fails, the others wait for it no longer than this
-        jax.distributed.initialize(address, processes, process, shutdown_timeout_seconds=60)
+        try:  # where one process fails, the others wait for it no longer than a minute
+            jax.distributed.initialize(address, processes, process, shutdown_timeout_seconds=60)
+        except ValueError as error:
+            remedy = "give --coordinator HOST:PORT --processes N --process I"
+            raise ValueError(f"--coordinator {coordinator}: JAX finds no processes ({error}): {remedy}") from error
         axes = axes or {"data": jax.device_count()}
     if axes is None:
         return None
