@@ -16,6 +16,7 @@ from mesh_runs import CHECKPOINTS, MESHES
 
 import simgrad
 from simgrad.bridge import Policy, ScoreTable, checkpoint, device_mesh
+from simgrad.bridge.fingerprint import fingerprint
 from simgrad.bridge.mesh import spec
 from simgrad.cli.parsing import mesh_axes
 from simgrad.cli.runtime import connect
@@ -201,3 +202,4 @@ def test_parameters_of_a_world_go_on_a_mesh(monkeypatch):
     policy = simgrad.load("world:verdicts", mesh=device_mesh())
     jax.tree.map(np.testing.assert_array_equal, policy.theta, theta)
     assert {leaf.sharding.mesh.axis_names for leaf in jax.tree.leaves(policy.theta)} == {("data", "model")}
+    assert fingerprint(policy.theta) == fingerprint(theta) == fingerprint(jax.tree.map(np.asarray, theta))

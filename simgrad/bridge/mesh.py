@@ -6,6 +6,7 @@ on one device and on many. In a run of many processes the mesh spans the devices
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -186,8 +187,9 @@ def replicated(columns: dict[str, Array], mesh: Mesh | None) -> dict[str, Array]
     """The same arrays, whole on every device, so that every process can read them."""
     if mesh is None:
         return columns
-    return jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(columns)
+    return _replication(mesh)(columns)
 
 
-def _same(columns: dict[str, Array]) -> dict[str, Array]:
-    return columns
+@functools.lru_cache(maxsize=8)
+def _replication(mesh: Mesh) -> Callable[[dict[str, Array]], dict[str, Array]]:
+    return jax.jit(lambda columns: columns, out_shardings=NamedSharding(mesh, PartitionSpec()))
