@@ -1,7 +1,9 @@
 """Loading checkpoints: the mapping is total, and every refusal names its cause."""
 
 import json
+import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from helpers import golden, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import simgrad
-from simgrad.bridge import UnsupportedCheckpointError
+from simgrad.bridge import Policy, UnsupportedCheckpointError, device_mesh
+from simgrad.models import ModelConfig, TransformerApply, init_transformer
 
 LLAMA = "llama_gqa_head_dim"
 LONGROPE = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -128,6 +131,22 @@ def test_bfloat16_files_and_dtypes(tmp_path):
     policy = load(tmp_path, change=lambda t: {k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()}, dtype="bfloat16")
     assert policy.theta["embedding"]["table"].dtype == jnp.bfloat16
     assert policy.config.dtype == "bfloat16"
+
+
+def test_the_host_holds_one_leaf_at_a_time(tmp_path):
+    """Beside what devices hold, which on a CPU may be the arrays that were read themselves."""
+    config = ModelConfig(2048, 256, 4, 4, mlp="gated", positions="rope", activation="silu", mlp_width=1024)
+    abstract = jax.eval_shape(lambda: init_transformer(config))
+    theta = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
+    simgrad.save(Policy(TransformerApply(config), theta, config), tmp_path)
+    sizes = [x.nbytes for x in jax.tree.leaves(theta)]
+    for mesh in (None, device_mesh()):
+        tracemalloc.start()  # numpy reports its arrays
+        loaded = simgrad.load(tmp_path, mesh=mesh)
+        left, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert max(sizes) < peak - left < 2 * max(sizes) < 0.5 * sum(sizes)
+        jax.tree.map(np.testing.assert_array_equal, loaded.theta, theta)
 
 
 def test_errors_before_reading(tmp_path, monkeypatch):

@@ -12,11 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from simgrad import objectives, tree
+from simgrad import objectives
 from simgrad.bridge.checkpoint import Policy
-from simgrad.bridge.journal import Journal, RunMismatchError, check_same_run
+from simgrad.bridge.fingerprint import fingerprint
+from simgrad.bridge.journal import Journal, RunMismatchError, check_same_processes, check_same_run
+from simgrad.bridge.mesh import fill, mesh_name, mesh_of, replicated, side_by_side, split
 from simgrad.bridge.plan import Work, plan
 from simgrad.bridge.preferences import Encoded, Skipped, encode, outside, read_rows
+from simgrad.bridge.processes import on_all, on_first
 from simgrad.bridge.table import ScoreTable
 from simgrad.models import Apply
 from simgrad.objectives import Coefficients, Objective
@@ -80,7 +83,8 @@ def score(
 
     Args:
         policy: from :func:`simgrad.load`, or ``Policy(apply, theta, apply.config)`` of a transformer from
-            :func:`simgrad.models.create`.
+            :func:`simgrad.models.create`. With parameters on a mesh, all its devices score; of many processes
+            each calls this with the same arguments and gets the same table, and the first one writes ``out``.
         pairs: a file or Hub data set, rows as in TRL, or :class:`simgrad.pairs.Pair` objects.
         objective: name, or an object of :func:`simgrad.objectives.get`.
         learning_rate: η of the predicted change; None predicts per unit learning rate.
@@ -90,7 +94,7 @@ def score(
         split: of a Hub data set.
         out: parquet file. Progress is kept beside it: killed at any moment and run again with the same
             arguments, it continues and gives the table an uninterrupted run gives.
-        batch_tokens: token positions evaluated at once (None: by device).
+        batch_tokens: token positions evaluated at once, for each device of a mesh's data axis (None: by device).
         progress: called with (pairs done, pairs in all).
 
     Returns:
@@ -101,32 +105,35 @@ def score(
 
     Raises:
         PreferenceDataError: data that cannot be read, with file, line or row.
-        RunMismatchError: ``out`` holds, or is being written by, a run with other arguments.
+        RunMismatchError: ``out`` holds, or is being written by, a run with other arguments or on another mesh;
+            processes with different arguments.
         ValueError: ``max_length`` beyond the model's; unknown objective; ``out`` that is no .parquet.
     """
     objective = objectives.get(objective) if isinstance(objective, str) else objective
     if out is not None and Path(out).suffix != ".parquet":
         raise ValueError(f"out={str(out)!r}: tables are written as .parquet")
-    encoded = _encoded(policy, pairs, max_length, limit, split)
+    encoded = on_all(lambda: _encoded(policy, pairs, max_length, limit, split))
     run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens)
-    if out is not None and Path(out).exists():
-        return _finished(Path(out), run)
+    check_same_processes(run | {"out": str(out)})
+    if out is not None and (table := on_first(lambda: _finished(Path(out), run))) is not None:
+        return table
     if batch_tokens is None:
         batch_tokens = 1024 if jax.default_backend() == "cpu" else 16384
     one = functools.partial(_score_work, policy, encoded.pairs, objective, learning_rate, gradients)
     todo = plan(encoded.pairs, not gradients, batch_tokens, policy.config.vocab_size) if encoded.pairs else []
+    todo = side_by_side(todo, mesh_of(policy.theta))
     if out is None:
         results: dict[int, dict[str, Any]] = {}
         _work_through(todo, results, one, results.update, progress)
         return _assemble(encoded, results, run)
     with Journal(Path(f"{out}.partial.jsonl"), run) as journal:
-        if Path(out).exists():  # another process finished it in the meantime
-            journal.remove()
-            return _finished(Path(out), run)
+        if (table := on_first(lambda: _finished(Path(out), run))) is not None:  # finished by others in the meantime
+            on_first(journal.remove)
+            return table
         _work_through(todo, journal.done, one, journal.add, progress)
         table = _assemble(encoded, journal.done, run)
-        table.save(out)
-        journal.remove()
+        on_first(lambda: table.save(out))
+        on_first(journal.remove)
     return table
 
 
@@ -179,7 +186,7 @@ def _run(
     data = json.dumps([encoded.indices, tokens, left_out, encoded.merged, encoded.truncated])
     return {
         "model": policy.name,
-        "weights": _fingerprint(policy.theta),
+        "weights": fingerprint(policy.theta),
         "dtype": policy.config.dtype,
         "data": hashlib.sha256(data.encode()).hexdigest()[:16],
         "pairs": len(encoded.pairs),
@@ -187,21 +194,15 @@ def _run(
         "learning_rate": learning_rate,
         "gradients": gradients,
         "batch_tokens": budget,
+        "mesh": mesh_name(policy.theta),
         **{k: v for k, v in provenance().items() if k in ("simgrad", "jax", "device")},
     }
 
 
-def _fingerprint(theta: Theta) -> str:
-    """Hash of every leaf's name and shape and of at most 4096 of its values."""
-    digest = hashlib.sha256()
-    for name, leaf in zip(tree.names(theta), jax.tree.leaves(theta), strict=True):
-        flat = leaf.reshape(-1)
-        sample = np.asarray(flat[:: max(1, flat.size // 4096)][:4096])
-        digest.update(f"{name}{leaf.shape}".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _finished(out: Path, run: dict[str, Any]) -> ScoreTable:
+def _finished(out: Path, run: dict[str, Any]) -> ScoreTable | None:
+    """The table of a run that is complete, if there is one."""
+    if not out.exists():
+        return None
     try:
         table = ScoreTable.load(out)
     except ValueError as error:
@@ -233,12 +234,11 @@ def _score_work(
     gradients: bool,
     work: Work,
 ) -> dict[int, dict[str, Any]]:
-    members = [pairs[i] for i in work.members]
-    batch = (padded if gradients else packed)(members, work.length, work.rows)
-    device = score_batch(
-        policy.apply, policy.theta, batch, objective, 1.0 if learning_rate is None else learning_rate, gradients
-    )
-    host = {name: np.asarray(values, np.float64) for name, values in jax.device_get(device).items()}
+    members, mesh = [pairs[i] for i in work.members], mesh_of(policy.theta)
+    batch = (padded if gradients else packed)(fill(members, mesh), work.length, work.rows)
+    rate = 1.0 if learning_rate is None else learning_rate
+    device = score_batch(policy.apply, policy.theta, split(batch, mesh), objective, rate, gradients)
+    host = {name: np.asarray(values, np.float64) for name, values in jax.device_get(replicated(device, mesh)).items()}
     results = {}
     for k, (i, pair) in enumerate(zip(work.members, members, strict=True)):
         values = {name: column[k].item() for name, column in host.items()}

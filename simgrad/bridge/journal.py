@@ -1,7 +1,8 @@
 """An append-only record of finished pairs, so that an interrupted run loses nothing.
 
 The file holds one JSON object a line: first the run's arguments, then one line a pair. Lines are
-written and synced a batch at a time; a torn last line (the process was killed while writing) is cut.
+written and synced a batch at a time; a torn last line (the process was killed while writing) is cut. Of many
+processes the first one writes, and what it finds is what all continue with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["Journal", "RunMismatchError", "check_same_run"]
+from simgrad.bridge.processes import gathered, is_first, on_first
+
+__all__ = ["Journal", "RunMismatchError", "check_same_processes", "check_same_run"]
 
 
 class RunMismatchError(ValueError):
@@ -23,12 +26,23 @@ class RunMismatchError(ValueError):
 
 def check_same_run(path: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Refuse to mix: raise unless ``stored`` and ``run`` are the same arguments."""
-    differ = sorted(k for k in {*stored, *run} if stored.get(k) != run.get(k))
-    if differ:
-        listing = "; ".join(f"{k}: {stored.get(k)!r} there, {run.get(k)!r} now" for k in differ)
+    if differ := _differences(stored, run, "there", "now"):
         raise RunMismatchError(
-            f"{path} belongs to a run with other arguments ({listing}). Choose another --out or delete it"
+            f"{path} belongs to a run with other arguments ({differ}). Choose another --out or delete it"
         )
+
+
+def check_same_processes(run: Mapping[str, Any]) -> None:
+    """Raise on every process unless all of them were given the same arguments."""
+    runs = [json.loads(text) for text in gathered(json.dumps(run).encode())]
+    for process, other in enumerate(runs):
+        if differ := _differences(runs[0], other, "on process 0", f"on process {process}"):
+            raise RunMismatchError(f"the processes were started with different arguments ({differ})")
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any], one: str, other: str) -> str:
+    differ = sorted(k for k in {*first, *second} if first.get(k) != second.get(k))
+    return "; ".join(f"{k}: {first.get(k)!r} {one}, {second.get(k)!r} {other}" for k in differ)
 
 
 class Journal:
@@ -42,6 +56,10 @@ class Journal:
 
     def __enter__(self) -> Journal:
         """Read what an earlier run left, or begin."""
+        self.done = on_first(self._open)
+        return self
+
+    def _open(self) -> dict[int, dict[str, Any]]:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -56,12 +74,13 @@ class Journal:
         except BaseException:
             self._unlock()
             raise
-        return self
+        return self.done
 
     def __exit__(self, *_: object) -> None:
         """Close the file; it stays until :meth:`remove`."""
-        self._file.close()
-        self._unlock()
+        if is_first():
+            self._file.close()
+            self._unlock()
 
     def _unlock(self) -> None:
         if os.name == "posix":  # while it is still held, so that nobody locks a file that is about to go
@@ -70,7 +89,8 @@ class Journal:
 
     def add(self, results: Mapping[int, Mapping[str, Any]]) -> None:
         """Record finished pairs and force them to disk."""
-        self._append([{"pair": i, **result} for i, result in results.items()])
+        if is_first():
+            self._append([{"pair": i, **result} for i, result in results.items()])
         self.done.update({i: dict(result) for i, result in results.items()})
 
     def remove(self) -> None:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["assignments", "value_of"]
+__all__ = ["assignments", "mesh_axes", "value_of"]
 
 
 def assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
@@ -27,6 +27,24 @@ def assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
             raise ValueError(f"{option}: {name} is given twice")
         given[name] = value_of(value)
     return given
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """Sizes of a mesh's axes; one that is not given has size 1.
+
+    >>> mesh_axes("data=2,model=4"), mesh_axes("model=2")
+    ({'data': 2, 'model': 4}, {'data': 1, 'model': 2})
+
+    Raises:
+        ValueError: another axis, or a size that is no positive number.
+    """
+    given = assignments(text.split(","), "--mesh")
+    if unknown := sorted(set(given) - {"data", "model"}):
+        raise ValueError(f"--mesh has no axis {unknown[0]!r}; there are data and model, as in --mesh data=2,model=2")
+    for name, size in given.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"--mesh {name}={size}: a positive number of devices is needed")
+    return {"data": 1, "model": 1} | given
 
 
 def value_of(text: str) -> Any:

@@ -49,7 +49,15 @@ class Score:
     revision: str | None = None
     """Hub revision of the checkpoint."""
     batch_tokens: int | None = None
-    """Token positions evaluated at once (default: 1024 on CPU, 16384 on accelerators)."""
+    """Token positions evaluated at once by each device of the data axis (default: 1024 on CPU, else 16384)."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="data=D,model=M")] = None
+    """Split the parameters over M devices, and the pairs over D groups of those; CPUs are split in D x M devices."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Address of the first of many processes, each started with this command; auto: let the cluster say (SLURM ...)."""
+    processes: int | None = None
+    """How many they are."""
+    process: int | None = None
+    """Which of them this one is, from 0; the first writes --out."""
     worst: int = 5
     """How many of the worst pairs the summary shows."""
 
@@ -58,17 +66,21 @@ class Score:
         from rich.console import Console
 
         from simgrad.cli.display import loading, progress_bar, summary
-        from simgrad.cli.runtime import prepare
+        from simgrad.cli.parsing import mesh_axes
+        from simgrad.cli.runtime import connect
 
-        console = Console(stderr=True)
-        prepare(self.dtype)
+        axes = None if self.mesh is None else mesh_axes(self.mesh)
+        mesh = connect(self.dtype, axes, self.coordinator, self.processes, self.process)
+        from simgrad.bridge.processes import is_first, on_all
+
+        console = Console(stderr=True, quiet=not is_first())
         with loading(console, f"Loading {self.model}"):
             from simgrad import objectives
             from simgrad.bridge import load, read_rows, score
 
             objective = objectives.get(self.objective, **self._hyperparameters())
-            rows = read_rows(self.data, self.limit, self.split)
-            policy = load(self.model, self.dtype, self.revision)
+            rows = on_all(lambda: read_rows(self.data, self.limit, self.split))
+            policy = on_all(lambda: load(self.model, self.dtype, self.revision, mesh))
         with progress_bar(console, "Scoring") as progress:
             table = score(
                 policy,
@@ -81,7 +93,7 @@ class Score:
                 batch_tokens=self.batch_tokens,
                 progress=progress,
             )
-        summary(Console(), table, self.out, self.worst)
+        summary(Console(quiet=not is_first()), table, self.out, self.worst)
         return 0 if len(table) else 1
 
     def _hyperparameters(self) -> dict[str, Any]:
