@@ -93,14 +93,16 @@ class Validate:
 
 
 def _show(found: Validation, console: Any, files: Sequence[Path]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "statement", "goal", "worst", "where"):
+    for title in ("", "statement", "goal", "worst"):
         table.add_column(title, no_wrap=True, justify="right" if title in ("goal", "worst") else "left")
+    table.add_column("where", no_wrap=True, overflow="ellipsis", max_width=max(12, console.width - 64))
     marks = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "[dim]shown[/]"}
     for s in found.statements:
-        table.add_row(marks[s.holds], s.name, s.goal, s.worst, s.where)
+        table.add_row(marks[s.holds], *map(escape, (s.name, s.goal, s.worst, s.where)))
     console.print(table)
     console.print(_summary(found), highlight=False)
     console.print("→ " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)

@@ -38,8 +38,10 @@ def plot(found: Validation) -> Figure:
     figure, axes = plt.subplots(
         1, 3, figsize=(size(1, 1)[0], 2.3), layout="constrained", gridspec_kw={"width_ratios": [1, 1, 0.9]}
     )
-    _remainders(axes[0], found.cells)
-    _signs(axes[1], found.cells)
+    cells = [c for c in found.cells if c.finite and 0 < c.trust_radius < np.inf]
+    if cells:
+        _remainders(axes[0], cells)
+        _signs(axes[1], cells)
     _identities(axes[2], found.checks)
     return figure
 
@@ -54,6 +56,14 @@ def _resampled(cells: Sequence[Cell], name: str, at: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
+def _quantiles(rows: np.ndarray) -> np.ndarray:
+    """Quartiles of each column that holds a number."""
+    result = np.full((3, rows.shape[1]), np.nan)
+    seen = np.isfinite(rows).any(0)
+    result[:, seen] = np.nanquantile(rows[:, seen], [0.25, 0.5, 0.75], axis=0)
+    return result
+
+
 def _remainders(axis: Axes, cells: Sequence[Cell]) -> None:
     every = np.concatenate([c.multiples for c in cells])
     at = np.geomspace(every.min(), every.max(), 41)
@@ -62,7 +72,7 @@ def _remainders(axis: Axes, cells: Sequence[Cell]) -> None:
         some = [c for c in cells if c.arithmetic == arithmetic]
         for curve, style in (("curve_first", "-"), ("curve_second", "--")):
             rows = _resampled(some, curve, at)
-            low, middle, high = np.nanquantile(rows, [0.25, 0.5, 0.75], axis=0)
+            low, middle, high = _quantiles(rows)
             axis.fill_between(at, low, high, color=_colour(arithmetic), alpha=0.15, lw=0)
             axis.plot(at, middle, style, color=_colour(arithmetic), lw=_WIDTHS[arithmetic.split()[0]])
     axis.set_xscale("log")
@@ -85,7 +95,15 @@ def _signs(axis: Axes, cells: Sequence[Cell]) -> None:
     at = np.geomspace(every.min(), every.max(), 41)
     for model, style in zip(dict.fromkeys(c.model for c in judged), _LINES * 9, strict=False):
         rows = _resampled([c for c in judged if c.model == model], "curve_signs", at)
-        axis.plot(at, np.nanmean(rows, 0), color="black", ls=style, lw=1, label=model.rstrip("/").split("/")[-1][:22])
+        seen = np.isfinite(rows).any(0)
+        axis.plot(
+            at[seen],
+            np.nanmean(rows[:, seen], 0),
+            color="black",
+            ls=style,
+            lw=1,
+            label=model.rstrip("/").split("/")[-1][:22],
+        )
     axis.plot([0.5, 0.5], [0.62, 1.02], color=GUIDE, lw=0.8, ls=":")
     axis.set_xscale("log")
     axis.set_ylim(0.4, 1.02)

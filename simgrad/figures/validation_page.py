@@ -52,10 +52,15 @@ def _limits(found: Validation) -> list[dict[str, object]]:
     return [
         {
             **dict(zip(("model", "arithmetic", "kind", "optimizer"), key, strict=True)),
-            **{name: float(np.nanmedian([getattr(c, name) for c in cells])) for name in names},
+            **{name: _median([getattr(c, name) for c in cells]) for name in names},
         }
         for key, cells in groups.items()
     ]
+
+
+def _median(values: list[float]) -> float:
+    known = [x for x in values if np.isfinite(x)]
+    return float(np.median(known)) if known else float("nan")
 
 
 def _number(x: float | None) -> str:

@@ -83,6 +83,7 @@ class Cell:
         device: where it ran.
         objective: by name.
         optimizer: by name.
+        finite: whether every prediction and measurement is.
         trust_radius: ‖first‖/‖second‖ over all responses, in learning rates.
         order_first: fitted order of ‖measured - first order‖ in η, with a 95 % jackknife interval over pairs (None: too
             few rates at which rounding does not hide it).
@@ -111,6 +112,7 @@ class Cell:
     device: str
     objective: str
     optimizer: str
+    finite: bool
     trust_radius: float
     order_first: tuple[float, float, float] | None
     order_second: tuple[float, float, float] | None
@@ -132,17 +134,39 @@ class Cell:
     curve_signs: Sequence[float] = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Ray:
+    """A step v = factor · direction, the direction of about unit norm so that low precision does not overflow."""
+
+    direction: Theta
+    factor: float
+
+
+def _ray(step: Theta) -> Ray:
+    """Scaled by a power of two, which rounds nothing."""
+    norm = float(np.sqrt(sum(float(jnp.square(tree.widen(x)).sum()) for x in jax.tree.leaves(step))))
+    factor = 2.0 ** np.round(np.log2(norm)) if 0 < norm < np.inf else 1.0
+    scaled = jax.tree.map(lambda x: (tree.widen(x) / jnp.asarray(factor, tree.widen(x).dtype)).astype(x.dtype), step)
+    return Ray(scaled, float(factor))
+
+
+def _predicted(base: Base, rays: Sequence[Ray]) -> tuple[np.ndarray, np.ndarray]:
+    """First and second order of each pair's change along its ray, in float64."""
+    s = base.subject
+    changes = [displacement(s.apply, s.theta, pair, ray.direction) for pair, ray in zip(base.every, rays, strict=False)]
+    first = [np.asarray(c.first, float) * ray.factor for c, ray in zip(changes, rays, strict=True)]
+    second = [np.asarray(c.second, float) * ray.factor**2 for c, ray in zip(changes, rays, strict=True)]
+    return np.concatenate(first), np.concatenate(second)
+
+
 def alone(base: Base, reference: Base, objective: str, grid: Grid, where: dict[str, str]) -> Cell | None:
     """Every pair by itself under SGD: the statement about its regime. None where the objective moves no pair."""
     s, force = base.subject, base.forces(objective, each=True)
     first = _first_alone(base, force)
-    steps = [pulled(s.apply, s.theta, pair, f[None]) for pair, f in zip(base.every, force, strict=False)]
-    second = jnp.concatenate(
-        [displacement(s.apply, s.theta, pair, v).second for pair, v in zip(base.every, steps, strict=False)]
-    )
+    rays = [_ray(pulled(s.apply, s.theta, pair, f[None])) for pair, f in zip(base.every, force, strict=False)]
     exact = first if reference is base else _first_alone(reference, reference.forces(objective, each=True))
     where = {**where, "kind": "alone", "objective": objective, "optimizer": "sgd"}
-    return _judged(base, where, StepChange(first, second), steps, grid, gap(first, exact))
+    return _judged(base, where, first, _predicted(base, rays)[1], rays, grid, gap(first, exact))
 
 
 def together(base: Base, reference: Base, objective: str, name: str, grid: Grid, where: dict[str, str]) -> Cell | None:
@@ -150,17 +174,13 @@ def together(base: Base, reference: Base, objective: str, name: str, grid: Grid,
 
     None where the objective moves no pair.
     """
-    step = step_of(base, objective, name)
-    change = _followed(base, step)
-    exact = change if reference is base else _followed(reference, step_of(reference, objective, name))
+    rays = [_ray(step_of(base, objective, name))] * len(base.every)
+    first, second = _predicted(base, rays)
+    exact = first
+    if reference is not base:
+        exact, _ = _predicted(reference, [_ray(step_of(reference, objective, name))] * len(reference.every))
     where = {**where, "kind": "together", "objective": objective, "optimizer": name}
-    return _judged(base, where, change, [step] * len(base.every), grid, gap(change.first, exact.first))
-
-
-def _followed(base: Base, step: Theta) -> StepChange:
-    s = base.subject
-    changes = [displacement(s.apply, s.theta, pair, step) for pair in base.every]
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *changes)
+    return _judged(base, where, first, second, rays, grid, gap(first, exact))
 
 
 def step_of(base: Base, objective: str, name: str) -> Theta:
@@ -185,9 +205,9 @@ def _third_update(name: str, ascents: list[Theta], trained: Theta) -> Theta:
     return jax.tree.map(lambda x, t: x.astype(t.dtype), step, trained)
 
 
-def _first_alone(base: Base, force: Array) -> Float[Array, "B 2"]:
+def _first_alone(base: Base, force: Array) -> np.ndarray:
     change = first_order(base.kernel, Coefficients(force[:, 0], -force[:, 1]))
-    return jnp.stack([change.chosen, change.rejected], -1)
+    return np.stack([np.asarray(change.chosen, float), np.asarray(change.rejected, float)], -1)
 
 
 def regimes_of(change: np.ndarray) -> np.ndarray:
@@ -197,19 +217,27 @@ def regimes_of(change: np.ndarray) -> np.ndarray:
 
 
 def _judged(
-    base: Base, where: dict[str, str], change: StepChange, steps: list[Theta], grid: Grid, reference_error: float
+    base: Base,
+    where: dict[str, str],
+    first: np.ndarray,
+    second: np.ndarray,
+    rays: Sequence[Ray],
+    grid: Grid,
+    reference_error: float,
 ) -> Cell | None:
     """Take the steps and compare; pairs that the objective does not move (a saturated hinge) are left out."""
-    first, second = (np.asarray(x, float) for x in (change.first, change.second))
-    moves = np.flatnonzero(np.abs(first).max(-1) > 0)
+    moves = np.flatnonzero(~(np.abs(first).max(-1) == 0)).tolist()
     if not len(moves):
         return None
     first, second = first[moves], second[moves]
     moved = StepChange(jnp.asarray(first), jnp.asarray(second))
     unit = float(np.linalg.norm(first) / max(np.linalg.norm(second), 1e-300))
     rates = np.array(grid.learning_rates or [m * unit for m in grid.rates])
-    s, etas = base.subject, jnp.asarray(rates, base.logp.dtype)
-    pieces = [measured_along(s.apply, s.theta, base.every[i], steps[i], etas) for i in moves]
+    s, dtype = base.subject, base.logp.dtype
+    pieces = [
+        measured_along(s.apply, s.theta, base.every[i], rays[i].direction, jnp.asarray(rates * rays[i].factor, dtype))
+        for i in moves
+    ]
     measured = np.concatenate([np.asarray(x, float) for x in pieces], 1)
 
     eta, multiple = rates[:, None, None], rates / unit
@@ -224,6 +252,7 @@ def _judged(
     return Cell(
         **where,
         model=s.name,
+        finite=bool(np.isfinite(measured).all() and np.isfinite([*first, *second]).all()),
         trust_radius=unit,
         order_first=_order(rates, multiple, misses[0], measured, base.rounding),
         order_second=_order(rates, multiple, misses[1], measured, base.rounding),

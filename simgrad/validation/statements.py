@@ -46,6 +46,7 @@ def statements(cells: Sequence[Cell], checks: Sequence[Check]) -> list[Statement
     found = []
     for arithmetic in dict.fromkeys(c.arithmetic for c in cells):
         some = [c for c in cells if c.arithmetic == arithmetic]
+        found.append(_finite(some, arithmetic))
         found += _orders(some, arithmetic)
         found += _agreement(some, arithmetic)
         if arithmetic != "float64":
@@ -63,7 +64,7 @@ _GROUPS = {
     "devices": "many devices give what one gives",
     "determinism": "the same again, bit for bit",
 }
-_ORDER = ["first order", "second order", "signs", "regimes", "float64", *_GROUPS]
+_ORDER = ["finite", "first order", "second order", "signs", "regimes", "float64", *_GROUPS]
 
 
 def _is(check: Check, group: str, arithmetic: str) -> bool:
@@ -73,6 +74,19 @@ def _is(check: Check, group: str, arithmetic: str) -> bool:
 def _judged(arithmetic: str) -> bool:
     """float32 or better with full-precision products."""
     return arithmetic in ("float64", "float32")
+
+
+def _finite(cells: Sequence[Cell], arithmetic: str) -> Statement:
+    bad = [c for c in cells if not c.finite]
+    return Statement(
+        f"finite/{arithmetic}",
+        "every prediction and every measurement is a finite number",
+        not bad if _judged(arithmetic) else None,
+        "all",
+        f"{len(cells) - len(bad)} of {len(cells)}",
+        _place(bad[0]) if bad else "",
+        len(cells),
+    )
 
 
 def _orders(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
@@ -121,7 +135,7 @@ def _agreement(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
                 bool(share >= AGREEMENT) if _judged(arithmetic) else None,
                 f"≥ {AGREEMENT:.0%}",
                 f"{share:.2%} of {count}",
-                model,
+                _short(model),
                 sum(n for _, n, _ in pooled),
             )
 
@@ -149,10 +163,15 @@ def _identity(group: str, text: str, arithmetic: str, checks: Sequence[Check]) -
         all(c.holds for c in judged) if judged else None,
         limit,
         f"{worst.error:.1e}",
-        f"{worst.name}; {worst.model}, {worst.device}",
+        f"{worst.name}; {_short(worst.model)}, {worst.device}",
         len(checks),
     )
 
 
 def _place(cell: Cell) -> str:
-    return f"{cell.model}, {cell.objective}, {cell.optimizer}, pairs {cell.kind}; {cell.device}"
+    return f"{_short(cell.model)}, {cell.objective}, {cell.optimizer}, pairs {cell.kind}; {cell.device}"
+
+
+def _short(model: str) -> str:
+    """A checkpoint's folder without the way to it."""
+    return model.rstrip("/").split("/")[-1]
