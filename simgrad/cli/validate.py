@@ -98,7 +98,8 @@ def _show(found: Validation, console: Any, files: Sequence[Path]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "statement", "goal", "worst"):
-        table.add_column(title, no_wrap=True, justify="right" if title in ("goal", "worst") else "left")
+        right, least = title in ("goal", "worst"), {"": 5, "goal": 8}.get(title)
+        table.add_column(title, no_wrap=True, min_width=least, justify="right" if right else "left")
     table.add_column("where", no_wrap=True, overflow="ellipsis", max_width=max(12, console.width - 64))
     marks = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "[dim]shown[/]"}
     for s in found.statements:

@@ -78,10 +78,12 @@ def _remainders(axis: Axes, cells: Sequence[Cell]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     bottom = 1e-9
-    for order in (1, 2):
-        axis.plot(at, 0.25 * at**order, color=GUIDE, lw=0.6, zorder=0)
+    for order, start in ((1, 1e-3), (2, 1e-2)):
+        line = at[(at >= start / 30) & (at <= start)]
+        axis.plot(line, 0.12 * line**order, color=GUIDE, lw=0.8)
+        axis.text(line[-1] * 1.3, 0.12 * line[-1] ** order, str(order), color=GUIDE, fontsize=7, va="center")
     axis.set_ylim(bottom, 30)
-    axis.set_xlabel("learning rate / trust radius")
+    axis.set_xlabel("learning rate / η*")
     axis.set_ylabel("relative error of the prediction")
     for i, arithmetic in enumerate(names):
         axis.text(
@@ -107,9 +109,9 @@ def _signs(axis: Axes, cells: Sequence[Cell]) -> None:
     axis.plot([0.5, 0.5], [0.62, 1.02], color=GUIDE, lw=0.8, ls=":")
     axis.set_xscale("log")
     axis.set_ylim(0.4, 1.02)
-    axis.set_xlabel("learning rate / trust radius")
+    axis.set_xlabel("learning rate / η*")
     axis.set_ylabel("share of right signs")
-    axis.legend(loc="lower left", handlelength=2.2, fontsize=6.5)
+    axis.legend(loc="lower left", handlelength=2.0, fontsize=6, borderaxespad=0)
 
 
 def _identities(axis: Axes, checks: Sequence[Check]) -> None:

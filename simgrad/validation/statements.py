@@ -156,7 +156,7 @@ def _float64(cells: Sequence[Cell], arithmetic: str) -> Statement:
 def _identity(group: str, text: str, arithmetic: str, checks: Sequence[Check]) -> Statement:
     worst = max(checks, key=lambda c: _or_inf(c.error / c.limit) if c.limit else _or_inf(c.error))
     judged = [c for c in checks if c.holds is not None]
-    limit = "not judged" if worst.limit is None else f"≤ {worst.limit:g}"
+    limit = "not judged" if worst.limit is None else f"≤ {worst.limit:.2g}"
     return Statement(
         f"{group}/{arithmetic}",
         text,
