@@ -131,7 +131,7 @@ WHERE = {"arithmetic": "float64", "device": "cpu"}
 
 @functools.cache
 def base(dtype="float64", name="linear-softmax"):
-    return cells.base_of(subject(name, TINY, dtype))
+    return cells.base_of(subject(name, TINY, dtype), TINY.objectives)
 
 
 def steps():
@@ -139,8 +139,11 @@ def steps():
 
 
 def identities():
-    some = [*agreement.against_reference(base(), base(), WHERE, True, False), *agreement.routes(base(), WHERE)]
-    return [], [*some, *agreement.repeated(base(), WHERE)]
+    some = [
+        *agreement.against_reference(base(), base(), WHERE, True, False),
+        *agreement.routes(base(), TINY.rates, WHERE),
+    ]
+    return [], [*some, *agreement.repeated(base(), TINY.rates, WHERE)]
 
 
 def forms():
@@ -177,7 +180,7 @@ def test_a_wrong_sign_is_found(monkeypatch):
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):
-    failed = sabotaged(monkeypatch, identities, agreement, "pair_kernel", scaled(1 + 1e-8))
+    failed = sabotaged(monkeypatch, identities, agreement, "token_kernel", scaled(1 + 1e-8))
     assert failed == {"kernels"}
 
 
@@ -199,7 +202,7 @@ def test_steps_and_runs_of_a_transformer():
 
 def test_low_precision_is_shown_but_not_judged():
     where, low = {**WHERE, "arithmetic": "bfloat16"}, base("bfloat16")
-    wide = cells.base_of(twin(low.subject))
+    wide = cells.base_of(twin(low.subject), TINY.objectives)
     cell = cells.alone(low, wide, "dpo", TINY, where)
     names = {s.name: s for s in statements([cell], [*agreement.against_reference(low, wide, where, True, False)])}
     assert names["signs/bfloat16"].holds is None

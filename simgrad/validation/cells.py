@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from simgrad import objectives, tree
 from simgrad.objectives import Coefficients
@@ -38,28 +39,22 @@ class Base:
         subject: the policy and its pairs.
         every: batches of one pair each, trained pairs first: one compiled program serves them all.
         logp: log π of the trained pairs.
-        lengths: of their responses.
         kernel: theirs, by the library's default route.
+        alone: (d_w, -d_l) of each pair trained by itself, by objective.
+        together: the same of the mean loss over all pairs.
         rounding: unit roundoff.
     """
 
     subject: Subject
     every: tuple[Batch, ...]
     logp: Float[Array, "B 2"]
-    lengths: Any
     kernel: PairKernel
+    alone: dict[str, Float[Array, "B 2"]]
+    together: dict[str, Float[Array, "B 2"]]
     rounding: float
 
-    def forces(self, objective: str, each: bool) -> Float[Array, "B 2"]:
-        """(d_w, -d_l) of each pair: trained alone, or of the mean loss over all pairs."""
-        loss, reference = objectives.get(objective), self.subject.references(self.logp)
-        if each:
-            one = lambda *x: loss.signed_coefficients(*(y[None] for y in x))[0]  # noqa: E731
-            return jax.vmap(one)(self.logp, reference, self.lengths)
-        return loss.signed_coefficients(self.logp, reference, self.lengths) / len(self.logp)
 
-
-def base_of(subject: Subject) -> Base:
+def base_of(subject: Subject, objectives: tuple[str, ...]) -> Base:
     """Evaluate a subject once."""
     followed, count = subject.followed, len(subject.pairs)
     every = tuple(followed.take(slice(i, i + 1)) for i in range(followed.size))
@@ -68,7 +63,23 @@ def base_of(subject: Subject) -> Base:
     kernels = [pair_kernel(apply, theta, pair) for pair in every[:count]]
     kernel = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kernels)
     rounding = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(theta))
-    return Base(subject, every, logp, followed.lengths[:count], kernel, rounding)
+    alone, together = _forces(logp, subject.references(logp), followed.lengths[:count], objectives)
+    return Base(subject, every, logp, kernel, alone, together, rounding)
+
+
+@functools.partial(jax.jit, static_argnames="names")
+def _forces(
+    logp: Array, reference: Array, lengths: Array, names: tuple[str, ...]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(d_w, -d_l) of every pair under every objective, of a loss of its own and of the mean loss."""
+    losses = {name: objectives.get(name) for name in names}
+
+    def one(loss: objectives.Objective, *x: Array) -> Array:
+        return loss.signed_coefficients(*(y[None] for y in x))[0]
+
+    alone = {n: jax.vmap(functools.partial(one, loss))(logp, reference, lengths) for n, loss in losses.items()}
+    together = {n: loss.signed_coefficients(logp, reference, lengths) / len(logp) for n, loss in losses.items()}
+    return alone, together
 
 
 @dataclass(frozen=True)
@@ -143,11 +154,16 @@ class Ray:
 
 
 def _ray(step: Theta) -> Ray:
-    """Scaled by a power of two, which rounds nothing."""
-    norm = float(np.sqrt(sum(float(jnp.square(tree.widen(x)).sum()) for x in jax.tree.leaves(step))))
-    factor = 2.0 ** np.round(np.log2(norm)) if 0 < norm < np.inf else 1.0
-    scaled = jax.tree.map(lambda x: (tree.widen(x) / jnp.asarray(factor, tree.widen(x).dtype)).astype(x.dtype), step)
-    return Ray(scaled, float(factor))
+    direction, factor = _scaled(step)
+    return Ray(direction, float(factor))
+
+
+@jax.jit
+def _scaled(step: Theta) -> tuple[Theta, Array]:
+    """Divided by the power of two next to the norm, which rounds nothing."""
+    norm = jnp.sqrt(tree.inner(step, step))
+    factor = jnp.where((norm > 0) & jnp.isfinite(norm), jnp.exp2(jnp.round(jnp.log2(norm))), 1.0)
+    return jax.tree.map(lambda x: (tree.widen(x) / factor.astype(tree.widen(x).dtype)).astype(x.dtype), step), factor
 
 
 def _predicted(base: Base, rays: Sequence[Ray]) -> tuple[np.ndarray, np.ndarray]:
@@ -161,10 +177,10 @@ def _predicted(base: Base, rays: Sequence[Ray]) -> tuple[np.ndarray, np.ndarray]
 
 def alone(base: Base, reference: Base, objective: str, grid: Grid, where: dict[str, str]) -> Cell | None:
     """Every pair by itself under SGD: the statement about its regime. None where the objective moves no pair."""
-    s, force = base.subject, base.forces(objective, each=True)
+    s, force = base.subject, base.alone[objective]
     first = _first_alone(base, force)
     rays = [_ray(pulled(s.apply, s.theta, pair, f[None])) for pair, f in zip(base.every, force, strict=False)]
-    exact = first if reference is base else _first_alone(reference, reference.forces(objective, each=True))
+    exact = first if reference is base else _first_alone(reference, reference.alone[objective])
     where = {**where, "kind": "alone", "objective": objective, "optimizer": "sgd"}
     return _judged(base, where, first, _predicted(base, rays)[1], rays, grid, gap(first, exact))
 
@@ -185,24 +201,43 @@ def together(base: Base, reference: Base, objective: str, name: str, grid: Grid,
 
 def step_of(base: Base, objective: str, name: str) -> Theta:
     """The optimizer's update at learning rate 1, its moments fed by two earlier gradients."""
-    s, force = base.subject, base.forces(objective, each=False)
+    s, force = base.subject, base.together[objective]
 
-    def ascent(pull: Array) -> Theta:
-        parts = [pulled(s.apply, s.theta, pair, f[None]) for pair, f in zip(base.every, pull, strict=False)]
-        return jax.tree.map(lambda *xs: jnp.stack([tree.widen(x) for x in xs]).sum(0).astype(xs[0].dtype), *parts)
-
-    ascents = [ascent(pull) for pull in (0.7 * force, jnp.roll(force, 1, 0), force)]
     trained, _ = tree.partition(s.theta, None, s.apply.frozen)
-    return _third_update(name, ascents, trained)
+
+    def gradient(pull: Array) -> Array:
+        return _minus_sum([pulled(s.apply, s.theta, pair, f[None]) for pair, f in zip(base.every, pull, strict=False)])
+
+    gradients = [gradient(pull) for pull in (0.7 * force, jnp.roll(force, 1, 0), force)]
+    return _whole(_third_update(name, gradients, _flat(trained)), trained)
+
+
+@jax.jit
+def _minus_sum(ascents: list[Theta]) -> Array:
+    total = ravel_pytree([tree.widen(x) for x in jax.tree.leaves(ascents[0])])[0] * 0
+    for ascent in ascents:
+        total -= ravel_pytree([tree.widen(x) for x in jax.tree.leaves(ascent)])[0]
+    return total.astype(jax.tree.leaves(ascents[0])[0].dtype)
+
+
+@jax.jit
+def _flat(trained: Theta) -> Array:
+    return ravel_pytree(trained)[0]
+
+
+@jax.jit
+def _whole(vector: Array, trained: Theta) -> Theta:
+    return ravel_pytree(trained)[1](vector)
 
 
 @functools.partial(jax.jit, static_argnames="name")
-def _third_update(name: str, ascents: list[Theta], trained: Theta) -> Theta:
+def _third_update(name: str, gradients: list[Float[Array, " n"]], point: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The update that follows two others, on parameters in one vector: a program that every model can share."""
     transform = optimizer(name)
-    state, step = transform.init(trained), None
-    for ascent in ascents:
-        step, state = updated(transform, jax.tree.map(jnp.negative, ascent), state, trained)
-    return jax.tree.map(lambda x, t: x.astype(t.dtype), step, trained)
+    state, step = transform.init(point), point
+    for gradient in gradients:
+        step, state = updated(transform, gradient, state, point)
+    return step.astype(point.dtype)
 
 
 def _first_alone(base: Base, force: Array) -> np.ndarray:

@@ -58,7 +58,7 @@ class Grid:
         learning_rates: the same in their own unit (given: ``rates`` are not used).
         thorough: all that is left out otherwise: steps on all pairs together with every objective and optimizer (not
             only the first objective with every optimizer, and objectives that couple pairs with the first optimizer),
-            every route to a kernel in every dtype, runs of every kind, low precision for context tables too.
+            every route to a kernel in every dtype, and for context tables whole runs and low precision too.
         pairs: trained on together.
         probes: pairs that are followed but not trained on.
         seed: of parameters and pairs.
@@ -78,8 +78,8 @@ class Grid:
     rates: Sequence[float] = tuple(float(x) for x in np.round(np.geomspace(1e-4, 10, 11), 12))
     learning_rates: Sequence[float] = ()
     thorough: bool = False
-    pairs: int = 6
-    probes: int = 2
+    pairs: int = 5
+    probes: int = 1
     seed: int = 0
     model: str | None = None
     data: str | None = None

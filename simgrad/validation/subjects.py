@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad.models import Apply, LoraApply, ModelConfig, TransformerApply, create, linear_softmax
+from simgrad import tree
+from simgrad.models import Apply, LoraApply, ModelConfig, TransformerApply, init_transformer, linear_softmax
 from simgrad.models import unconstrained_features as unconstrained
 from simgrad.pairs import Batch, Pair, padded
 from simgrad.typing import Array, Float, Theta
@@ -92,10 +93,23 @@ def subject(name: str, grid: Grid, dtype: str) -> Subject:
         apply, theta = unconstrained(every, VOCAB, 16, grid.seed, "float64")
     else:
         shape = {"vocab_size": VOCAB, "width": 32, "depth": 2, "heads": 4, "max_length": 16, **_SHAPES[name]}
-        apply, theta = create(ModelConfig(**shape, dtype="float64"), grid.seed)
-        # gains and biases away from their trivial initial values
-        theta = jax.tree.map(lambda x: x + jnp.asarray(0.1 * random.normal(size=x.shape)), theta)
+        apply = TransformerApply(ModelConfig(**shape, dtype="float64"))
+        theta = _random(apply, random)
     return _subject(name, apply, theta, every, grid, dtype)
+
+
+def _random(apply: TransformerApply, random: np.random.Generator) -> Theta:
+    """Every parameter away from its trivial value: gains around 1, biases around 0, matrices by their fan-in."""
+    abstract = jax.eval_shape(lambda: init_transformer(apply.config))
+    size = {"table": lambda shape: 0.3, "kernel": lambda shape: shape[-2] ** -0.5}
+
+    def draw(path: str, shape: tuple[int, ...]) -> Array:
+        leaf = path.rsplit("/", 1)[-1]
+        noise = size.get(leaf, lambda shape: 0.1)(shape) * random.normal(size=shape)
+        return jnp.asarray(noise + (leaf == "scale"))
+
+    leaves = [draw(path, x.shape) for path, x in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def _checkpoint(name: str, grid: Grid, dtype: str) -> Subject:

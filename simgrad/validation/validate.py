@@ -168,14 +168,17 @@ def _piece(grid: Grid, name: str, arithmetic: Arithmetic, device: Any, host: Any
 
     def work() -> Found:
         where = {"arithmetic": str(arithmetic), "device": device.device_kind}
+        names = tuple(dict.fromkeys(("dpo", *grid.objective_names)))  # the identities are about steps of DPO
         with jax.enable_x64(True):
             with jax.default_device(device), jax.default_matmul_precision(arithmetic.precision):
-                base = base_of(subject(name, grid, arithmetic.dtype))
+                base = base_of(subject(name, grid, arithmetic.dtype), names)
             reference = base
             if (arithmetic.dtype, device.platform) != ("float64", "cpu"):
                 with jax.default_device(host), jax.default_matmul_precision("highest"):
                     wide = twin(base.subject)
-                    reference = base_of(dataclasses.replace(wide, theta=jax.device_put(wide.theta, host)))
+                    if device != host:
+                        wide = dataclasses.replace(wide, theta=jax.device_put(wide.theta, host))
+                    reference = base_of(wide, names)
             with jax.default_device(device), jax.default_matmul_precision(arithmetic.precision):
                 found = [x for x in part(grid, base, reference, where, arithmetic) if x is not None]
         cells, checks = ([x for x in found if isinstance(x, Cell)], [x for x in found if isinstance(x, Check)])
@@ -193,13 +196,12 @@ def _cells(grid: Grid, base: Base, reference: Base, where: dict[str, str], arith
 
 def _checks(grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic) -> Iterable[Any]:
     exact = arithmetic.dtype == "float64"
-    judged = arithmetic.precision == "highest"
+    judged, rates = arithmetic.precision == "highest", grid.learning_rates or grid.rates
     yield from against_reference(base, reference, where, judged, grid.thorough)
-    yield from repeated(base, where)
-    if exact:
-        yield from routes(base, where)
-        if grid.thorough or base.subject.name not in TABLES:
-            yield from runs(base, where, ("sgd", "adam") if grid.thorough else ("adam",))
+    yield from repeated(base, rates, where)
+    if exact and (grid.thorough or base.subject.name not in TABLES or grid.subjects == (base.subject.name,)):
+        yield from routes(base, rates, where)
+        yield from runs(base, where, ("sgd", "adam") if grid.thorough else ("adam",))
 
 
 def _spread(grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic) -> Iterable[Any]:
