@@ -48,7 +48,7 @@ class Validate:
     precisions: Names = ()
     """Of float32 matrix products: default, highest (default: both where the device tells them apart)."""
     learning_rates: Annotated[tuple[float, ...], tyro.conf.arg(name="lr", metavar="RATE ...")] = ()
-    """Learning rates (default: from 1e-4 to 10 times each setting's own trust radius)."""
+    """Learning rates (default: from 1e-6 to 10 times each setting's own trust radius)."""
     pairs: int | None = None
     """Pairs that are trained on together."""
     max_length: int | None = None

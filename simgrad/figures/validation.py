@@ -77,8 +77,8 @@ def _remainders(axis: Axes, cells: Sequence[Cell]) -> None:
             axis.plot(at, middle, style, color=_colour(arithmetic), lw=_WIDTHS[arithmetic.split()[0]])
     axis.set_xscale("log")
     axis.set_yscale("log")
-    bottom = 1e-9
-    for order, start in ((1, 1e-3), (2, 1e-2)):
+    bottom = 1e-12
+    for order, start in ((1, 1e-4), (2, 3e-3)):
         line = at[(at >= start / 30) & (at <= start)]
         axis.plot(line, 0.12 * line**order, color=GUIDE, lw=0.8)
         axis.text(line[-1] * 1.3, 0.12 * line[-1] ** order, str(order), color=GUIDE, fontsize=7, va="center")
@@ -115,7 +115,7 @@ def _signs(axis: Axes, cells: Sequence[Cell]) -> None:
 
 
 def _identities(axis: Axes, checks: Sequence[Check]) -> None:
-    rows = list(dict.fromkeys((c.group, c.arithmetic) for c in checks if c.group != "determinism"))
+    rows = list(dict.fromkeys((c.group, c.arithmetic) for c in checks if c.group not in ("determinism", "d_w, d_l")))
     for height, (group, arithmetic) in enumerate(reversed(rows)):
         some = [c for c in checks if (c.group, c.arithmetic) == (group, arithmetic)]
         errors = np.maximum([c.error for c in some], _SMALLEST)

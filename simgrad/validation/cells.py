@@ -27,7 +27,7 @@ __all__ = ["Base", "Cell", "alone", "base_of", "regimes_of", "step_of", "togethe
 
 NOISE = 100
 """A remainder says nothing below this many roundoffs of the change itself."""
-POINTS, NEAR = 4, 0.05
+POINTS, NEAR = 3, 0.05
 """An order is fitted to the smallest rates that rounding does not spoil, within this share of the trust radius."""
 
 
@@ -110,7 +110,8 @@ class Cell:
         r2_second: the same for the second order.
         holds_to: largest multiple of the trust radius up to which R² of the second-order prediction is above .9.
         holds_to_nats: the largest |Δ log π| there.
-        reference_error: of the first-order prediction against float64 on the CPU, relative to the largest in the cell.
+        reference_error: of the first-order prediction against float64 on the CPU with the same d_w and d_l, relative to
+            the largest in the cell.
         multiples: the learning rates as multiples of the trust radius.
         curve_first: relative error of the first order at each rate: norm over all responses.
         curve_second: of the second order.
@@ -180,7 +181,7 @@ def alone(base: Base, reference: Base, objective: str, grid: Grid, where: dict[s
     s, force = base.subject, base.alone[objective]
     first = _first_alone(base, force)
     rays = [_ray(pulled(s.apply, s.theta, pair, f[None])) for pair, f in zip(base.every, force, strict=False)]
-    exact = first if reference is base else _first_alone(reference, reference.alone[objective])
+    exact = first if reference is base else _first_alone(reference, force.astype(reference.logp.dtype))
     where = {**where, "kind": "alone", "objective": objective, "optimizer": "sgd"}
     return _judged(base, where, first, _predicted(base, rays)[1], rays, grid, gap(first, exact))
 
@@ -194,15 +195,19 @@ def together(base: Base, reference: Base, objective: str, name: str, grid: Grid,
     first, second = _predicted(base, rays)
     exact = first
     if reference is not base:
-        exact, _ = _predicted(reference, [_ray(step_of(reference, objective, name))] * len(reference.every))
+        force = base.together[objective].astype(reference.logp.dtype)
+        exact, _ = _predicted(reference, [_ray(_step(reference, force, name))] * len(reference.every))
     where = {**where, "kind": "together", "objective": objective, "optimizer": name}
     return _judged(base, where, first, second, rays, grid, gap(first, exact))
 
 
 def step_of(base: Base, objective: str, name: str) -> Theta:
     """The optimizer's update at learning rate 1, its moments fed by two earlier gradients."""
-    s, force = base.subject, base.together[objective]
+    return _step(base, base.together[objective], name)
 
+
+def _step(base: Base, force: Array, name: str) -> Theta:
+    s = base.subject
     trained, _ = tree.partition(s.theta, None, s.apply.frozen)
 
     def gradient(pull: Array) -> Array:

@@ -75,7 +75,7 @@ class Grid:
     optimizers: Sequence[str] = ("sgd", "momentum", "rmsprop", "adam", "adamw", "clipped")
     dtypes: Sequence[str] = ("float64", "float32", "bfloat16")
     precisions: Sequence[str] = ()
-    rates: Sequence[float] = tuple(float(x) for x in np.round(np.geomspace(1e-4, 10, 11), 12))
+    rates: Sequence[float] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     learning_rates: Sequence[float] = ()
     thorough: bool = False
     pairs: int = 5
@@ -159,7 +159,7 @@ FULL = Grid(
     dtypes=DTYPES,
     thorough=True,
     pairs=6,
-    rates=tuple(float(x) for x in np.round(np.geomspace(1e-4, 10, 21), 12)),
+    rates=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
 )
 
 

@@ -59,6 +59,7 @@ def statements(cells: Sequence[Cell], checks: Sequence[Check]) -> list[Statement
 
 _GROUPS = {
     "closed forms": "every closed form is what automatic differentiation gives on this device",
+    "d_w, d_l": "an objective's coefficients are those of float64 on the CPU",
     "kernels": "kernels and log-probs agree with float64 on the CPU by every route",
     "routes": "different functions for one quantity agree, and training takes the predicted steps",
     "devices": "many devices give what one gives",
@@ -144,7 +145,7 @@ def _float64(cells: Sequence[Cell], arithmetic: str) -> Statement:
     worst = max(cells, key=lambda c: _or_inf(c.reference_error))
     return Statement(
         f"float64/{arithmetic}",
-        "first-order predictions are those of float64",
+        "first-order predictions are those of float64 with the same d_w, d_l",
         bool(worst.reference_error <= FLOAT32) if arithmetic == "float32" else None,
         f"≤ {FLOAT32:g}",
         f"{worst.reference_error:.1e}",
