@@ -14,7 +14,7 @@ from flax import nnx
 from simgrad.models.cache import Cache, Slots
 from simgrad.models.config import ModelConfig
 from simgrad.models.layers import Block, Norm, Table, Tape, visible
-from simgrad.models.output import Output, Use
+from simgrad.models.output import Output, Use, Visit
 from simgrad.tree import accumulator
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
@@ -45,14 +45,14 @@ class Transformer(nnx.Module):
         positions: Int[Array, "N T"] | None = None,
         streams: Int[Array, "N T"] | None = None,
         rows: Int[Array, "N Q"] | None = None,
-        taps: dict[str, Array] | None = None,
+        record: bool = False,
     ) -> Output:
         """Logits at ``rows`` (everywhere if None) and hidden states everywhere."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape)
         if streams is None:
             streams = jnp.ones_like(tokens)
-        return self._run(tokens, positions, visible(positions, streams), rows, Tape(taps))[0]
+        return self._run(tokens, positions, visible(positions, streams), rows, Tape(record))[0]
 
     def extend(
         self,
@@ -62,7 +62,7 @@ class Transformer(nnx.Module):
         rows: Int[Array, "N Q"] | None = None,
     ) -> tuple[Output, Cache]:
         """The same for new tokens that read the cache up to their own positions, and the cache with them."""
-        return self._run(tokens, positions, cache.visible(positions), rows, Tape(None), cache)
+        return self._run(tokens, positions, cache.visible(positions), rows, Tape(), cache)
 
     def _run(
         self,
@@ -79,6 +79,8 @@ class Transformer(nnx.Module):
             x = x + p
         if self.config.depth:
             x, cache = self._blocks(x, positions, mask, tape, cache)
+        if tape.record:
+            tape.uses["state"] = Use("state", (), x)
         hidden = self.final_norm(x, "final_norm", tape) if hasattr(self, "final_norm") else x
         read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
         table = (self.embedding if self.config.tied else self.unembedding).table[...]
@@ -90,25 +92,70 @@ class Transformer(nnx.Module):
         self, x: Array, positions: Array, mask: Array, tape: Tape, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         graph, stacked = nnx.split(self.layers)
-        inner = (
-            None
-            if tape.taps is None
-            else {site.removeprefix("layers/"): tap for site, tap in tape.taps.items() if site.startswith("layers/")}
-        )
-
         layers = None if cache is None else jnp.arange(self.config.depth)
 
         def step(carry: tuple[Array, Cache | None], layer: tuple) -> tuple[tuple[Array, Cache | None], dict[str, Use]]:
-            (x, kept), (state, taps, number) = carry, layer
-            block_tape, slots = Tape(taps), None if kept is None else Slots(kept, number, positions)
+            (x, kept), (state, number) = carry, layer
+            block_tape, slots = Tape(tape.record), None if kept is None else Slots(kept, number, positions)
+            if tape.record:
+                block_tape.uses["state"] = Use("state", (), x)
             x = nnx.merge(graph, state)(x, positions, mask, block_tape, slots)
             return (x, None if slots is None else slots.cache), block_tape.uses
 
-        (x, cache), uses = jax.lax.scan(step, (x, cache), (stacked, inner, layers), length=self.config.depth)
+        (x, cache), uses = jax.lax.scan(step, (x, cache), (stacked, layers), length=self.config.depth)
         for site, use in uses.items():
             sites = tuple(f"layers/{s}" for s in use.sites)
             tape.uses[f"layers/{site}"] = Use(use.kind, sites, use.input, use.outputs)
         return x, cache
+
+    def backward(
+        self, positions: Array, streams: Array, uses: dict[str, Use], cotangents: Array, visit: Visit
+    ) -> dict[str, Any]:
+        """See :meth:`simgrad.models.TappedApply.backward`."""
+        copies, sequences = cotangents.shape[:2]
+
+        def again(x: Array) -> Array:  # one copy of every sequence for each cotangent
+            return jnp.broadcast_to(x[None], (copies, *x.shape)).reshape(copies * sequences, *x.shape[1:])
+
+        def visited(use: Use, signals: tuple[Array, ...]) -> dict[str, Any]:
+            return visit(use, tuple(s.reshape(copies, sequences, *s.shape[1:]) for s in signals))
+
+        def through(run: Any, here: dict[str, Use], signal: Array, prefix: str) -> tuple[Array, dict[str, Any]]:
+            """The signal at the state that ``run`` received, and what was made of those on the way."""
+            found, taps, known = {}, {}, {}
+            for use in (use for use in here.values() if use.kind in ("linear", "affine")):
+                for site, y in zip(use.sites, use.outputs or (use.input,) * len(use.sites), strict=True):
+                    taps[site.removeprefix(prefix)] = jnp.zeros_like(again(y))
+                    if use.outputs:
+                        known[site.removeprefix(prefix)] = again(y)
+            _, pullback = jax.vjp(
+                lambda x, taps: run(x, Tape(known=known, taps=taps)), again(here["state"].input), taps
+            )
+            signal, at = jax.lax.optimization_barrier(pullback(signal))  # each signal is made once, then read
+            for use in (use for use in here.values() if use.sites):
+                found |= visited(use, tuple(at[site.removeprefix(prefix)] for site in use.sites))
+            return signal, found
+
+        signal = cotangents.reshape(copies * sequences, *cotangents.shape[2:])
+        found: dict[str, Any] = {}
+        if hasattr(self, "final_norm"):
+            last = {name: uses[name] for name in ("state", "final_norm")}
+            signal, found = through(lambda x, tape: self.final_norm(x, "final_norm", tape), last, signal, "")
+        if self.config.depth:
+            inner = {n.removeprefix("layers/"): use for n, use in uses.items() if n.startswith("layers/")}
+            graph, stacked = nnx.split(self.layers)
+            at, mask = again(positions), again(visible(positions, streams))
+
+            def step(signal: Array, layer: tuple) -> tuple[Array, dict[str, Any]]:
+                state, here = layer
+                block = nnx.merge(graph, state)
+                return through(lambda x, tape: block(x, at, mask, tape), here, signal, "layers/")
+
+            signal, layered = jax.lax.scan(step, signal, (stacked, inner), reverse=True)
+            found |= layered
+        for use in (uses[site] for site in ("embedding", "positions") if site in uses):
+            found |= visited(use, (signal,))
+        return found
 
 
 @functools.lru_cache
@@ -145,10 +192,9 @@ class TransformerApply:
         positions: Int[Array, "N T"] | None = None,
         streams: Int[Array, "N T"] | None = None,
         rows: Int[Array, "N Q"] | None = None,
-        taps: dict[str, Array] | None = None,
     ) -> Output:
-        """Logits and hidden states; with ``taps`` also what the parameters acted on."""
-        return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows, taps)
+        """Logits and hidden states."""
+        return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows)
 
     def cache(self, theta: Theta, sequences: int, size: int) -> Cache:
         """Empty slots for the keys and values of ``sequences`` sequences of at most ``size`` tokens."""
@@ -177,19 +223,28 @@ class TransformerApply:
         """
         return nnx.merge(_graph(self.config), theta).extend(tokens, positions, cache, rows)
 
-    def taps(
+    def record(
         self,
         theta: Theta,
         tokens: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        streams: Int[Array, "N T"],
         rows: Int[Array, "N Q"],
-    ) -> dict[str, Float[Array, "..."]]:
-        """Zeros shaped like the output of every parameterised operation."""
+    ) -> Output:
+        """The forward pass, and what the parameters acted on."""
+        return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows, record=True)
 
-        def outputs(theta: Theta) -> dict[str, Array]:
-            uses = self(theta, tokens, rows=rows, taps={}).uses.values()
-            return {site: y for use in uses for site, y in zip(use.sites, use.outputs, strict=True)}
-
-        return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(outputs, theta))
+    def backward(
+        self,
+        theta: Theta,
+        positions: Int[Array, "N T"],
+        streams: Int[Array, "N T"],
+        uses: dict[str, Use],
+        cotangents: Float[Array, "J N T D"],
+        visit: Visit,
+    ) -> dict[str, Any]:
+        """Signals at every parameterised operation, layer by layer; see :class:`simgrad.models.TappedApply`."""
+        return nnx.merge(_graph(self.config), theta).backward(positions, streams, uses, cotangents, visit)
 
 
 def init_transformer(config: ModelConfig, seed: int = 0) -> Theta:

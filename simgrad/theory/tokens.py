@@ -19,9 +19,10 @@ from simgrad import tree
 from simgrad.models import Apply, TappedApply
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
+from simgrad.theory.cost import Shapes
 from simgrad.theory.ghost_tokens import ghost_tokens
 from simgrad.theory.gram import PairKernel
-from simgrad.theory.likelihood import flat_rows, responses
+from simgrad.theory.likelihood import responses
 from simgrad.theory.prediction import Change
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -49,10 +50,9 @@ def token_kernel(
         batch: B pairs; ``ghost`` needs the padded layout.
         include: patterns of parameter paths, see :func:`simgrad.theory.pair_kernel`.
         method: ``columns`` computes J (Jᵀ e_j) for one token after the other, with one gradient in memory
-            at a time, for any model and layout. ``ghost`` is one backward pass for the i-th tokens of
-            both responses, and contractions over tokens, several times faster; it holds the signals of all
-            tokens of one pair, R times the activations of a forward pass. ``auto`` takes it where it can and
-            the signals fit in ``memory``.
+            at a time, for any model and layout. ``ghost`` is one backward pass for all tokens of a
+            pair, layer by layer, and contractions over tokens, several times faster; it holds the signals of
+            all tokens at one layer. ``auto`` takes it where it can and the signals fit in ``memory``.
         memory: bytes that ``auto`` allows for signals (2 GiB).
 
     Raises:
@@ -78,11 +78,10 @@ def token_kernel(
 
 
 def _signal_bytes(apply: TappedApply, theta: Theta, batch: Batch) -> int:
-    """Size of one signal a token and operation, for one pair."""
-    pair = batch.take(slice(1))
-    taps = jax.eval_shape(lambda t: apply.taps(t, pair.tokens[0], flat_rows(pair)), theta)
-    sizes = (x.size * x.dtype.itemsize for site, x in taps.items() if site != "unembedding")
-    return batch.targets.shape[-1] * sum(sizes)
+    """About what one layer's signals of all tokens of one pair take, with what is computed again on the way."""
+    shapes, (_, sequences, length) = Shapes.of(apply, theta), batch.tokens.shape
+    features = sum(r.fan_in + r.out for r in shapes.readings) + 2 * shapes.width
+    return 2 * batch.targets.shape[-1] * sequences * length * features * shapes.itemsize
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))
