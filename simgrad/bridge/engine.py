@@ -15,7 +15,7 @@ import numpy as np
 from simgrad import objectives, tree
 from simgrad.bridge.checkpoint import Policy
 from simgrad.bridge.journal import Journal, RunMismatchError, check_same_run
-from simgrad.bridge.plan import Work, plan
+from simgrad.bridge.plan import Layout, Work, kernel_works, plan
 from simgrad.bridge.preferences import Encoded, Skipped, encode, outside, read_rows
 from simgrad.bridge.table import ScoreTable
 from simgrad.models import Apply
@@ -36,6 +36,7 @@ from simgrad.theory import (
     regime,
     responses,
 )
+from simgrad.theory.cost import Shapes
 from simgrad.typing import Array, Float, Theta
 
 __all__ = ["score", "score_batch"]
@@ -55,6 +56,7 @@ def score(
     split: str = "train",
     out: str | Path | None = None,
     batch_tokens: int | None = None,
+    layout: Layout = "auto",
     progress: Progress | None = None,
 ) -> ScoreTable:
     """Score every preference pair under a policy.
@@ -91,6 +93,7 @@ def score(
         out: parquet file. Progress is kept beside it: killed at any moment and run again with the same
             arguments, it continues and gives the table an uninterrupted run gives.
         batch_tokens: token positions evaluated at once (None: by device).
+        layout: of pairs whose gradients are taken: ``padded``, ``packed``, or whichever costs less (``auto``).
         progress: called with (pairs done, pairs in all).
 
     Returns:
@@ -108,13 +111,13 @@ def score(
     if out is not None and Path(out).suffix != ".parquet":
         raise ValueError(f"out={str(out)!r}: tables are written as .parquet")
     encoded = _encoded(policy, pairs, max_length, limit, split)
-    run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens)
+    run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens, layout)
     if out is not None and Path(out).exists():
         return _finished(Path(out), run)
     if batch_tokens is None:
         batch_tokens = 1024 if jax.default_backend() == "cpu" else 16384
     one = functools.partial(_score_work, policy, encoded.pairs, objective, learning_rate, gradients)
-    todo = plan(encoded.pairs, not gradients, batch_tokens, policy.config.vocab_size) if encoded.pairs else []
+    todo = _plan(policy, encoded.pairs, gradients, batch_tokens, layout)
     if out is None:
         results: dict[int, dict[str, Any]] = {}
         _work_through(todo, results, one, results.update, progress)
@@ -128,6 +131,12 @@ def score(
         table.save(out)
         journal.remove()
     return table
+
+
+def _plan(policy: Policy, pairs: Sequence[Pair], gradients: bool, budget: int, layout: Layout) -> list[Work]:
+    if not gradients:
+        return plan(pairs, True, budget, policy.config.vocab_size) if pairs else []
+    return kernel_works(pairs, Shapes.of(policy.apply, policy.theta), budget, layout)
 
 
 def _encoded(policy: Policy, pairs: Any, max_length: int | None, limit: int | None, split: str) -> Encoded:
@@ -172,6 +181,7 @@ def _run(
     learning_rate: float | None,
     gradients: bool,
     budget: int | None,
+    layout: Layout,
 ) -> dict[str, Any]:
     """What must agree for two runs to give the same numbers."""
     tokens = [(p.prompt, p.chosen, p.rejected) for p in encoded.pairs]
@@ -187,6 +197,7 @@ def _run(
         "learning_rate": learning_rate,
         "gradients": gradients,
         "batch_tokens": budget,
+        "layout": layout,
         **{k: v for k, v in provenance().items() if k in ("simgrad", "jax", "device")},
     }
 
@@ -234,7 +245,7 @@ def _score_work(
     work: Work,
 ) -> dict[int, dict[str, Any]]:
     members = [pairs[i] for i in work.members]
-    batch = (padded if gradients else packed)(members, work.length, work.rows)
+    batch = (packed if work.packed else padded)(members, work.length, work.rows)
     device = score_batch(
         policy.apply, policy.theta, batch, objective, 1.0 if learning_rate is None else learning_rate, gradients
     )

@@ -127,19 +127,20 @@ class Shapes:
         return cls(tuple(readings), hidden.shape[-1], logits.shape[-1], hidden.dtype.itemsize)
 
 
-def kernel_flops(shapes: Shapes, prompt: int, response: int, packed: bool, ghost: bool | None = None) -> KernelFlops:
-    """Cost of the kernel of one pair of such lengths over all parameters; ``ghost`` forces a route.
+def kernel_flops(shapes: Shapes, length: int, rows: int, packed: bool, ghost: bool | None = None) -> KernelFlops:
+    """Cost of one pair's kernel over all parameters: T = ``length`` positions a sequence, R = ``rows`` a response.
+
+    ``ghost`` forces a route.
 
     >>> from simgrad.models import ModelConfig, create
     >>> shapes = Shapes.of(*create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2)))
-    >>> kernel_flops(shapes, 60, 4, packed=True).total < kernel_flops(shapes, 60, 4, packed=False).total
+    >>> kernel_flops(shapes, 68, 4, packed=True).total < kernel_flops(shapes, 64, 4, packed=False).total
     True
     """
-    sequences, length = (1, prompt + 2 * response) if packed else (2, prompt + response)
-    readout = 2 * 2 * response * shapes.width * shapes.vocab_size
-    forward = backward = readout
+    sequences = 1 if packed else 2
     pick = min if ghost is None else lambda routes: routes[0 if ghost else 1]
-    contraction = pick(route_flops(response, shapes.width, shapes.vocab_size))
+    forward = backward = 2 * 2 * rows * shapes.width * shapes.vocab_size
+    contraction = pick(route_flops(rows, shapes.width, shapes.vocab_size))
     for r in shapes.readings:
         maps = r.layers * 2 * sequences * length * r.fan_in * r.out
         mixing = r.layers * sequences * length**2 * r.mixed
@@ -149,13 +150,14 @@ def kernel_flops(shapes: Shapes, prompt: int, response: int, packed: bool, ghost
     return KernelFlops(forward, backward, contraction)
 
 
-def packing_pays(shapes: Shapes, prompt: int, response: int) -> bool:
+def packing_pays(shapes: Shapes, prompt: int, chosen: int, rejected: int) -> bool:
     """Whether a pair of such lengths is cheaper on one packed sequence than on two padded ones.
 
     >>> from simgrad.models import ModelConfig, create
     >>> shapes = Shapes.of(*create(ModelConfig(vocab_size=99, width=64, depth=2)))
-    >>> packing_pays(shapes, 128, 8), packing_pays(shapes, 8, 128)
+    >>> packing_pays(shapes, 128, 8, 6), packing_pays(shapes, 8, 128, 128)
     (True, False)
     """
-    packed, padded = (kernel_flops(shapes, prompt, response, packed).total for packed in (True, False))
-    return packed < padded
+    rows = max(chosen, rejected)
+    packed = kernel_flops(shapes, prompt + chosen + rejected, rows, packed=True)
+    return packed.total < kernel_flops(shapes, prompt + rows, rows, packed=False).total
