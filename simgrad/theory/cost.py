@@ -34,7 +34,16 @@ from simgrad import tree
 from simgrad.models import TappedApply
 from simgrad.typing import Array, Theta
 
-__all__ = ["KernelFlops", "Reading", "Shapes", "ghost_is_cheaper", "kernel_flops", "packing_pays", "route_flops"]
+__all__ = [
+    "KernelFlops",
+    "Reading",
+    "Shapes",
+    "ghost_is_cheaper",
+    "kernel_flops",
+    "packing_pays",
+    "route_flops",
+    "token_flops",
+]
 
 
 @dataclass(frozen=True)
@@ -161,3 +170,21 @@ def packing_pays(shapes: Shapes, prompt: int, chosen: int, rejected: int) -> boo
     rows = max(chosen, rejected)
     packed = kernel_flops(shapes, prompt + chosen + rejected, rows, packed=True)
     return packed.total < kernel_flops(shapes, prompt + rows, rows, packed=False).total
+
+
+def token_flops(shapes: Shapes, length: int, rows: int) -> int:
+    """Cost of one pair's token kernel on two padded sequences: a backward pass a row, and all rows contracted.
+
+    Each map contracts three blocks (w, w), (w, l), (l, l): 2 T² R O for (a a'ᵀ) δ', 2 T R² O for its products with δ.
+
+    >>> token_flops(Shapes((Reading(1, 8, 8, 0),), width=8, vocab_size=9, itemsize=4), length=4, rows=2)
+    8096
+    """
+    pair = kernel_flops(shapes, length, rows, packed=False)
+    readout = 2 * 2 * rows * shapes.width * shapes.vocab_size
+    met = sum(
+        r.layers * (2 * (2 * length) ** 2 * r.fan_in + 3 * 2 * length * rows * (length + rows) * r.out)
+        for r in shapes.readings
+    )
+    everywhere = 2 * (2 * rows) ** 2 * (shapes.width + shapes.vocab_size)
+    return pair.forward + readout + rows * (pair.backward - readout) + met + everywhere
