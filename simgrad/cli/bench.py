@@ -100,8 +100,8 @@ class Bench:
 
 
 _COLUMNS = (
-    ("", 12), ("tokens", 9), ("s/pair", 9), ("times faster", 22),
-    ("error", 8), ("own passes", 21), ("ceiling", 9), ("memory", 10),
+    ("", 12), ("tokens", 10), ("s/pair", 9), ("times faster", 25),
+    ("error", 8), ("own passes", 22), ("ceiling", 9), ("memory", 11),
 )  # fmt: skip
 _HEAD = "".join(f"{title:>{width}}" for title, width in _COLUMNS)
 
@@ -121,7 +121,13 @@ def _line(found: Any) -> str:
     if found.ratio is not None:
         ratio, error = "{:.2f} ({:.2f} to {:.2f})".format(found.ratio, *found.ratio_range), f"{found.error:.0e}"
     own, tokens = f"{found.own_limit:.2f} ({low:.2f} to {high:.2f})", f"{found.prompt} + {found.response}"
-    return (
-        f"{found.task:<12}{tokens:>9}{found.seconds:>9.3f}{ratio:>22}{error:>8}{own:>21}"
-        f"{found.achieved:>9.0%}{found.temporary / 1e6:>7.0f} MB"
+    values = (
+        tokens,
+        f"{found.seconds:.3f}",
+        ratio,
+        error,
+        own,
+        f"{found.achieved:.0%}",
+        f"{found.temporary / 1e6:.0f} MB",
     )
+    return f"{found.task:<12}" + "".join(f"{v:>{w}}" for v, (_, w) in zip(values, _COLUMNS[1:], strict=True))

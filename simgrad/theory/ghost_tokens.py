@@ -20,24 +20,25 @@ from simgrad.pairs import Batch
 from simgrad.theory.ghost import hidden_pull
 from simgrad.theory.gram import row_inner
 from simgrad.theory.likelihood import flat_rows, read
-from simgrad.typing import Array, Float, Theta
+from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["ghost_tokens"]
 
 
 def ghost_tokens(
-    apply: TappedApply, theta: Theta, pair: Batch, include: tuple[str, ...] | None = None
-) -> Float[Array, "2 R 2 R"]:
-    """Token kernel of one pair in the padded layout (a batch of size one)."""
+    apply: TappedApply, theta: Theta, pair: Batch, index: Int[Array, "K"], include: tuple[str, ...] | None = None
+) -> Float[Array, "2 K 2 K"]:
+    """Token kernel of one pair in the padded layout (a batch of size one), between the tokens at ``index``."""
     tokens, positions, streams = (x[0] for x in (pair.tokens, pair.positions, pair.streams))
     output = apply.record(theta, tokens, positions, streams, flat_rows(pair))
     result = read(output, pair)
-    error, pull = (x[0] for x in hidden_pull(theta, result, pair))
-    hidden, r = tree.widen(result.hidden[0]), pull.shape[1]
+    error, pull = (x[0, :, index] for x in hidden_pull(theta, result, pair))  # tokens lead
+    error, hidden, r = jnp.swapaxes(error, 0, 1), tree.widen(result.hidden[0, :, index]), index.size
+    hidden = jnp.swapaxes(hidden, 0, 1)
     # token r of both responses at once: they lie on sequences of their own
     token, side = jnp.meshgrid(jnp.arange(r), jnp.arange(2), indexing="ij")
     cotangents = jnp.zeros((r, *tokens.shape, pull.shape[-1]), pull.dtype)
-    cotangents = cotangents.at[token, side, pair.rows[0].T].set(jnp.swapaxes(pull, 0, 1))
+    cotangents = cotangents.at[token, side, pair.rows[0, :, index]].set(pull)
     wanted = [n for n in tree.names(theta) if tree.selected(n, include, apply.frozen)]
     tied = "unembedding" not in theta
 
