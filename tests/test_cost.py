@@ -35,7 +35,7 @@ def test_what_the_formula_calls_cheapest_is_what_xla_counts_least_for(one_layer,
         cost = kernel_flops(shapes, batch.tokens.shape[-1], response, layout is packed, method == "ghost")
         predicted[name] = cost.total
         found[name] = counted(lambda theta, b=batch, m=method: pair_kernel(apply, theta, b, method=m), theta)
-        assert predicted[name] < found[name] < 1.15 * predicted[name]  # the rest is norms and activations
+        assert predicted[name] < found[name] < 1.2 * predicted[name]  # the rest is norms and activations
     assert min(predicted, key=predicted.get) == min(found, key=found.get)
     layout = packed if packing_pays(shapes, prompt, response, response) else padded
     automatic = counted(lambda theta: pair_kernel(apply, theta, layout(pairs)), theta)

@@ -44,7 +44,6 @@ def bench(
         "config": asdict(config),
         "shape": asdict(here.policy.config),
         "provenance": {**provenance(), "cores": os.cpu_count(), "torch": version("torch")},
-        "ceiling_flops_per_second": here.ceiling,
         "measurements": [],
     }
     lengths = {"tokens": (config.token_lengths,), "dataset": config.lengths[:1], "directional": config.lengths[:1]}

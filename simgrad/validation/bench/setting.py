@@ -92,13 +92,15 @@ class Setting:
         config: what is timed.
         policy: simgrad's model.
         model: the same weights in PyTorch, or None without torch.
-        ceiling: floating-point operations a second of the best of a few large matrix products.
+        product: a large matrix product, the ceiling that is timed beside every task.
+        product_flops: its floating-point operations.
     """
 
     config: Config
     policy: Policy
     model: Any
-    ceiling: float
+    product: Callable[[], Any]
+    product_flops: float
 
     @property
     def shapes(self) -> Shapes:
@@ -131,15 +133,9 @@ def set_up(config: Config) -> Setting:
             policy = load(folder, config.dtype)
         device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
         model = model.to(device, getattr(torch, config.dtype))
-    return Setting(config, policy, model, _ceiling(config.dtype))
-
-
-def _ceiling(dtype: str) -> float:
-    product, best = jax.jit(jnp.matmul), 0.0
-    for n in (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192):
-        a = jnp.ones((n, n), dtype)
-        best = max(best, *(2 * n**3 / seconds(lambda a=a: product(a, a)) for _ in range(3)))
-    return best
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    square, product = jnp.ones((size, size), config.dtype), jax.jit(jnp.matmul)
+    return Setting(config, policy, model, lambda: product(square, square), 2.0 * size**3)
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -41,7 +41,8 @@ class Measurement:
         own_range: smallest and largest.
         bare: what those are.
         flops: floating-point operations a pair by the formulas of :mod:`simgrad.theory.cost`.
-        achieved: flops a second over the ceiling measured in the same run.
+        achieved: flops a second over those of a large matrix product in the same repeat.
+        ceiling: the product's best flops a second.
         bytes: parameters' bytes times the passes over them, a batch: the least that has to be moved.
         temporary: bytes of temporary memory the compiled program needs, beyond parameters and results.
         error: largest difference of the results from float64-accumulated dot products of PyTorch's gradients,
@@ -60,6 +61,7 @@ class Measurement:
     bare: str
     flops: int
     achieved: float
+    ceiling: float
     bytes: int
     temporary: int
     error: float | None
@@ -90,7 +92,7 @@ def measure(task: str, here: Setting, prompt: int, response: int) -> Measurement
     """Time one task of :data:`TASKS` on pairs of one length."""
     pairs = here.pairs(prompt, response, 1 if task == "tokens" else None)
     made = TASKS[task](here, pairs)
-    contestants = {"simgrad": made.ours, "bare": made.bare}
+    contestants = {"simgrad": made.ours, "bare": made.bare, "product": here.product}
     if here.model is not None:
         contestants["published"] = lambda: made.published(here.model)
     times = race(contestants, here.config.repeats)
@@ -102,6 +104,7 @@ def measure(task: str, here: Setting, prompt: int, response: int) -> Measurement
         ours, theirs = made.read(made.ours()), np.asarray(made.reference(here.model))
         error = float(np.max(np.abs(ours - theirs) / (np.abs(theirs).max() if made.entries else np.abs(theirs))))
     each = float(np.median(times["simgrad"])) / len(pairs)
+    speed, ceiling = made.flops * len(pairs) / times["simgrad"], here.product_flops / times["product"]
     return Measurement(
         task=task,
         prompt=prompt,
@@ -114,7 +117,8 @@ def measure(task: str, here: Setting, prompt: int, response: int) -> Measurement
         own_range=(float(limit.min()), float(limit.max())),
         bare=made.bare_name,
         flops=made.flops,
-        achieved=made.flops / each / here.ceiling,
+        achieved=float(np.median(speed / ceiling)),
+        ceiling=float(ceiling.max()),
         bytes=made.passes * sum(x.nbytes for x in jax.tree.leaves(here.policy.theta)),
         temporary=made.temporary,
         error=error,
@@ -143,7 +147,7 @@ def _forward_task(here: Setting, pairs: list[Pair], ours: Callable[[Theta, Batch
     call, temporary = compiled(lambda theta: ours(theta, batch), theta)
     length, rows = batch.tokens.shape[-1], batch.targets.shape[-1]
     flops = kernel_flops(here.shapes, length, rows, packed=True).forward
-    bare = compiled(lambda theta: responses(apply, theta, batch).hidden.sum(), theta)[0]
+    bare = compiled(lambda theta: responses(apply, theta, batch).logp, theta)[0]
     return Task(ours=call, bare=bare, bare_name="forward", flops=flops, passes=1, temporary=temporary, **rest)
 
 
