@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simgrad.models.backward import backward
 from simgrad.models.cache import Cache, Slots
 from simgrad.models.config import ModelConfig
 from simgrad.models.layers import Block, Norm, Table, Tape, visible
@@ -108,55 +109,6 @@ class Transformer(nnx.Module):
             tape.uses[f"layers/{site}"] = Use(use.kind, sites, use.input, use.outputs)
         return x, cache
 
-    def backward(
-        self, positions: Array, streams: Array, uses: dict[str, Use], cotangents: Array, visit: Visit
-    ) -> dict[str, Any]:
-        """See :meth:`simgrad.models.TappedApply.backward`."""
-        copies, sequences = cotangents.shape[:2]
-
-        def again(x: Array) -> Array:  # one copy of every sequence for each cotangent
-            return jnp.broadcast_to(x[None], (copies, *x.shape)).reshape(copies * sequences, *x.shape[1:])
-
-        def visited(use: Use, signals: tuple[Array, ...]) -> dict[str, Any]:
-            return visit(use, tuple(s.reshape(copies, sequences, *s.shape[1:]) for s in signals))
-
-        def through(run: Any, here: dict[str, Use], signal: Array, prefix: str) -> tuple[Array, dict[str, Any]]:
-            """The signal at the state that ``run`` received, and what was made of those on the way."""
-            found, taps, known = {}, {}, {}
-            for use in (use for use in here.values() if use.kind in ("linear", "affine")):
-                for site, y in zip(use.sites, use.outputs or (use.input,) * len(use.sites), strict=True):
-                    taps[site.removeprefix(prefix)] = jnp.zeros_like(again(y))
-                    if use.outputs:
-                        known[site.removeprefix(prefix)] = again(y)
-            _, pullback = jax.vjp(
-                lambda x, taps: run(x, Tape(known=known, taps=taps)), again(here["state"].input), taps
-            )
-            signal, at = jax.lax.optimization_barrier(pullback(signal))  # each signal is made once, then read
-            for use in (use for use in here.values() if use.sites):
-                found |= visited(use, tuple(at[site.removeprefix(prefix)] for site in use.sites))
-            return signal, found
-
-        signal = cotangents.reshape(copies * sequences, *cotangents.shape[2:])
-        found: dict[str, Any] = {}
-        if hasattr(self, "final_norm"):
-            last = {name: uses[name] for name in ("state", "final_norm")}
-            signal, found = through(lambda x, tape: self.final_norm(x, "final_norm", tape), last, signal, "")
-        if self.config.depth:
-            inner = {n.removeprefix("layers/"): use for n, use in uses.items() if n.startswith("layers/")}
-            graph, stacked = nnx.split(self.layers)
-            at, mask = again(positions), again(visible(positions, streams))
-
-            def step(signal: Array, layer: tuple) -> tuple[Array, dict[str, Any]]:
-                state, here = layer
-                block = nnx.merge(graph, state)
-                return through(lambda x, tape: block(x, at, mask, tape), here, signal, "layers/")
-
-            signal, layered = jax.lax.scan(step, signal, (stacked, inner), reverse=True)
-            found |= layered
-        for use in (uses[site] for site in ("embedding", "positions") if site in uses):
-            found |= visited(use, (signal,))
-        return found
-
 
 @functools.lru_cache
 def _graph(config: ModelConfig) -> nnx.GraphDef:
@@ -244,7 +196,7 @@ class TransformerApply:
         visit: Visit,
     ) -> dict[str, Any]:
         """Signals at every parameterised operation, layer by layer; see :class:`simgrad.models.TappedApply`."""
-        return nnx.merge(_graph(self.config), theta).backward(positions, streams, uses, cotangents, visit)
+        return backward(nnx.merge(_graph(self.config), theta), positions, streams, uses, cotangents, visit)
 
 
 def init_transformer(config: ModelConfig, seed: int = 0) -> Theta:
