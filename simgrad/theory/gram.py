@@ -96,22 +96,31 @@ def outer_products(
     >>> outer_products(ones, ones)[0].inner.item()
     144.0
     """
-    a, e = tree.widen(a), tuple(map(tree.widen, e))
     shared = a.shape[1] == 1
     if ghost is None:
         ghost = ghost_is_cheaper(a.shape[2], a.shape[3], sum(x.shape[3] for x in e), shared)
     if not ghost:
         a = jnp.broadcast_to(a, (a.shape[0], 2, *a.shape[2:]))
-        return tuple(gradients(jnp.einsum("bxti,bxto->bxio", a, x, precision="highest")) for x in e)
+        return tuple(gradients(_gradient(a, x)) for x in e)
     if shared:
-        met = row_inner(a, a)
-        return tuple(met_by(met, x) for x in e)
-    met = chosen_and_rejected(row_inner, sides(a))
+        once = row_inner(a, a)
+        if e[0].dtype.itemsize >= 4:
+            return tuple(met_by(once, x) for x in e)
+        met = PairKernel(*(once[:, 0],) * 3)  # products of low-precision rows are exact and fast, others are not
+    else:
+        met = chosen_and_rejected(row_inner, sides(a))
 
     def product(x: Array) -> PairKernel:
         return jax.tree.map(lambda m, n: (m * n).sum(-1).sum(-1), met, chosen_and_rejected(row_inner, sides(x)))
 
     return tuple(product(x) for x in e)
+
+
+def _gradient(a: Float[Array, "B 2 T I"], e: Float[Array, "B 2 T O"]) -> Float[Array, "B 2 I O"]:
+    wide = tree.accumulator(e.dtype)
+    if a.dtype != e.dtype:
+        a, e = tree.widen(a), tree.widen(e)
+    return jnp.einsum("bxti,bxto->bxio", a, e, precision="highest", preferred_element_type=wide)
 
 
 def met_by(met: Float[Array, "B 1 T T"], e: Float[Array, "B 2 T O"]) -> PairKernel:
