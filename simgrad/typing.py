@@ -17,6 +17,7 @@ C       contexts of a context table
 U       responses of a data set in one row: chosen 1, rejected 1, chosen 2, ... (2 B)
 E       steps of a run
 K       entries of a ranking
+J       cotangents that are sent back at once
 G       responses of a group to one prompt
 M       tokens of a second response; pairs of a minibatch
 ======  =====================================================================

@@ -13,10 +13,11 @@ from helpers import close
 import simgrad
 from simgrad import objectives
 from simgrad.bridge import Encoded, Policy, RunMismatchError, ScoreTable, encode, engine
-from simgrad.bridge.plan import plan
+from simgrad.bridge.plan import kernel_works, plan
 from simgrad.bridge.summary import summarise
 from simgrad.pairs import Pair
 from simgrad.theory import Regime
+from simgrad.theory.cost import Shapes
 
 RNG = np.random.default_rng(3)
 WORDS = ["yes", "no", "never", "maybe", "is", "it", "so", "?", "good"]
@@ -266,3 +267,20 @@ def test_plan_covers_every_pair_once_and_fits(packed):
             assert max(sizes) <= work.rows
     assert plan(pairs, packed, 2048) == works
     assert len({(w.length, w.rows) for w in works}) <= 12
+
+
+def test_layouts_give_the_same_scores_and_are_chosen_by_cost(policy, table):
+    for layout in ("packed", "padded"):
+        again = simgrad.score(policy, ROWS, objective="simpo", learning_rate=1e-3, layout=layout)
+        for name in ("logp_chosen", "grad_inner", "grad_sq_chosen", "grad_sq_rejected", "predicted_dlogp_rejected"):
+            np.testing.assert_allclose(again.columns[name], table.columns[name], rtol=1e-10)
+
+
+def test_pairs_are_divided_between_layouts_where_that_saves_more_than_it_compiles(policy):
+    shapes = Shapes.of(policy.apply, policy.theta)
+    long, short = Pair([1] * 200, [2] * 8, [3] * 8), Pair([1], [2] * 120, [3] * 120)
+    works = kernel_works([long, short] * 400, shapes, 4096)
+    assert {(w.packed, i % 2) for w in works for i in w.members} == {(True, 0), (False, 1)}
+    assert sorted(i for w in works for i in w.members) == list(range(800))
+    assert len({w.packed for w in kernel_works([long, short], shapes, 4096)}) == 1
+    assert {w.packed for w in kernel_works([long, short] * 400, shapes, 4096, "padded")} == {False}

@@ -76,7 +76,7 @@ def test_ches_is_the_head_gap_with_unit_error_products():
     from simgrad.theory.gram import outer_products
 
     unit = jnp.where(batch.valid[..., None], jnp.eye(5)[0], 0.0)
-    close(outer_products(result.hidden, unit).gap, ches(result, batch))
+    close(outer_products(result.hidden, unit)[0].gap, ches(result, batch))
     assert np.abs(head_gap(result, batch) / ches(result, batch) - 1).min() > 1e-3
 
 

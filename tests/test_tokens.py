@@ -136,16 +136,20 @@ def test_ghosts_need_two_sequences_and_a_transformer():
         token_kernel(*model("linear_softmax"), padded(PAIRS), method="ghost")
 
 
-def test_auto_keeps_within_its_memory(monkeypatch):
-    apply, theta = model("plain")
+def test_less_memory_takes_more_parts_then_columns(monkeypatch):
+    apply, theta = model("rope_mqa_gated_tied")
     taken = []
     ghost = module._ghost
-    monkeypatch.setattr(module, "_ghost", lambda *args: taken.append(1) or ghost(*args))
-    roomy = token_kernel(apply, theta, padded(PAIRS[:1]))
-    assert taken
-    taken.clear()
-    close(token_kernel(apply, theta, padded(PAIRS[:1]), memory=100), roomy)
-    assert not taken
+    monkeypatch.setattr(module, "_ghost", lambda *args: taken.append(args[-1]) or ghost(*args))
+    batch = padded(PAIRS[3:])
+    roomy = token_kernel(apply, theta, batch)
+    token = next(m for m in range(0, 10**6, 100) if module._chunk(apply, theta, batch, m) == 1) // 2
+    for memory, parts in ((4 * token + 400, 3), (2 * token, 5)):
+        close(token_kernel(apply, theta, batch, memory=memory), roomy)
+        assert -(-5 // taken[-1]) == parts
+    assert taken == [5, 2, 1]
+    close(token_kernel(apply, theta, batch, memory=100), roomy)
+    assert taken == [5, 2, 1]
 
 
 def test_columns_of_tokens_that_are_not_there_are_refused():

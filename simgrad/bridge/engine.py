@@ -17,7 +17,7 @@ from simgrad.bridge.checkpoint import Policy
 from simgrad.bridge.fingerprint import fingerprint
 from simgrad.bridge.journal import Journal, RunMismatchError, check_same_processes, check_same_run
 from simgrad.bridge.mesh import fill, mesh_name, mesh_of, replicated, side_by_side, split
-from simgrad.bridge.plan import Work, plan
+from simgrad.bridge.plan import Layout, Work, kernel_works, plan
 from simgrad.bridge.preferences import Encoded, Skipped, encode, outside, read_rows
 from simgrad.bridge.processes import on_all, on_first
 from simgrad.bridge.table import ScoreTable
@@ -39,6 +39,7 @@ from simgrad.theory import (
     regime,
     responses,
 )
+from simgrad.theory.cost import Shapes
 from simgrad.typing import Array, Float, Theta
 
 __all__ = ["score", "score_batch"]
@@ -58,6 +59,7 @@ def score(
     split: str = "train",
     out: str | Path | None = None,
     batch_tokens: int | None = None,
+    layout: Layout = "auto",
     progress: Progress | None = None,
 ) -> ScoreTable:
     """Score every preference pair under a policy.
@@ -95,6 +97,7 @@ def score(
         out: parquet file. Progress is kept beside it: killed at any moment and run again with the same
             arguments, it continues and gives the table an uninterrupted run gives.
         batch_tokens: token positions evaluated at once, for each device of a mesh's data axis (None: by device).
+        layout: of pairs whose gradients are taken: ``padded``, ``packed``, or whichever costs less (``auto``).
         progress: called with (pairs done, pairs in all).
 
     Returns:
@@ -113,14 +116,14 @@ def score(
     if out is not None and Path(out).suffix != ".parquet":
         raise ValueError(f"out={str(out)!r}: tables are written as .parquet")
     encoded = on_all(lambda: _encoded(policy, pairs, max_length, limit, split))
-    run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens)
+    run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens, layout)
     check_same_processes(run | {"out": str(out)})
     if out is not None and (table := on_first(lambda: _finished(Path(out), run))) is not None:
         return table
     if batch_tokens is None:
         batch_tokens = 1024 if jax.default_backend() == "cpu" else 16384
     one = functools.partial(_score_work, policy, encoded.pairs, objective, learning_rate, gradients)
-    todo = plan(encoded.pairs, not gradients, batch_tokens, policy.config.vocab_size) if encoded.pairs else []
+    todo = _plan(policy, encoded.pairs, gradients, batch_tokens, layout)
     todo = side_by_side(todo, mesh_of(policy.theta))
     if out is None:
         results: dict[int, dict[str, Any]] = {}
@@ -135,6 +138,12 @@ def score(
         on_first(lambda: table.save(out))
         on_first(journal.remove)
     return table
+
+
+def _plan(policy: Policy, pairs: Sequence[Pair], gradients: bool, budget: int, layout: Layout) -> list[Work]:
+    if not gradients:
+        return plan(pairs, True, budget, policy.config.vocab_size) if pairs else []
+    return kernel_works(pairs, Shapes.of(policy.apply, policy.theta), budget, layout)
 
 
 def _encoded(policy: Policy, pairs: Any, max_length: int | None, limit: int | None, split: str) -> Encoded:
@@ -179,6 +188,7 @@ def _run(
     learning_rate: float | None,
     gradients: bool,
     budget: int | None,
+    layout: Layout,
 ) -> dict[str, Any]:
     """What must agree for two runs to give the same numbers."""
     tokens = [(p.prompt, p.chosen, p.rejected) for p in encoded.pairs]
@@ -195,6 +205,7 @@ def _run(
         "gradients": gradients,
         "batch_tokens": budget,
         "mesh": mesh_name(policy.theta),
+        "layout": layout,
         **{k: v for k, v in provenance().items() if k in ("simgrad", "jax", "device")},
     }
 
@@ -235,7 +246,7 @@ def _score_work(
     work: Work,
 ) -> dict[int, dict[str, Any]]:
     members, mesh = [pairs[i] for i in work.members], mesh_of(policy.theta)
-    batch = (padded if gradients else packed)(fill(members, mesh), work.length, work.rows)
+    batch = (packed if work.packed else padded)(fill(members, mesh), work.length, work.rows)
     rate = 1.0 if learning_rate is None else learning_rate
     device = score_batch(policy.apply, policy.theta, split(batch, mesh), objective, rate, gradients)
     host = {name: np.asarray(values, np.float64) for name, values in jax.device_get(replicated(device, mesh)).items()}

@@ -154,7 +154,7 @@ def mesh_name(theta: Theta) -> str | None:
 def side_by_side(todo: Sequence[Work], mesh: Mesh | None) -> list[Work]:
     """Batches for one device joined with the next of the same shape, one for every device of the data axis.
 
-    >>> [work.members for work in side_by_side([Work((3, 1), 16, 16), Work((2,), 32, 16)], device_mesh())]
+    >>> [work.members for work in side_by_side([Work((3, 1), 16, 16, True), Work((2,), 32, 16, True)], device_mesh())]
     [(3, 1), (2,)]
     """
     joined, count = [], 1 if mesh is None else mesh.shape[_DATA]

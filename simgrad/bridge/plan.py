@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from simgrad.pairs import Pair
+from simgrad.theory.cost import Shapes, kernel_flops, packing_pays
 
-__all__ = ["Work", "plan"]
+__all__ = ["Layout", "Work", "kernel_works", "plan"]
+
+Layout = Literal["auto", "padded", "packed"]
 
 _LOGITS, _LOGITS_SHARE = 2**26, 1024  # logits (a quarter gigabyte in float32) for every 1024 positions of the budget
 _COMPILE = 2048  # tokens that could be evaluated while one more shape compiles
@@ -20,6 +24,7 @@ class Work:
     members: tuple[int, ...]
     length: int
     rows: int
+    packed: bool
 
 
 def _round(n: int) -> int:
@@ -76,5 +81,43 @@ def plan(pairs: Sequence[Pair], packed: bool, budget: int, vocab_size: int = 0) 
         length, rows = grid[end - 1], _round(max(longest[n] for n in grid[first:end]))
         logits = _LOGITS * (budget // _LOGITS_SHARE) // (2 * rows * vocab_size) if vocab_size else len(members)
         size = max(1, min(budget // (sequences * length), logits, len(members)))
-        work += [Work(tuple(members[k : k + size]), length, rows) for k in range(0, len(members), size)]
+        work += [Work(tuple(members[k : k + size]), length, rows, packed) for k in range(0, len(members), size)]
     return work
+
+
+def kernel_works(pairs: Sequence[Pair], shapes: Shapes, budget: int, layout: Layout = "auto") -> list[Work]:
+    """:func:`plan` for pair kernels, each pair in the layout that costs least (``auto``) or all in one.
+
+    Pairs are divided between the layouts only where that saves more than the shapes which have to be compiled
+    on top. The plan depends on the model's shapes and the lengths alone.
+
+    >>> from simgrad.models import ModelConfig, create
+    >>> shapes = Shapes.of(*create(ModelConfig(vocab_size=99, width=64, depth=2)))
+    >>> long, short = Pair([1] * 300, [2] * 9, [3]), Pair([1], [2] * 90, [3] * 90)
+    >>> works = kernel_works([long] * 400 + [short] * 400, shapes, 4096)
+    >>> works[0].packed, works[0].length, works[-1].packed, works[-1].length
+    (False, 96, True, 320)
+
+    Raises:
+        ValueError: no such layout.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r}: choose one of {', '.join(get_args(Layout))}")
+
+    def works(packed: bool, members: Sequence[int]) -> list[Work]:
+        if not members:
+            return []
+        found = plan([pairs[i] for i in members], packed, budget, shapes.vocab_size)
+        return [Work(tuple(members[k] for k in w.members), w.length, w.rows, w.packed) for w in found]
+
+    def cost(work: list[Work]) -> int:
+        each = sum(len(w.members) * kernel_flops(shapes, w.length, w.rows, w.packed).total for w in work)
+        compiled = {(w.length, w.rows, w.packed) for w in work}
+        return each + len(compiled) * kernel_flops(shapes, _COMPILE // 2, 1, packed=False).total
+
+    everything = range(len(pairs))
+    if layout != "auto" or not pairs:
+        return works(layout == "packed", everything)
+    pays = [packing_pays(shapes, len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
+    divided = [works(packed, [i for i in everything if pays[i] == packed]) for packed in (False, True)]
+    return min((works(False, everything), works(True, everything), divided[0] + divided[1]), key=cost)

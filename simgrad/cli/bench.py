@@ -11,34 +11,44 @@ if TYPE_CHECKING:
 
 __all__ = ["Bench"]
 
+_ORDER = "scoring logprobs gradients tokens dataset directional".split()
+
 
 @dataclass
 class Bench:
-    """Time simgrad against PyTorch, as ratios from one run, in float32 with random weights.
+    """Time simgrad against the published procedure in PyTorch, as ratios from one run, with random weights.
 
-    Scoring and gradient scalars run against the published procedure in GPT-2-small's shape; sweeps of small
-    models against a plain loop for every run. Without torch only simgrad's own times are shown.
+    A line a task and length: seconds a pair, how many times faster, the largest error, the time over that of its
+    own bare passes, the share of the best matrix product's speed, and temporary memory. Without torch there is
+    no comparison. Sweeps of small models run against a plain loop; they split the CPU, so they have a run of
+    their own, as have two tables: ways to a kernel (predicted and measured), and growth with pairs and tokens.
     """
 
     out: Path | None = None
     """JSON file to write."""
-    only: Literal["scoring", "gradients", "sweeps"] | None = None
-    """Time only this (default: scoring and gradients; sweeps split the CPU, so they have a run of their own)."""
+    only: Literal["scoring", "logprobs", "gradients", "tokens", "dataset", "directional", "sweeps", "routes", "growth"] | None = None  # fmt: skip  # noqa: E501
+    """Time only this (default: all six tasks; sweeps and tables by name)."""
     repeats: int = 3
     """Timings of each contestant."""
     pairs: int = 4
-    """Pairs per shape: one batch for simgrad, one by one for the published procedure."""
-    shapes: tuple[tuple[int, int], ...] = ((32, 32), (96, 32), (128, 64))
-    """Prompt and response tokens of each shape."""
-    depth: int = 12
-    """Layers (12 is GPT-2-small)."""
+    """Pairs per length: one batch for simgrad, one by one for the published procedure."""
+    lengths: tuple[tuple[int, int], ...] = ((96, 32), (32, 32), (128, 64))
+    """Prompt and response tokens; kernels of the data set, directional scores and growth take the first."""
+    token_lengths: tuple[int, int] = (32, 24)
+    """Prompt and response tokens of token kernels."""
+    shape: Literal["gpt2", "small", "llama-135m", "llama-360m", "llama-1b"] = "gpt2"
+    """Shape of the model; small has 4 layers of width 128 and GPT-2's vocabulary."""
+    depth: int | None = None
+    """Layers (default: those of the shape)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations."""
 
     def run(self) -> int:
         """Measure and print a line at a time."""
         from rich.console import Console
 
         console = Console()
-        record = self._sweeps(console) if self.only == "sweeps" else self._scoring(console)
+        record = self._sweeps(console) if self.only == "sweeps" else self._tasks(console)
         if record["provenance"]["torch"] is None:
             console.print("torch is not installed: no comparison (pip install 'simgrad[parity]')")
         if self.out is not None:
@@ -47,22 +57,32 @@ class Bench:
             write(record, self.out)
         return 0
 
-    def _scoring(self, console: Console) -> dict[str, Any]:
+    def _tasks(self, console: Console) -> dict[str, Any]:
         from simgrad.cli.runtime import prepare
 
         prepare()
-        from simgrad.validation.bench import Config, Measurement, bench
+        from simgrad.validation.bench import Config, bench
 
-        def show(m: Measurement) -> None:
-            line = f"{m.task:<10} prompt {m.prompt:>4}  response {m.response:>4}   {m.seconds:7.3f} s/pair"
-            if m.ratio is not None and m.ratio_range is not None:
-                low, high = m.ratio_range
-                line += f"   {m.ratio:5.2f}x the published procedure ({low:.2f} to {high:.2f}), agrees to {m.error:.0e}"
-            bare = "forward" if m.task == "scoring" else "forward + backward"
-            console.print(f"{line}   {m.own_limit:.2f}x its own bare {bare}", highlight=False, soft_wrap=True)
+        config = Config(
+            lengths=self.lengths,
+            token_lengths=self.token_lengths,
+            pairs=self.pairs,
+            repeats=self.repeats,
+            shape=self.shape,
+            depth=self.depth,
+            dtype=self.dtype,
+        )
 
-        config = Config(shapes=self.shapes, pairs=self.pairs, repeats=self.repeats, depth=self.depth)
-        return bench(config, show, ("scoring", "gradients") if self.only is None else (self.only,))
+        def show(found: Any) -> None:
+            console.print(_line(found), highlight=False, soft_wrap=True)
+
+        if self.only not in ("routes", "growth"):
+            console.print(_HEAD, highlight=False, soft_wrap=True)
+        record = bench(config, show, _ORDER if self.only is None else (self.only,))
+        if record["measurements"]:
+            ceiling = max(m["ceiling"] for m in record["measurements"]) / 1e9
+            console.print(f"ceiling: {ceiling:.0f} GFLOP/s, a large {self.dtype} matrix product", highlight=False)
+        return record
 
     def _sweeps(self, console: Console) -> dict[str, Any]:
         from simgrad.cli.runtime import HOST_DEVICES, prepare
@@ -78,3 +98,37 @@ class Bench:
             console.print(f"{line}   {m.compiling:.1f} s to compile", highlight=False, soft_wrap=True)
 
         return bench_sweeps(SweepConfig(repeats=self.repeats), show)
+
+
+_COLUMNS = (
+    ("", 12), ("tokens", 10), ("s/pair", 9), ("times faster", 25),
+    ("error", 8), ("own passes", 22), ("ceiling", 9), ("memory", 11),
+)  # fmt: skip
+_HEAD = "".join(f"{title:>{width}}" for title, width in _COLUMNS)
+
+
+def _line(found: Any) -> str:
+    from simgrad.validation.bench import Growth, Route
+
+    if isinstance(found, Growth):
+        each = ", ".join(f"{n}: {s:.3g} s" for n, s in zip(found.sizes, found.seconds, strict=True))
+        return f"{found.task:<10} by {found.grows:<7} {each}   exponent {found.exponent:.2f}"
+    if isinstance(found, Route):
+        each = "   ".join(f"{n} {p:.2f} ({found.measured[n]:.2f})" for n, p in found.predicted.items())
+        picked = f"picks {found.chosen}, fastest {found.fastest}"
+        return f"{found.prompt} + {found.response}: predicted (measured) {each}\n   {picked}"
+    low, high = found.own_range
+    ratio, error = "no torch", ""
+    if found.ratio is not None:
+        ratio, error = "{:.2f} ({:.2f} to {:.2f})".format(found.ratio, *found.ratio_range), f"{found.error:.0e}"
+    own, tokens = f"{found.own_limit:.2f} ({low:.2f} to {high:.2f})", f"{found.prompt} + {found.response}"
+    values = (
+        tokens,
+        f"{found.seconds:.3f}",
+        ratio,
+        error,
+        own,
+        f"{found.achieved:.0%}",
+        f"{found.temporary / 1e6:.0f} MB",
+    )
+    return f"{found.task:<12}" + "".join(f"{v:>{w}}" for v, (_, w) in zip(values, _COLUMNS[1:], strict=True))

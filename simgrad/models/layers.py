@@ -31,27 +31,39 @@ _ACTIVATIONS = {
 
 
 class Tape:
-    """Notes the input of each parameterised operation and adds a tap to its output.
+    """Notes what parameterised operations act on, or stands in for a forward pass that was noted.
 
-    The gradient with respect to a tap is the gradient at that output. Without taps nothing is kept;
-    with an empty dictionary the outputs are kept instead, which is how tap shapes are found.
+    With ``known`` outputs of linear maps, each keeps its value and is not computed again; ``taps`` have no effect
+    on any value, and the gradient with respect to one is the gradient at that operation's output. With neither,
+    nothing is changed, and inputs and outputs are kept in ``uses`` if ``record``.
     """
 
-    def __init__(self, taps: dict[str, Array] | None) -> None:
-        self.taps = taps
+    def __init__(
+        self, record: bool = False, known: dict[str, Array] | None = None, taps: dict[str, Array] | None = None
+    ) -> None:
+        self.record, self.known, self.taps = record, known or {}, taps
         self.uses: dict[str, Use] = {}
 
     def __call__(self, kind: str, x: Array, outputs: dict[str, Array]) -> tuple[Array, ...]:
-        """Record that the parameters at the sites ``outputs`` read ``x``; return the tapped outputs."""
+        """Report that the parameters at the sites ``outputs`` read ``x``; return the outputs to go on with."""
         values = tuple(outputs.values())
-        if self.taps is None:
-            return values
-        if self.taps:
-            kept, values = (), tuple(y + self.taps[site] for site, y in outputs.items())
-        else:
-            kept = values
-        self.uses[next(iter(outputs))] = Use(kind, tuple(outputs), x, kept)  # type: ignore[arg-type]
+        if self.taps is not None:
+            return tuple(_recalled(y, self.taps[site], self.known.get(site, y)) for site, y in outputs.items())
+        if self.record:
+            kept = values if kind == "linear" else ()
+            self.uses[next(iter(outputs))] = Use(kind, tuple(outputs), x, kept)  # type: ignore[arg-type]
         return values
+
+
+@jax.custom_jvp
+def _recalled(y: Array, tap: Array, known: Array) -> Array:
+    """The value ``known`` with the derivative of ``y + tap``: y itself need not be computed."""
+    return known
+
+
+@_recalled.defjvp
+def _recalled_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    return primals[2], tangents[0] + tangents[1]
 
 
 def _last(vector: Array, like: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -10,7 +11,7 @@ import jax
 
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["Apply", "CachedApply", "Memory", "Output", "TappedApply", "Use"]
+__all__ = ["Apply", "CachedApply", "Memory", "Output", "TappedApply", "Use", "Visit"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["input", "outputs"], meta_fields=["kind", "sites"])
@@ -20,13 +21,18 @@ class Use:
 
     ``sites`` are the paths of the parameters that read it (query, key and value share one input), and
     ``kind`` says how: ``linear`` y = x W + b, ``affine`` y = x * gain + b, ``lookup`` y = table[x],
-    ``readout`` y = table @ x. ``outputs`` are kept only while tap shapes are being found.
+    ``readout`` y = table @ x; ``state`` is what a layer or the final norm received, which no parameter reads.
+    ``outputs`` are those of linear maps, which a backward pass needs again.
     """
 
-    kind: Literal["linear", "affine", "lookup", "readout"]
+    kind: Literal["linear", "affine", "lookup", "readout", "state"]
     sites: tuple[str, ...]
     input: Array
     outputs: tuple[Array, ...] = ()
+
+
+Visit = Callable[[Use, tuple[Array, ...]], dict[str, Any]]
+"""What a backward pass calls for each :class:`Use` and its signals (J N T O, one array a site): results by name."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +43,7 @@ class Output:
     Attributes:
         logits: at the requested rows, or at every position.
         hidden: the state that multiplies the unembedding, at every position.
-        uses: inputs of the parameterised operations (only with ``taps``), else empty.
+        uses: what parameterised operations acted on (only of :meth:`TappedApply.record`), else empty.
     """
 
     logits: Float[Array, "N Q V"]
@@ -74,22 +80,33 @@ class Apply(Protocol):
 
 @runtime_checkable
 class TappedApply(Apply, Protocol):
-    """A model that can also report what its parameters acted on."""
+    """A model that can also report what its parameters acted on, and send signals back to them."""
 
-    def __call__(
+    def record(
         self,
         theta: Theta,
         tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"] | None = None,
-        streams: Int[Array, "N T"] | None = None,
-        rows: Int[Array, "N Q"] | None = None,
-        taps: dict[str, Array] | None = None,
+        positions: Int[Array, "N T"],
+        streams: Int[Array, "N T"],
+        rows: Int[Array, "N Q"],
     ) -> Output:
-        """With ``taps``, each is added to its operation's output and ``Output.uses`` is filled."""
+        """The forward pass, with ``Output.uses`` filled in."""
         ...
 
-    def taps(self, theta: Theta, tokens: Int[Array, "N T"], rows: Int[Array, "N Q"]) -> dict[str, Array]:
-        """Zeros shaped like the output of every parameterised operation."""
+    def backward(
+        self,
+        theta: Theta,
+        positions: Int[Array, "N T"],
+        streams: Int[Array, "N T"],
+        uses: dict[str, Use],
+        cotangents: Float[Array, "J N T D"],
+        visit: Visit,
+    ) -> dict[str, Any]:
+        """Send cotangents of ``Output.hidden`` back, and collect what ``visit`` makes of the signals on the way.
+
+        Results of operations under ``layers/`` are stacked on a leading depth axis. Signals of one layer are
+        there at a time. The readout is the caller's: it reads no more than the hidden states.
+        """
         ...
 
 

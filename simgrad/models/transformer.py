@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simgrad.models.backward import backward
 from simgrad.models.cache import Cache, Slots
 from simgrad.models.config import ModelConfig
 from simgrad.models.layers import Block, Norm, Table, Tape, visible
-from simgrad.models.output import Output, Use
+from simgrad.models.output import Output, Use, Visit
 from simgrad.tree import accumulator
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
@@ -45,14 +46,14 @@ class Transformer(nnx.Module):
         positions: Int[Array, "N T"] | None = None,
         streams: Int[Array, "N T"] | None = None,
         rows: Int[Array, "N Q"] | None = None,
-        taps: dict[str, Array] | None = None,
+        record: bool = False,
     ) -> Output:
         """Logits at ``rows`` (everywhere if None) and hidden states everywhere."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape)
         if streams is None:
             streams = jnp.ones_like(tokens)
-        return self._run(tokens, positions, visible(positions, streams), rows, Tape(taps))[0]
+        return self._run(tokens, positions, visible(positions, streams), rows, Tape(record))[0]
 
     def extend(
         self,
@@ -62,7 +63,7 @@ class Transformer(nnx.Module):
         rows: Int[Array, "N Q"] | None = None,
     ) -> tuple[Output, Cache]:
         """The same for new tokens that read the cache up to their own positions, and the cache with them."""
-        return self._run(tokens, positions, cache.visible(positions), rows, Tape(None), cache)
+        return self._run(tokens, positions, cache.visible(positions), rows, Tape(), cache)
 
     def _run(
         self,
@@ -79,6 +80,8 @@ class Transformer(nnx.Module):
             x = x + p
         if self.config.depth:
             x, cache = self._blocks(x, positions, mask, tape, cache)
+        if tape.record:
+            tape.uses["state"] = Use("state", (), x)
         hidden = self.final_norm(x, "final_norm", tape) if hasattr(self, "final_norm") else x
         read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
         table = (self.embedding if self.config.tied else self.unembedding).table[...]
@@ -90,21 +93,17 @@ class Transformer(nnx.Module):
         self, x: Array, positions: Array, mask: Array, tape: Tape, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         graph, stacked = nnx.split(self.layers)
-        inner = (
-            None
-            if tape.taps is None
-            else {site.removeprefix("layers/"): tap for site, tap in tape.taps.items() if site.startswith("layers/")}
-        )
-
         layers = None if cache is None else jnp.arange(self.config.depth)
 
         def step(carry: tuple[Array, Cache | None], layer: tuple) -> tuple[tuple[Array, Cache | None], dict[str, Use]]:
-            (x, kept), (state, taps, number) = carry, layer
-            block_tape, slots = Tape(taps), None if kept is None else Slots(kept, number, positions)
+            (x, kept), (state, number) = carry, layer
+            block_tape, slots = Tape(tape.record), None if kept is None else Slots(kept, number, positions)
+            if tape.record:
+                block_tape.uses["state"] = Use("state", (), x)
             x = nnx.merge(graph, state)(x, positions, mask, block_tape, slots)
             return (x, None if slots is None else slots.cache), block_tape.uses
 
-        (x, cache), uses = jax.lax.scan(step, (x, cache), (stacked, inner, layers), length=self.config.depth)
+        (x, cache), uses = jax.lax.scan(step, (x, cache), (stacked, layers), length=self.config.depth)
         for site, use in uses.items():
             sites = tuple(f"layers/{s}" for s in use.sites)
             tape.uses[f"layers/{site}"] = Use(use.kind, sites, use.input, use.outputs)
@@ -145,10 +144,9 @@ class TransformerApply:
         positions: Int[Array, "N T"] | None = None,
         streams: Int[Array, "N T"] | None = None,
         rows: Int[Array, "N Q"] | None = None,
-        taps: dict[str, Array] | None = None,
     ) -> Output:
-        """Logits and hidden states; with ``taps`` also what the parameters acted on."""
-        return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows, taps)
+        """Logits and hidden states."""
+        return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows)
 
     def cache(self, theta: Theta, sequences: int, size: int) -> Cache:
         """Empty slots for the keys and values of ``sequences`` sequences of at most ``size`` tokens."""
@@ -177,19 +175,28 @@ class TransformerApply:
         """
         return nnx.merge(_graph(self.config), theta).extend(tokens, positions, cache, rows)
 
-    def taps(
+    def record(
         self,
         theta: Theta,
         tokens: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        streams: Int[Array, "N T"],
         rows: Int[Array, "N Q"],
-    ) -> dict[str, Float[Array, "..."]]:
-        """Zeros shaped like the output of every parameterised operation."""
+    ) -> Output:
+        """The forward pass, and what the parameters acted on."""
+        return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows, record=True)
 
-        def outputs(theta: Theta) -> dict[str, Array]:
-            uses = self(theta, tokens, rows=rows, taps={}).uses.values()
-            return {site: y for use in uses for site, y in zip(use.sites, use.outputs, strict=True)}
-
-        return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(outputs, theta))
+    def backward(
+        self,
+        theta: Theta,
+        positions: Int[Array, "N T"],
+        streams: Int[Array, "N T"],
+        uses: dict[str, Use],
+        cotangents: Float[Array, "J N T D"],
+        visit: Visit,
+    ) -> dict[str, Any]:
+        """Signals at every parameterised operation, layer by layer; see :class:`simgrad.models.TappedApply`."""
+        return backward(nnx.merge(_graph(self.config), theta), positions, streams, uses, cotangents, visit)
 
 
 def init_transformer(config: ModelConfig, seed: int = 0) -> Theta:

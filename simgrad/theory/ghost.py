@@ -1,8 +1,8 @@
-"""Pair kernels from one backward pass, without weight gradients.
+"""Pair kernels from one forward and one backward pass, without weight gradients.
 
-On a padded batch chosen and rejected lie on sequences of their own, so the backward pass of
-Σ log π carries g_w's signal on one and g_l's on the other. A tap (a zero added to an operation's
-output) catches that signal δ; with the operation's input a it determines every gradient:
+The cotangent of log π_w and that of log π_l are sent back together: on sequences of their own (padded), or
+as two copies of one sequence on which the prompt is read once (packed). Their signals δ at an operation's
+output determine every gradient, together with the operation's inputs a:
 
 =======  ==================  ===================================================
 leaf     gradient            inner product
@@ -24,21 +24,14 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models import Output, TappedApply, Use
+from simgrad.models import TappedApply, Use
 from simgrad.pairs import Batch
-from simgrad.theory.gram import (
-    PairKernel,
-    chosen_and_rejected,
-    ghost_is_cheaper,
-    gradients,
-    outer_products,
-    row_inner,
-    sides,
-)
-from simgrad.theory.likelihood import Responses, flat_rows, read
+from simgrad.theory.cost import ghost_is_cheaper
+from simgrad.theory.gram import PairKernel, chosen_and_rejected, gradients, met_by, outer_products, row_inner, sides
+from simgrad.theory.likelihood import Responses, flat_rows, prediction_error, read
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["ghost_blocks"]
+__all__ = ["ghost_blocks", "hidden_pull"]
 
 Blocks = dict[str, PairKernel]
 
@@ -50,87 +43,91 @@ def ghost_blocks(
 
     Leaves under ``layers/`` give arrays of shape (B, depth), others (B,). ``route`` forces ghost
     contractions (True) or explicit per-leaf gradients (False) where both exist.
-
-    Raises:
-        ValueError: the batch is packed (its prompt rows would mix both responses' signals).
     """
-    if batch.is_packed:
-        raise ValueError("ghost kernels need a padded batch: use pairs.padded instead of pairs.packed")
     b, s, t = batch.tokens.shape
     tokens, positions, streams = (x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams))
-    rows = flat_rows(batch)
-
-    def total(taps: dict[str, Array]) -> tuple[Array, tuple[Responses, dict[str, Use]]]:
-        output = apply(theta, tokens, positions, streams, rows, taps=taps)
-        result = read(Output(output.logits, output.hidden), batch)
-        return result.logp.sum(), (result, output.uses)
-
-    signal, (result, uses) = jax.grad(total, has_aux=True)(apply.taps(theta, tokens, rows))
+    output = apply.record(theta, tokens, positions, streams, flat_rows(batch))
+    result = read(output, batch)
+    error, pull = hidden_pull(theta, result, batch)
+    pair, side = (x[:, :, None] for x in jnp.meshgrid(jnp.arange(b), jnp.arange(2), indexing="ij"))
+    cotangents = jnp.zeros((b, 2, t, pull.shape[-1]), pull.dtype).at[pair, side, batch.rows].add(pull)
+    cotangents = jnp.moveaxis(cotangents.reshape(b, s, 2 // s, t, -1), 2, 0).reshape(2 // s, b * s, t, -1)
     wanted = [n for n in tree.names(theta) if tree.selected(n, include, apply.frozen)]
-    blocks: Blocks = {}
-    for use in uses.values():
-        if use.kind in ("linear", "affine"):
-            for site in use.sites:
-                for leaf in ("kernel", "scale", "bias"):
-                    if f"{site}/{leaf}" in wanted:
-                        layered = tree.is_layered(site)
-                        blocks[f"{site}/{leaf}"] = _leaf(leaf, use.input, signal[site], layered, route)
-    blocks |= _tables(uses, signal, theta, wanted, route)
-    return {name: blocks[name] for name in wanted}, result
-
-
-def _by_side(x: Array) -> Array:
-    return x.reshape(-1, 2, *x.shape[1:])
-
-
-def _leaf(leaf: str, a: Array, delta: Array, layered: bool, route: bool | None) -> PairKernel:
-    def one(pair: tuple[Array, Array]) -> PairKernel:
-        a, delta = map(_by_side, pair)
-        if leaf == "kernel":
-            return outer_products(a, delta, route)
-        delta = tree.widen(delta)
-        return gradients((delta * tree.widen(a) if leaf == "scale" else delta).sum(2))
-
-    if not layered:
-        return one((a, delta))
-    return jax.tree.map(lambda x: x.T, jax.lax.map(one, (a, delta)))
-
-
-def _tables(
-    uses: dict[str, Use], signal: dict[str, Array], theta: Theta, wanted: list[str], route: bool | None
-) -> Blocks:
-    """Embedding, positions and unembedding; the first and the last may be one tied table."""
-    blocks: Blocks = {}
     tied = "unembedding" not in theta
-    readout = (_by_side(uses["unembedding"].input), _by_side(signal["unembedding"]))
-    for site in ("embedding", "positions"):
-        if f"{site}/table" in wanted:
-            lookup = (_by_side(uses[site].input), _by_side(signal[site]))
-            shared = readout if tied and site == "embedding" else None
-            blocks[f"{site}/table"] = _table(theta[site]["table"].shape[0], lookup, shared, route)
+    readout = (result.hidden, error)
+
+    def visit(use: Use, signals: tuple[Array, ...]) -> Blocks:
+        a = use.input.reshape(b, s, *use.input.shape[1:])
+        deltas = {site: _by_side(x, s) for site, x in zip(use.sites, signals, strict=True)}
+        if use.kind == "lookup":
+            return {
+                f"{site}/table": _table(
+                    theta[site]["table"].shape[0], a, x, readout if tied and site == "embedding" else None, route
+                )
+                for site, x in deltas.items()
+                if f"{site}/table" in wanted
+            }
+        return _map_blocks(a, deltas, wanted, route)
+
+    blocks = apply.backward(theta, positions, streams, output.uses, cotangents, visit)
     if "unembedding/table" in wanted:
-        blocks["unembedding/table"] = outer_products(*readout, route)
+        (blocks["unembedding/table"],) = outer_products(*readout, ghost=route)
+    return {n: jax.tree.map(jnp.transpose, blocks[n]) if tree.is_layered(n) else blocks[n] for n in wanted}, result
+
+
+def hidden_pull(
+    theta: Theta, result: Responses, batch: Batch
+) -> tuple[Float[Array, "B 2 R V"], Float[Array, "B 2 R D"]]:
+    """Gradients of each response's log-probs with respect to logits (e_y - π) and hidden states."""
+    error = prediction_error(result.logits, batch.targets, batch.valid)
+    table = theta["unembedding" if "unembedding" in theta else "embedding"]["table"]
+    pull = jnp.einsum("bsrv,vd->bsrd", error.astype(table.dtype), table, preferred_element_type=error.dtype)
+    return error, pull.astype(result.hidden.dtype)
+
+
+def _by_side(signal: Float[Array, "J N T O"], s: int) -> Float[Array, "B 2 T O"]:
+    """Signals of chosen and rejected: on sequences of their own, or as two cotangents of one."""
+    copies, n, t, o = signal.shape
+    return jnp.swapaxes(signal.reshape(copies, n // s, s, t, o), 0, 1).reshape(n // s, 2, t, o)
+
+
+def _map_blocks(a: Array, deltas: dict[str, Array], wanted: list[str], route: bool | None) -> Blocks:
+    blocks: Blocks = {}
+    kernels = [site for site in deltas if f"{site}/kernel" in wanted]
+    if kernels:
+        products = outer_products(a, *(deltas[site] for site in kernels), ghost=route)
+        blocks |= {f"{site}/kernel": k for site, k in zip(kernels, products, strict=True)}
+    for site, delta in deltas.items():
+        wide = tree.widen(delta)
+        if f"{site}/scale" in wanted:
+            blocks[f"{site}/scale"] = gradients((wide * tree.widen(a)).sum(2))
+        if f"{site}/bias" in wanted:
+            blocks[f"{site}/bias"] = gradients(wide.sum(2))
     return blocks
 
 
 def _table(
     size: int,
-    lookup: tuple[Int[Array, "B 2 T"], Float[Array, "B 2 T D"]],
+    ids: Int[Array, "B S T"],
+    delta: Float[Array, "B 2 T D"],
     readout: tuple[Array, Array] | None,
     route: bool | None,
 ) -> PairKernel:
-    ids, delta = lookup
+    """Kernel of a table that is looked up and, where ``readout`` is given, also read out."""
     delta = tree.widen(delta)
-    tokens, width = ids.shape[-1], delta.shape[-1]
-    ghost = ghost_is_cheaper(tokens, size, width) if route is None else route
+    shared, both = ids.shape[1] == 1, jnp.broadcast_to(ids, (ids.shape[0], 2, ids.shape[2]))
+    ghost = ghost_is_cheaper(ids.shape[-1], size, delta.shape[-1], shared) if route is None else route
     if not ghost:
-        return gradients(_dense_table(size, ids, delta, readout))
+        return gradients(_dense_table(size, both, delta, readout))
 
-    def product(i: Array, d: Array, i2: Array, d2: Array) -> Array:
-        same = (i[:, :, None] == i2[:, None, :]).astype(d.dtype)
-        return (row_inner(d, d2) * same).sum(-1).sum(-1)
+    def same(i: Array, j: Array) -> Array:
+        return (i[..., :, None] == j[..., None, :]).astype(delta.dtype)
 
-    kernel = chosen_and_rejected(product, sides(ids), sides(delta))
+    if shared:
+        kernel = met_by(same(ids, ids), delta)
+    else:
+        met = chosen_and_rejected(same, sides(ids))
+        kernel = jax.tree.map(lambda m, n: (m * n).sum(-1).sum(-1), met, chosen_and_rejected(row_inner, sides(delta)))
     if readout is None:
         return kernel
     hidden, error = map(tree.widen, readout)
@@ -144,8 +141,8 @@ def _table(
 
     return (
         kernel
-        + outer_products(hidden, error, route)
-        + chosen_and_rejected(cross, sides(ids), sides(delta), sides(hidden), sides(error))
+        + outer_products(hidden, error, ghost=route)[0]
+        + chosen_and_rejected(cross, sides(both), sides(delta), sides(hidden), sides(error))
     )
 
 

@@ -5,8 +5,8 @@ token. Its inner product with G_l is available without forming either ("ghost" r
 
     <A_w^T E_w, A_l^T E_l> = Σ_{t,t'} (a_t · a'_t') (e_t · e'_t')
 
-which costs T² (I + O) a product instead of T I O for each gradient; three products against two
-gradients make the ghost route cheaper below T = (2/3) I O / (I + O) tokens.
+which costs T² (I + O) a product instead of T I O for each gradient. Where both sides have the same inputs
+(a packed pair) the products A A^T are taken once. :mod:`simgrad.theory.cost` says which route is cheaper.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
+from simgrad.theory.cost import ghost_is_cheaper
 from simgrad.typing import Array, Float
 
-__all__ = ["PairKernel", "chosen_and_rejected", "ghost_is_cheaper", "gradients", "outer_products", "row_inner", "sides"]
+__all__ = ["PairKernel", "chosen_and_rejected", "gradients", "met_by", "outer_products", "row_inner", "sides"]
 
 Sides = tuple[Array, Array]
 
@@ -71,43 +72,71 @@ def chosen_and_rejected(product, *args: Sides) -> PairKernel:
     return PairKernel(product(*w, *w), product(*w, *l), product(*l, *l))
 
 
-def ghost_is_cheaper(tokens: int, fan_in: int, out: int) -> bool:
-    """3 T² (I + O) < 2 T I O.
-
-    >>> ghost_is_cheaper(100, 768, 768), ghost_is_cheaper(1000, 768, 768)
-    (True, False)
-    """
-    return 3 * tokens * (fan_in + out) < 2 * fan_in * out
-
-
 def row_inner(rows: Float[Array, "*n R I"], others: Float[Array, "*n M I"]) -> Float[Array, "*n R M"]:
-    """⟨row, other row⟩ for all rows, in float32 or better, with full-precision products on every device.
+    """⟨row, other row⟩ for all rows, accumulated in float32 or better, with exact products on every device.
 
     >>> import jax.numpy as jnp
     >>> row_inner(jnp.eye(2), jnp.array([[3.0, 4.0]])).tolist()
     [[3.0], [4.0]]
     """
-    return jnp.einsum("...ri,...mi->...rm", tree.widen(rows), tree.widen(others), precision="highest")
+    wide = tree.accumulator(rows.dtype)
+    return jnp.einsum("...ri,...mi->...rm", rows, others, precision="highest", preferred_element_type=wide)
 
 
-def outer_products(a: Float[Array, "B 2 T I"], e: Float[Array, "B 2 T O"], ghost: bool | None = None) -> PairKernel:
-    """Kernel of G = Σ_t a_t e_t^T for each side; ``ghost`` forces a route (None: the cheaper one).
+def outer_products(
+    a: Float[Array, "B S T I"], *e: Float[Array, "B 2 T _"], ghost: bool | None = None
+) -> tuple[PairKernel, ...]:
+    """Kernels of G = Σ_t a_t e_t^T for each e: maps that read the same inputs a.
+
+    The inputs are those of either side (S = 2), or both sides' (S = 1). ``ghost`` forces a route (None: the
+    cheaper one for all of the maps).
 
     >>> import jax.numpy as jnp
     >>> ones = jnp.ones((1, 2, 3, 4))
-    >>> outer_products(ones, ones).inner.item()
+    >>> outer_products(ones, ones)[0].inner.item()
     144.0
     """
-    a, e = tree.widen(a), tree.widen(e)
+    shared = a.shape[1] == 1
     if ghost is None:
-        ghost = ghost_is_cheaper(a.shape[2], a.shape[3], e.shape[3])
-    if ghost:
+        ghost = ghost_is_cheaper(a.shape[2], a.shape[3], sum(x.shape[3] for x in e), shared)
+    if not ghost:
+        a = jnp.broadcast_to(a, (a.shape[0], 2, *a.shape[2:]))
+        return tuple(gradients(_gradient(a, x)) for x in e)
+    if shared:
+        once = row_inner(a, a)
+        if e[0].dtype.itemsize >= 4:
+            return tuple(met_by(once, x) for x in e)
+        met = PairKernel(*(once[:, 0],) * 3)  # products of low-precision rows are exact and fast, others are not
+    else:
+        met = chosen_and_rejected(row_inner, sides(a))
 
-        def product(a: Array, e: Array, a2: Array, e2: Array) -> Array:
-            return (row_inner(a, a2) * row_inner(e, e2)).sum(-1).sum(-1)
+    def product(x: Array) -> PairKernel:
+        return jax.tree.map(lambda m, n: (m * n).sum(-1).sum(-1), met, chosen_and_rejected(row_inner, sides(x)))
 
-        return chosen_and_rejected(product, sides(a), sides(e))
-    return gradients(jnp.einsum("bxti,bxto->bxio", a, e, precision="highest"))
+    return tuple(product(x) for x in e)
+
+
+def _gradient(a: Float[Array, "B 2 T I"], e: Float[Array, "B 2 T O"]) -> Float[Array, "B 2 I O"]:
+    wide = tree.accumulator(e.dtype)
+    if a.dtype != e.dtype:
+        a, e = tree.widen(a), tree.widen(e)
+    return jnp.einsum("bxti,bxto->bxio", a, e, precision="highest", preferred_element_type=wide)
+
+
+def met_by(met: Float[Array, "B 1 T T"], e: Float[Array, "B 2 T O"]) -> PairKernel:
+    """Σ_{t,t'} met[t,t'] (e_t · e'_t') for a symmetric array that both sides share.
+
+    >>> import jax.numpy as jnp
+    >>> met_by(jnp.ones((1, 1, 2, 2)), jnp.ones((1, 2, 2, 3))).inner.item()
+    12.0
+    """
+    w, l = sides(jnp.einsum("btu,bxuo->bxto", met[:, 0], e, precision="highest"))  # noqa: E741
+    first, second = sides(e)
+
+    def inner(x: Array, y: Array) -> Array:
+        return (x * y).sum(-1).sum(-1)
+
+    return PairKernel(inner(first, w), inner(second, w), inner(second, l))
 
 
 def gradients(g: Float[Array, "B 2 ..."]) -> PairKernel:

@@ -35,16 +35,17 @@ def pair_kernel(
     Args:
         apply: the model.
         theta: its parameters.
-        batch: B pairs; the methods ``ghost`` and ``explicit`` need the padded layout.
+        batch: B pairs in either layout; long prompts are cheaper packed
+            (:func:`simgrad.theory.cost.packing_pays`).
         include: patterns of parameter paths (``fnmatch`` over :func:`simgrad.tree.names`), for example
             ``["layers/attention/*"]``; None means all. The model's ``frozen`` parameters never count.
-        method: ``plain`` takes two gradients a pair (any model, any layout, the reference). ``ghost``
-            takes one backward pass for the batch and no weight gradients, ``explicit`` the same with
-            weight gradients one leaf at a time. ``auto`` is the cheaper of the last two for each leaf
-            where the model and the layout allow, else plain. Compiled once per model and batch shape.
+        method: ``plain`` takes two gradients a pair (any model, the reference). ``ghost`` takes one
+            backward pass for the batch and no weight gradients, ``explicit`` the same with weight
+            gradients one leaf at a time. ``auto`` is the cheaper of the last two for each leaf where the
+            model allows (:mod:`simgrad.theory.cost`), else plain. Compiled once per model and batch shape.
 
     Raises:
-        ValueError: a pattern matches no parameter; nothing is trainable; packed batch with ``ghost``.
+        ValueError: a pattern matches no parameter; nothing is trainable; ``ghost`` without a transformer.
 
     Source: Yuan et al., arXiv 2410.13828, Sec. 3 (the gradient inner product condition).
 
@@ -101,7 +102,7 @@ def _blocks(
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(Method))}")
     tapped = isinstance(apply, TappedApply)
-    if method == "plain" or (method == "auto" and (batch.is_packed or not tapped)):
+    if method == "plain" or (method == "auto" and not tapped):
         return _plain(apply, theta, batch, include), responses(apply, theta, batch)
     if not tapped:
         raise ValueError(f"method {method!r} needs a transformer; {type(apply).__name__} has method 'plain' only")
@@ -148,4 +149,4 @@ def head_kernel(result: Responses, batch: Batch) -> PairKernel:
     (0.5, -0.5)
     """
     error = prediction_error(result.logits, batch.targets, batch.valid)
-    return outer_products(result.hidden, error)
+    return outer_products(result.hidden, error)[0]

@@ -7,6 +7,7 @@ the token kernel's blocks sum to the pair kernel, and weights on tokens (masks) 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -19,9 +20,10 @@ from simgrad import tree
 from simgrad.models import Apply, TappedApply
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
+from simgrad.theory.cost import Shapes
 from simgrad.theory.ghost_tokens import ghost_tokens
 from simgrad.theory.gram import PairKernel
-from simgrad.theory.likelihood import flat_rows, responses
+from simgrad.theory.likelihood import responses
 from simgrad.theory.prediction import Change
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -49,11 +51,11 @@ def token_kernel(
         batch: B pairs; ``ghost`` needs the padded layout.
         include: patterns of parameter paths, see :func:`simgrad.theory.pair_kernel`.
         method: ``columns`` computes J (Jᵀ e_j) for one token after the other, with one gradient in memory
-            at a time, for any model and layout. ``ghost`` is one backward pass for the i-th tokens of
-            both responses, and contractions over tokens, several times faster; it holds the signals of all
-            tokens of one pair, R times the activations of a forward pass. ``auto`` takes it where it can and
-            the signals fit in ``memory``.
-        memory: bytes that ``auto`` allows for signals (2 GiB).
+            at a time, for any model and layout. ``ghost`` is one backward pass for all tokens of a
+            pair, layer by layer, and contractions over tokens, several times faster; it holds the signals of
+            all tokens at one layer, or of as many as fit in ``memory``: with n parts, every two of them together,
+            it costs about n - 1 times as much. ``auto`` takes it where it can and needs no more than 5 parts.
+        memory: bytes for signals (2 GiB).
 
     Raises:
         ValueError: ``ghost`` for a packed batch or a model that is not a transformer.
@@ -67,8 +69,9 @@ def token_kernel(
     if method not in get_args(TokenMethod):
         raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(TokenMethod))}")
     if isinstance(apply, TappedApply) and not batch.is_packed:
-        if method == "ghost" or (method == "auto" and _signal_bytes(apply, theta, batch) <= memory):
-            return _ghost(apply, theta, batch, tree.patterns(include))
+        chunk, most = _chunk(apply, theta, batch, memory), batch.targets.shape[-1]
+        if method == "ghost" or (method == "auto" and chunk * _PARTS >= most):
+            return _ghost(apply, theta, batch, tree.patterns(include), max(chunk, 1))
     elif method == "ghost":
         raise ValueError("method 'ghost' needs a transformer and a padded batch (pairs.padded); use 'columns'")
     b, _, r = batch.targets.shape
@@ -77,20 +80,34 @@ def token_kernel(
     return jnp.moveaxis(token_columns(apply, theta, batch, every, include), 1, -1).reshape(b, 2, r, 2, r)
 
 
-def _signal_bytes(apply: TappedApply, theta: Theta, batch: Batch) -> int:
-    """Size of one signal a token and operation, for one pair."""
-    pair = batch.take(slice(1))
-    taps = jax.eval_shape(lambda t: apply.taps(t, pair.tokens[0], flat_rows(pair)), theta)
-    sizes = (x.size * x.dtype.itemsize for site, x in taps.items() if site != "unembedding")
-    return batch.targets.shape[-1] * sum(sizes)
+_PARTS = 5  # more take longer than columns do
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "include"))
-def _ghost(apply: TappedApply, theta: Theta, batch: Batch, include: tuple[str, ...] | None) -> Array:
+def _chunk(apply: TappedApply, theta: Theta, batch: Batch, memory: int) -> int:
+    """Tokens of each response in one part: all, or so many that the signals of two parts fit in ``memory``."""
+    shapes, (_, sequences, length), most = Shapes.of(apply, theta), batch.tokens.shape, batch.targets.shape[-1]
+    features = sum(r.fan_in + r.out for r in shapes.readings) + 2 * shapes.width
+    token = 2 * sequences * length * features * shapes.itemsize  # signals, and what is computed again for them
+    return most if most * token <= memory else memory // token // 2
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "include", "chunk"))
+def _ghost(apply: TappedApply, theta: Theta, batch: Batch, include: tuple[str, ...] | None, chunk: int) -> Array:
     tree.partition(theta, include, apply.frozen)  # raises where the selection is empty
+    most = batch.targets.shape[-1]
+    parts = [np.minimum(np.arange(k, k + chunk), most - 1) for k in range(0, most, chunk)]
+    couples = jnp.asarray([np.concatenate(two) for two in itertools.combinations(parts, 2)] or [np.arange(most)])
 
     def one(pair: Batch) -> Array:
-        return ghost_tokens(apply, theta, jax.tree.map(lambda x: x[None], pair), include)
+        single = jax.tree.map(lambda x: x[None], pair)
+
+        def fill(kernel: Array, index: Array) -> tuple[Array, None]:
+            some = ghost_tokens(apply, theta, single, index, include)
+            block = jnp.moveaxis(some, (1, 3), (0, 1))
+            return kernel.at[:, index[:, None], :, index[None, :]].set(block.astype(kernel.dtype)), None
+
+        empty = jnp.zeros((2, most, 2, most), tree.accumulator(theta["embedding"]["table"].dtype))
+        return jax.lax.scan(fill, empty, couples)[0]
 
     return jax.lax.map(one, batch)
 

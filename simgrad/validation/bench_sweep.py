@@ -24,7 +24,7 @@ from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed
 from simgrad.provenance import provenance
 from simgrad.typing import Theta
-from simgrad.validation import bench
+from simgrad.validation.bench.setting import version
 
 __all__ = ["SweepConfig", "SweepMeasurement", "bench_sweeps"]
 
@@ -109,7 +109,7 @@ def bench_sweeps(
         report(measurements[-1])
     measurements.append(_linear(config))
     report(measurements[-1])
-    here = {"cores": os.cpu_count(), "devices": jax.local_device_count(), "torch": bench._version("torch")}
+    here = {"cores": os.cpu_count(), "devices": jax.local_device_count(), "torch": version("torch")}
     return {
         "config": asdict(config),
         "provenance": {**provenance(), **here},
