@@ -1,4 +1,4 @@
-"""The command as a user runs it: in a process of its own."""
+"""The command as a user runs it: in a process of its own, or many calls in one where starting is all they do."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +29,16 @@ def simgrad(*arguments, cache, check=True):
     return done
 
 
+def in_one_process(*calls, cache):
+    """What :func:`simgrad` returns of each call, with ``check=False``."""
+    environment = {**os.environ, "SIMGRAD_CACHE": str(cache), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    given = json.dumps([[str(x) for x in call] for call in calls])
+    code = [sys.executable, str(Path(__file__).parent / "commands.py"), given]
+    done = subprocess.run(code, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return [SimpleNamespace(**found) for found in json.loads(done.stdout)]
+
+
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "pairs.jsonl"
@@ -34,12 +46,12 @@ def data(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), *[(c,) for c in "score predict sweep world worlds objectives figures bench".split()]]
-)
-def test_help(arguments, tmp_path):
-    text = simgrad(*arguments, "--help", cache=tmp_path).stdout
-    assert "usage: simgrad" in text
+def test_help(tmp_path):
+    names = "score predict sweep world worlds objectives figures validate bench".split()
+    calls = [("--help",), *[(name, "--help") for name in names]]
+    for (*name, _), found in zip(calls, in_one_process(*calls, cache=tmp_path), strict=True):
+        assert (found.returncode, found.stderr) == (0, "")
+        assert f"usage: {' '.join(['simgrad', *name])} " in found.stdout
 
 
 def test_help_does_not_import_jax(tmp_path):
@@ -54,20 +66,25 @@ def test_help_does_not_import_jax(tmp_path):
 def test_objectives_lists_them_all_with_what_they_do(tmp_path):
     from simgrad.objectives import FAMILIES, catalog
 
-    text = simgrad("objectives", cache=tmp_path).stdout
+    whole, some, listed, wrong = in_one_process(
+        ("objectives",),
+        ("objectives", "kto", "cdpo"),
+        ("objectives", "bco", "--json"),
+        ("objectives", "dpoo"),
+        cache=tmp_path,
+    )
+    assert [found.returncode for found in (whole, some, listed, wrong)] == [0, 0, 0, 2]
+    text = whole.stdout
     assert max(map(len, text.splitlines())) <= 100
     joined = " ".join(text.split())
     for d in catalog():
         assert f"\n{d.name} " in text
     for line in ("-logσ(β·m)", "d_w/d_l = |y_l|/|y_w|", "d_w < 0 where m > 1/(2·β)", *FAMILIES):
         assert line in joined
-    full = simgrad("objectives", "kto", "cdpo", cache=tmp_path).stdout
-    assert "λ_D desirable_weight=1.0" in full
-    assert "where σ(-β·m) < ε" in full
-    listed = json.loads(simgrad("objectives", "bco", "--json", cache=tmp_path).stdout)
-    assert [(d["name"], d["batch_coupled"]) for d in listed] == [("bco", True)]
-    wrong = simgrad("objectives", "dpoo", cache=tmp_path, check=False)
-    assert (wrong.returncode, "did you mean 'dpo'" in wrong.stderr) == (2, True)
+    assert "λ_D desirable_weight=1.0" in some.stdout
+    assert "where σ(-β·m) < ε" in some.stdout
+    assert [(d["name"], d["batch_coupled"]) for d in json.loads(listed.stdout)] == [("bco", True)]
+    assert "did you mean 'dpo'" in wrong.stderr
 
 
 def test_score_writes_a_table_and_a_summary(checkpoint, data, tmp_path):
@@ -109,35 +126,34 @@ def test_killed_with_signal_nine_it_continues(checkpoint, data, tmp_path):
     assert not journal.exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("--objective", "dpoo"), "did you mean 'dpo'"),
-        (("--gamma", "1.0"), "dpo has no hyperparameter gamma"),
-        (("--set", "alpha"), "--set takes NAME=VALUE, got 'alpha'"),
-        (("--objective", "r_dpo", "--set", "alpha=nan"), "alpha must be"),
-        (("--objective", "r_dpo", "--set", "alpha=big"), "alpha must be a number, got 'big'"),
-        (("--beta", "0.1", "--set", "beta=0.2"), "beta is given twice"),
-        (("--model", "no/such/folder"), "neither a folder nor a valid Hub id"),
-        (("--data", "none.jsonl"), "none.jsonl: no such file"),
-        (("--max-length", "100"), "the model reads 1 to 32 tokens"),
-    ],
-)
-def test_mistakes_end_in_one_line(checkpoint, data, tmp_path, change, message):
-    arguments = {"--model": checkpoint, "--data": data, "--out": tmp_path / "s.parquet"} | dict(
-        zip(change[::2], change[1::2], strict=True)
-    )
-    done = simgrad("score", *(x for item in arguments.items() for x in item), cache=tmp_path, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+MISTAKES = {
+    ("--objective", "dpoo"): "did you mean 'dpo'",
+    ("--gamma", "1.0"): "dpo has no hyperparameter gamma",
+    ("--set", "alpha"): "--set takes NAME=VALUE, got 'alpha'",
+    ("--objective", "r_dpo", "--set", "alpha=nan"): "alpha must be",
+    ("--objective", "r_dpo", "--set", "alpha=big"): "alpha must be a number, got 'big'",
+    ("--beta", "0.1", "--set", "beta=0.2"): "beta is given twice",
+    ("--model", "no/such/folder"): "neither a folder nor a valid Hub id",
+    ("--data", "none.jsonl"): "none.jsonl: no such file",
+    ("--max-length", "100"): "the model reads 1 to 32 tokens",
+}
+
+
+def test_mistakes_end_in_one_line(checkpoint, data, tmp_path):
+    usual = {"--model": checkpoint, "--data": data, "--out": tmp_path / "s.parquet"}
+    given = [usual | dict(zip(change[::2], change[1::2], strict=True)) for change in MISTAKES]
+    calls = [("score", *(x for item in arguments.items() for x in item)) for arguments in given]
+    for message, found in zip(MISTAKES.values(), in_one_process(*calls, cache=tmp_path), strict=True):
+        assert found.returncode == 2, message
+        assert message in found.stderr
+        assert "Traceback" not in found.stderr
     assert not (tmp_path / "s.parquet").exists()
 
 
 def test_float64_is_float64(checkpoint, data, tmp_path):
-    for dtype in ("float64", "float32"):
-        simgrad("score", "--model", checkpoint, "--data", data, "--out", tmp_path / f"{dtype}.parquet",
-                "--dtype", dtype, "--no-gradients", cache=tmp_path / "c")  # fmt: skip
+    some = ("score", "--model", checkpoint, "--data", data, "--no-gradients")
+    calls = [(*some, "--out", tmp_path / f"{d}.parquet", "--dtype", d) for d in ("float64", "float32")]
+    assert [found.returncode for found in in_one_process(*calls, cache=tmp_path / "c")] == [0, 0]
     a, b = (ScoreTable.load(tmp_path / f"{d}.parquet")["logp_chosen"] for d in ("float64", "float32"))
     assert 0 < np.abs(a - b).max() < 1e-5
 
@@ -145,7 +161,13 @@ def test_float64_is_float64(checkpoint, data, tmp_path):
 def test_predict_and_check(checkpoint, data, tmp_path):
     out = tmp_path / "new" / "predicted.parquet"
     arguments = ("--model", checkpoint, "--data", data, "--out", out, "--batch-size", 2)
-    done = simgrad("predict", *arguments, "--lr", 1e-3, "--check", cache=tmp_path)
+    done, sampled, wrong = in_one_process(
+        ("predict", *arguments, "--lr", 1e-3, "--check"),
+        ("predict", *arguments, "--sample", 3),
+        ("predict", *arguments[:5], tmp_path / "x.csv"),
+        cache=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
     assert "are predicted to fall" in done.stdout
     assert "kernel flow, refreshed" in done.stdout
     import pyarrow.parquet as pq
@@ -153,26 +175,27 @@ def test_predict_and_check(checkpoint, data, tmp_path):
     table = pq.read_table(out)
     assert table["index"].to_pylist() == [0, 1, 2, 3]
     assert all(np.isfinite(table[name]).all() for name in table.column_names)
-    sampled = simgrad("predict", *arguments, "--sample", 3, cache=tmp_path, check=False)
     assert sampled.returncode == 2
     assert "groups <= sample <= pairs" in sampled.stderr
-    wrong = simgrad("predict", *arguments[:5], tmp_path / "x.csv", cache=tmp_path, check=False)
     assert wrong.returncode == 2
     assert "written as .parquet" in wrong.stderr
 
 
-def test_worlds_are_listed_with_their_knobs(tmp_path):
+def test_worlds_are_listed_with_their_knobs_measured_and_saved(tmp_path):
     from simgrad import worlds
 
-    text = simgrad("worlds", cache=tmp_path).stdout
+    options = ("--seeds", 2, "--set", "draws=4", "--out", tmp_path / "out")
+    done, listed, wrong = in_one_process(
+        ("world", "squeezing", *options),
+        ("worlds",),
+        ("world", "squeezing", "--set", "draw=4"),
+        cache=tmp_path,
+    )
+    text = listed.stdout
     for name in worlds.names():
         assert name in text
     assert "overlap=0.6" in text
-
-
-def test_a_world_is_measured_and_saved(tmp_path):
-    options = ("--seeds", 2, "--set", "draws=4", "--out", tmp_path / "out")
-    done = simgrad("world", "squeezing", *options, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "What these seeds say" in done.stdout
     import pyarrow.parquet as pq
 
@@ -183,6 +206,5 @@ def test_a_world_is_measured_and_saved(tmp_path):
         assert metadata["knobs"]["draws"] == 4
         assert metadata["seeds"] == [0, 1]
         assert "git_revision" in metadata["provenance"]
-    wrong = simgrad("world", "squeezing", "--set", "draw=4", cache=tmp_path, check=False)
     assert wrong.returncode == 2
     assert "squeezing has no knob draw; it has:" in wrong.stderr

@@ -1,10 +1,13 @@
-"""Small experiments of the transformer worlds, for a process of its own (optimised code, two devices)."""
+"""Small experiments of the transformer worlds, for a process of its own (lightly optimised code, two devices)."""
 
 import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1"
+)
 
 import jax
 import jax.numpy as jnp
