@@ -19,9 +19,10 @@ class Bench:
     """Time simgrad against the published procedure in PyTorch, as ratios from one run, with random weights.
 
     A line a task and length: seconds a pair, how many times faster, the largest error, the time over that of its
-    own bare passes, the share of the best matrix product's speed, and temporary memory. Without torch there is
-    no comparison. Sweeps of small models run against a plain loop; they split the CPU, so they have a run of
-    their own, as have two tables: ways to a kernel (predicted and measured), and growth with pairs and tokens.
+    own bare passes, FLOPs a pair and their share of the best matrix product's speed, bytes of parameters that a batch
+    has to move, and temporary memory. Without torch there is no comparison. Sweeps of small models run against a
+    plain loop; they split the CPU, so they have a run of their own, as have two tables: ways to a kernel (predicted
+    and measured), and growth with pairs and tokens.
     """
 
     out: Path | None = None
@@ -101,8 +102,8 @@ class Bench:
 
 
 _COLUMNS = (
-    ("", 12), ("tokens", 10), ("s/pair", 9), ("times faster", 25),
-    ("error", 8), ("own passes", 22), ("ceiling", 9), ("memory", 11),
+    ("", 12), ("tokens", 10), ("s/pair", 8), ("times faster", 24), ("error", 7), ("own passes", 21),
+    ("GFLOP", 8), ("ceiling", 8), ("GB moved", 10), ("memory", 9),
 )  # fmt: skip
 _HEAD = "".join(f"{title:>{width}}" for title, width in _COLUMNS)
 
@@ -128,7 +129,9 @@ def _line(found: Any) -> str:
         ratio,
         error,
         own,
+        f"{found.flops / 1e9:.3g}",
         f"{found.achieved:.0%}",
+        f"{found.bytes / 1e9:.2g}",
         f"{found.temporary / 1e6:.0f} MB",
     )
     return f"{found.task:<12}" + "".join(f"{v:>{w}}" for v, (_, w) in zip(values, _COLUMNS[1:], strict=True))
