@@ -1,6 +1,7 @@
 """The 2n x 2n kernel against gradients of one response at a time, and its invariances."""
 
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ def test_plan_counts_the_gradients_taken_and_bounds_the_rows_held(monkeypatch, p
     def spy(apply, theta, batch, patterns):
         result = jacobian(apply, theta, batch, patterns)
         taken.append(2 * batch.size)
+        gc.collect()
         rows = sum(x.shape[0] for x in jax.live_arrays() if x.shape[1:] == shape and x.ndim == 3)
         held.append(rows // 2)  # two leaves of that shape: embedding and unembedding
         return result

@@ -28,7 +28,8 @@ COMMAND = [sys.executable, "-c", "from simgrad.cli import main; main()"]
 
 def run(*commands, cache, seconds=150):
     """Start all, wait for all, and end all where one fails or hangs; what they printed."""
-    environment = {**os.environ, "SIMGRAD_CACHE": str(cache), "COLUMNS": "100"}
+    flags = " ".join(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f)
+    environment = {**os.environ, "XLA_FLAGS": flags, "SIMGRAD_CACHE": str(cache), "COLUMNS": "100"}
     started = [
         subprocess.Popen(
             [str(x) for x in command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

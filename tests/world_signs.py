@@ -4,10 +4,11 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1"
-)
+if __name__ == "__main__":  # collecting doctests imports this file, and must leave the suite's flags alone
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1"
+    )
 
 import jax
 import jax.numpy as jnp
