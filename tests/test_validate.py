@@ -221,6 +221,13 @@ def test_numbers_that_are_not_finite_fail():
     assert gap([1.0, np.nan], [1.0, 2.0]) == np.inf
 
 
+def test_what_cannot_be_told_is_said():
+    cell = dataclasses.replace(found().cells[0], order_first=None, signs_count=0, regimes_count=0)
+    named = {s.name: s for s in statements([cell], [])}
+    assert [named[f"{n}/float64"].holds for n in ("first order", "signs", "regimes")] == [None] * 3
+    assert "safe radius" in named["signs/float64"].text
+
+
 def test_subjects_are_one_draw_in_every_dtype():
     wide, narrow = (subject("transformer", TINY, dtype) for dtype in ("float64", "bfloat16"))
     for x, y in zip(jax.tree.leaves(wide.theta), jax.tree.leaves(narrow.theta), strict=True):

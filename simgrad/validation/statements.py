@@ -97,6 +97,8 @@ def _orders(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
     ]
     for name, order, slack, of in rows:
         known = [(c, fit) for c in cells if (fit := of(c)) is not None]
+        if not known and arithmetic == "float64":
+            yield _untold(f"{name}/{arithmetic}", f"{order} ± {slack:g}", "no three rates that are small enough")
         if known:
             cell, fit = max(known, key=lambda item: _or_inf(abs(item[1][0] - order)))
             holds = bool(_or_inf(abs(fit[0] - order)) <= slack) if arithmetic == "float64" else None
@@ -109,6 +111,11 @@ def _orders(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
                 _place(cell),
                 len(known),
             )
+
+
+def _untold(name: str, goal: str, reason: str) -> Statement:
+    """Nothing to judge by: said, not passed over."""
+    return Statement(name, reason, None, goal, "–", "choose smaller learning rates", 0)
 
 
 def _or_inf(x: float) -> float:
@@ -128,6 +135,8 @@ def _agreement(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
             if counts.sum():
                 right = sum(getattr(c, name) * n for c, n in zip(some, counts, strict=True) if n)
                 pooled.append((float(right / counts.sum()), int(counts.sum()), model))
+        if not pooled:
+            yield _untold(f"{name}/{arithmetic}", f"≥ {AGREEMENT:.0%}", "no rate inside the safe radius")
         if pooled:
             share, count, model = min(pooled)
             yield Statement(
