@@ -176,7 +176,11 @@ def test_a_wrong_second_order_is_found(monkeypatch):
 
 
 def test_a_wrong_sign_is_found(monkeypatch):
-    assert {"signs", "regimes"} <= sabotaged(monkeypatch, steps, cells, "first_order", scaled(-1.0))
+    assert "signs" in sabotaged(monkeypatch, steps, cells, "first_order", scaled(-1.0))
+
+
+def test_a_wrong_regime_is_found(monkeypatch):
+    assert sabotaged(monkeypatch, steps, cells, "regime", lambda r: (r + 1) % 4) == {"regimes"}
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):
@@ -286,6 +290,32 @@ def test_page_is_whole_and_says_everything(tmp_path):
     broken = dataclasses.replace(result, statements=(dataclasses.replace(result.statements[0], holds=False),))
     write_page(broken, tmp_path)
     assert "statements fail" in page.read_text()
+
+
+@pytest.mark.parametrize("rates", [[0.5], [1e-9, 1e-8]])
+def test_any_learning_rates_can_be_drawn(tmp_path, rates):
+    from simgrad.figures.validation_page import write_page
+
+    n = len(rates)
+    some = tuple(
+        dataclasses.replace(c, multiples=rates, curve_first=[0.1] * n, curve_second=[0.0] * n, curve_signs=[0.0] * n)
+        for c in found().cells
+    )
+    assert write_page(dataclasses.replace(found(), cells=some), tmp_path)[0].exists()
+
+
+def test_large_steps_are_measured_by_the_difference():
+    apply, theta, batch, step = ascent("float64")
+    plain = difference(apply, theta, batch, step, jnp.asarray(3.0))
+    assert np.abs(plain).min() > 1
+    close(measured_along(apply, theta, batch, step, jnp.asarray([3.0]))[0], plain)
+
+
+def test_tables_are_spared_low_precision_only_beside_others():
+    tables = dataclasses.replace(TINY, dtypes=("bfloat16",))
+    assert [str(a) for a in tables.arithmetics("cpu", "linear-softmax")] == ["bfloat16"]
+    more = dataclasses.replace(TINY, models=("linear-softmax", "transformer"), dtypes=("float64", "bfloat16"))
+    assert [str(a) for a in more.arithmetics("cpu", "linear-softmax")] == ["float64"]
 
 
 def test_the_command_fails_when_a_statement_does(tmp_path, monkeypatch, capsys):

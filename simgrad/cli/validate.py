@@ -83,7 +83,8 @@ class Validate:
 
         given: dict[str, Any] = {"seed": self.seed}
         for name in ("objectives", "optimizers", "dtypes", "precisions", "learning_rates", "model", "data", "pairs"):
-            if value := getattr(self, name):
+            value = getattr(self, name)
+            if value is not None and value != ():
                 given[name] = value
         if self.models:
             given["models"] = () if self.models == ("none",) else self.models

@@ -20,8 +20,8 @@ CAPTION = (
     "Left: what the first-order (solid) and second-order (dashed) predictions of a step miss, relative to the change, "
     "against the learning rate in units of the trust radius η* = ‖first‖/‖second‖; medians over all settings, bands "
     "quartiles. Grey: slopes 1 and 2, which a relative error must have. Low precision ends in a floor of rounding. "
-    "Middle: share of responses that go where the first order says; dotted: half the trust radius. Right: error of "
-    "every identity; grey ticks: what is allowed."
+    "Middle (float64, float32): share of responses that go where the first order says; dotted: half the trust radius. "
+    "Right: error of every identity; grey ticks: what is allowed."
 )
 _COLOURS = {"float64": "#000000", "float32": "#009E73", "bfloat16": "#CC79A7", "float16": "#E69F00"}
 _WIDTHS = {"float64": 2.0, "float32": 1.0, "bfloat16": 1.0, "float16": 1.0}  # the first lies under the second
@@ -52,7 +52,11 @@ def _resampled(cells: Sequence[Cell], name: str, at: np.ndarray) -> np.ndarray:
     for cell in cells:
         x, y = np.array(cell.multiples), np.maximum(np.array(getattr(cell, name), float), _SMALLEST)
         inside = (at >= x.min() * 0.999) & (at <= x.max() * 1.001)
-        rows.append(np.where(inside, np.exp(np.interp(np.log(at), np.log(x), np.log(y))), np.nan))
+        if name == "curve_signs":
+            values = np.interp(np.log(at), np.log(x), getattr(cell, name))
+        else:
+            values = np.exp(np.interp(np.log(at), np.log(x), np.log(y)))
+        rows.append(np.where(inside, values, np.nan))
     return np.array(rows)
 
 
@@ -80,6 +84,8 @@ def _remainders(axis: Axes, cells: Sequence[Cell]) -> None:
     bottom = 1e-12
     for order, start in ((1, 1e-4), (2, 3e-3)):
         line = at[(at >= start / 30) & (at <= start)]
+        if not len(line):
+            continue
         axis.plot(line, 0.12 * line**order, color=GUIDE, lw=0.8)
         axis.text(line[-1] * 1.3, 0.12 * line[-1] ** order, str(order), color=GUIDE, fontsize=7, va="center")
     axis.set_ylim(bottom, 30)

@@ -27,12 +27,12 @@ from simgrad.theory import (
     token_kernel,
 )
 from simgrad.theory.kernel import Method
-from simgrad.validation.cells import Base, step_of
+from simgrad.validation.cells import Base, first_update, step_of
 from simgrad.validation.checks import Check, gap
 from simgrad.validation.grid import optimizer
 from simgrad.validation.measure import difference, measured_along, pulled
 
-__all__ = ["against_reference", "between_devices", "repeated", "routes", "runs"]
+__all__ = ["against_reference", "between_devices", "repeated", "routes", "runs", "updates"]
 
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
 """Allowed distance of kernels from float64, relative to their own norms: some hundred roundoffs."""
@@ -117,6 +117,17 @@ def routes(base: Base, rates: Sequence[float], where: Where, limit: float = 1e-9
     )
 
 
+def updates(base: Base, optimizers: Sequence[str], where: Where, limit: float = 1e-9) -> Iterator[Check]:
+    """Every optimizer's first update by the library against the one that the cells step along."""
+    s, loss = base.subject, objectives.get("dpo")
+    for name in optimizers:
+        reference = s.references(base.logp)
+        ours = optimizer_step(s.apply, s.theta, s.batch, loss, optimizer(name), reference=reference).direction
+        yield _check(
+            "routes", f"first update of {name}", base, where, gap(ours, first_update(base, "dpo", name)), limit
+        )
+
+
 def runs(base: Base, where: Where, optimizers: Sequence[str], limit: float = 1e-9) -> Iterator[Check]:
     """Training takes the predicted steps; a run that is linearised anew at every step is the run itself."""
     s, loss, steps = base.subject, objectives.get("dpo"), 6
@@ -167,8 +178,8 @@ def _platform(base: Base) -> str:
 def between_devices(base: Base, where: Where, devices: Sequence[Any]) -> Iterator[Check]:
     """A loss gradient with the pairs spread over all devices against one device's."""
     s, loss = base.subject, objectives.get("dpo")
-    count = min(len(devices), len(s.pairs))
-    batch = s.batch.take(np.arange(count * (len(s.pairs) // count)))
+    count = len(devices)
+    batch = s.batch.take(np.arange(count * -(-len(s.pairs) // count)) % len(s.pairs))  # some twice: equally many each
     mesh = Mesh(np.array(devices[:count]), ("data",))
     spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     everywhere = jax.device_put(s.theta, NamedSharding(mesh, PartitionSpec()))

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from scipy import stats
 
 from simgrad import objectives, tree
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
-from simgrad.theory import PairKernel, StepChange, displacement, first_order, pair_kernel, responses
+from simgrad.theory import PairKernel, StepChange, displacement, first_order, pair_kernel, regime, responses
 from simgrad.theory.steps import updated
 from simgrad.typing import Array, Float, Theta
 from simgrad.validation.checks import gap
@@ -23,7 +24,7 @@ from simgrad.validation.grid import Grid, optimizer
 from simgrad.validation.measure import measured_along, pulled
 from simgrad.validation.subjects import Subject
 
-__all__ = ["Base", "Cell", "alone", "base_of", "regimes_of", "step_of", "together"]
+__all__ = ["Base", "Cell", "alone", "base_of", "first_update", "regimes_of", "step_of", "together"]
 
 NOISE = 100
 """A remainder says nothing below this many roundoffs of the change itself."""
@@ -111,7 +112,7 @@ class Cell:
         holds_to: largest multiple of the trust radius up to which R² of the second-order prediction is above .9.
         holds_to_nats: the largest |Δ log π| there.
         reference_error: of the first-order prediction against float64 on the CPU with the same d_w and d_l, relative to
-            the largest in the cell.
+            the largest in the cell (None: this is that reference).
         multiples: the learning rates as multiples of the trust radius.
         curve_first: relative error of the first order at each rate: norm over all responses.
         curve_second: of the second order.
@@ -139,7 +140,7 @@ class Cell:
     r2_second: float
     holds_to: float
     holds_to_nats: float
-    reference_error: float
+    reference_error: float | None
     multiples: Sequence[float] = field(repr=False)
     curve_first: Sequence[float] = field(repr=False)
     curve_second: Sequence[float] = field(repr=False)
@@ -181,9 +182,10 @@ def alone(base: Base, reference: Base, objective: str, grid: Grid, where: dict[s
     s, force = base.subject, base.alone[objective]
     first = _first_alone(base, force)
     rays = [_ray(pulled(s.apply, s.theta, pair, f[None])) for pair, f in zip(base.every, force, strict=False)]
-    exact = first if reference is base else _first_alone(reference, force.astype(reference.logp.dtype))
+    exact = None if reference is base else _first_alone(reference, force.astype(reference.logp.dtype))
+    regimes = np.asarray(regime(base.kernel, Coefficients(force[:, 0], -force[:, 1])))
     where = {**where, "kind": "alone", "objective": objective, "optimizer": "sgd"}
-    return _judged(base, where, first, _predicted(base, rays)[1], rays, grid, gap(first, exact))
+    return _judged(base, where, first, _predicted(base, rays)[1], rays, regimes, grid, exact)
 
 
 def together(base: Base, reference: Base, objective: str, name: str, grid: Grid, where: dict[str, str]) -> Cell | None:
@@ -193,12 +195,12 @@ def together(base: Base, reference: Base, objective: str, name: str, grid: Grid,
     """
     rays = [_ray(step_of(base, objective, name))] * len(base.every)
     first, second = _predicted(base, rays)
-    exact = first
+    exact = None
     if reference is not base:
         force = base.together[objective].astype(reference.logp.dtype)
         exact, _ = _predicted(reference, [_ray(_step(reference, force, name))] * len(reference.every))
     where = {**where, "kind": "together", "objective": objective, "optimizer": name}
-    return _judged(base, where, first, second, rays, grid, gap(first, exact))
+    return _judged(base, where, first, second, rays, regimes_of(first), grid, exact)
 
 
 def step_of(base: Base, objective: str, name: str) -> Theta:
@@ -206,15 +208,20 @@ def step_of(base: Base, objective: str, name: str) -> Theta:
     return _step(base, base.together[objective], name)
 
 
-def _step(base: Base, force: Array, name: str) -> Theta:
+def first_update(base: Base, objective: str, name: str) -> Theta:
+    """The same with fresh moments."""
+    return _step(base, base.together[objective], name, settled=False)
+
+
+def _step(base: Base, force: Array, name: str, settled: bool = True) -> Theta:
     s = base.subject
     trained, _ = tree.partition(s.theta, None, s.apply.frozen)
 
     def gradient(pull: Array) -> Array:
         return _minus_sum([pulled(s.apply, s.theta, pair, f[None]) for pair, f in zip(base.every, pull, strict=False)])
 
-    gradients = [gradient(pull) for pull in (0.7 * force, jnp.roll(force, 1, 0), force)]
-    return _whole(_third_update(name, gradients, _flat(trained)), trained)
+    forces = (0.7 * force, jnp.roll(force, 1, 0), force) if settled else (force,)
+    return _whole(_last_update(name, [gradient(pull) for pull in forces], _flat(trained)), trained)
 
 
 @jax.jit
@@ -236,8 +243,8 @@ def _whole(vector: Array, trained: Theta) -> Theta:
 
 
 @functools.partial(jax.jit, static_argnames="name")
-def _third_update(name: str, gradients: list[Float[Array, " n"]], point: Float[Array, " n"]) -> Float[Array, " n"]:
-    """The update that follows two others, on parameters in one vector: a program that every model can share."""
+def _last_update(name: str, gradients: list[Float[Array, " n"]], point: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The update that follows the others, on parameters in one vector: a program that every model can share."""
     transform = optimizer(name)
     state, step = transform.init(point), point
     for gradient in gradients:
@@ -262,14 +269,16 @@ def _judged(
     first: np.ndarray,
     second: np.ndarray,
     rays: Sequence[Ray],
+    regimes: np.ndarray,
     grid: Grid,
-    reference_error: float,
+    exact: np.ndarray | None,
 ) -> Cell | None:
     """Take the steps and compare; pairs that the objective does not move (a saturated hinge) are left out."""
+    reference_error = None if exact is None else gap(first, exact)
     moves = np.flatnonzero(~(np.abs(first).max(-1) == 0)).tolist()
     if not len(moves):
         return None
-    first, second = first[moves], second[moves]
+    first, second, regimes = first[moves], second[moves], regimes[moves]
     moved = StepChange(jnp.asarray(first), jnp.asarray(second))
     unit = float(np.linalg.norm(first) / max(np.linalg.norm(second), 1e-300))
     rates = np.array(grid.learning_rates or [m * unit for m in grid.rates])
@@ -301,7 +310,7 @@ def _judged(
         signs=_share(right, inside),
         signs_count=int(inside.sum()),
         signs_own=_share(right, own),
-        regimes=_share(regimes_of(measured) == regimes_of(one), inside.all(-1)),
+        regimes=_share(regimes_of(measured) == regimes[None], inside.all(-1)),
         regimes_count=int(inside.all(-1).sum()),
         r2_first=float(r2[0][middle]),
         r2_second=float(r2[1][middle]),
@@ -349,5 +358,7 @@ def _order(
     if count < 3:
         return whole, float("nan"), float("nan")
     parts = np.array([slope(np.delete(np.arange(count), i)) for i in range(count)])
-    half = 2 * float(np.sqrt((count - 1) / count * np.square(parts - parts.mean()).sum()))
+    half = float(stats.t.ppf(0.975, count - 1)) * float(
+        np.sqrt((count - 1) / count * np.square(parts - parts.mean()).sum())
+    )
     return whole, whole - half, whole + half

@@ -249,14 +249,20 @@ def _geometry(random: np.random.Generator, seed: int) -> Found:
     def several(g: Array, d: Coefficients) -> dict[str, Both]:
         kernel = PairKernel(*((g[a] * g[b]).sum(-1) for a, b in ((0, 0), (0, 1), (1, 1))))
         step = d.chosen[:, None] * g[0] - d.rejected[:, None] * g[1]
-        ideal = ((g[0] * step).sum(-1) >= 0) & ((g[1] * step).sum(-1) <= 0)
+        falls, rises = (g[0] * step).sum(-1) < 0, (g[1] * step).sum(-1) > 0
+        ideal = ~falls & ~rises
+        signs = jnp.where(
+            falls,
+            jnp.where(rises, int(Regime.REVERSED), int(Regime.BOTH_FALL)),
+            jnp.where(rises, int(Regime.BOTH_RISE), int(Regime.IDEAL)),
+        )
         ratio, limits = d.chosen / d.rejected, ideal_range(kernel)
         centred = band(kernel, Calibrated()(d, kernel))
         one = jnp.ones_like(d.chosen)
         normalised = first_order(kernel, PairwiseNormalized()(Coefficients(one, one), kernel))
         norms = jnp.linalg.norm(g, axis=-1)
         return {
-            "regimes are the signs of both changes": (regime(kernel, d) == int(Regime.IDEAL), ideal),
+            "regimes are the signs of both changes": (regime(kernel, d), signs),
             "the band is the ideal regime": (band(kernel, d).inside, ideal),
             "the ideal range of d_w/d_l is the ideal regime": (
                 (ratio >= limits.lower) & (ratio <= limits.upper),

@@ -140,7 +140,8 @@ class Grid:
     def arithmetics(self, platform: str, model: str) -> list[Arithmetic]:
         """Dtypes and precisions in which a model is run on a platform."""
         result = []
-        spared = model in TABLES and not self.thorough and len(self.subjects) > 1
+        others = any(name not in TABLES for name in self.subjects) and {"float64", "float32"} & set(self.dtypes)
+        spared = model in TABLES and others and not self.thorough
         for dtype in self.dtypes:
             if spared and dtype in ("bfloat16", "float16"):
                 continue

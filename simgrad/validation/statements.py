@@ -18,6 +18,10 @@ FLOAT32 = 1e-5
 """Largest distance of a float32 prediction from the float64 one, relative to the largest of a cell."""
 
 
+FLOAT64 = 1e-9
+"""The same for double precision on another device than the CPU."""
+
+
 @dataclass(frozen=True)
 class Statement:
     """A claim about all cells or checks of one kind.
@@ -49,8 +53,8 @@ def statements(cells: Sequence[Cell], checks: Sequence[Check]) -> list[Statement
         found.append(_finite(some, arithmetic))
         found += _orders(some, arithmetic)
         found += _agreement(some, arithmetic)
-        if arithmetic != "float64":
-            found.append(_float64(some, arithmetic))
+        if compared := [c for c in some if c.reference_error is not None]:
+            found.append(_float64(compared, arithmetic))
     for group, text in _GROUPS.items():
         for arithmetic in dict.fromkeys(c.arithmetic for c in checks if c.group == group):
             found.append(_identity(group, text, arithmetic, [c for c in checks if _is(c, group, arithmetic)]))
@@ -107,15 +111,15 @@ def _orders(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
                 f"what the {name} leaves out is of order {order} in the learning rate",
                 holds,
                 f"{order} ± {slack:g}",
-                f"{fit[0]:.3f} [{fit[1]:.3f}, {fit[2]:.3f}]",
-                _place(cell),
+                f"{fit[0]:.3f}" + (f" [{fit[1]:.3f}, {fit[2]:.3f}]" if np.isfinite(fit[1]) else ""),
+                f"{_place(cell)}; {len(known)} of {len(cells)} fitted",
                 len(known),
             )
 
 
 def _untold(name: str, goal: str, reason: str) -> Statement:
     """Nothing to judge by: said, not passed over."""
-    return Statement(name, reason, None, goal, "–", "choose smaller learning rates", 0)
+    return Statement(name, reason, None, goal, "–", "choose other learning rates", 0)
 
 
 def _or_inf(x: float) -> float:
@@ -134,29 +138,31 @@ def _agreement(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
             counts = np.array([getattr(c, f"{name}_count") for c in some])
             if counts.sum():
                 right = sum(getattr(c, name) * n for c, n in zip(some, counts, strict=True) if n)
-                pooled.append((float(right / counts.sum()), int(counts.sum()), model))
+                least = min((c for c, n in zip(some, counts, strict=True) if n), key=lambda c: getattr(c, name))
+                pooled.append((float(right / counts.sum()), int(counts.sum()), model, least))
         if not pooled:
             yield _untold(f"{name}/{arithmetic}", f"≥ {AGREEMENT:.0%}", "no rate inside the safe radius")
         if pooled:
-            share, count, model = min(pooled)
+            share, count, _, least = min(pooled, key=lambda item: item[0])
             yield Statement(
                 f"{name}/{arithmetic}",
                 text,
                 bool(share >= AGREEMENT) if _judged(arithmetic) else None,
                 f"≥ {AGREEMENT:.0%}",
                 f"{share:.2%} of {count}",
-                _short(model),
-                sum(n for _, n, _ in pooled),
+                f"worst setting {getattr(least, name):.1%}: {_place(least)}",
+                sum(n for _, n, _, _ in pooled),
             )
 
 
 def _float64(cells: Sequence[Cell], arithmetic: str) -> Statement:
-    worst = max(cells, key=lambda c: _or_inf(c.reference_error))
+    worst = max(cells, key=lambda c: _or_inf(c.reference_error or 0.0))
+    limit = {"float64": FLOAT64, "float32": FLOAT32}.get(arithmetic)
     return Statement(
         f"float64/{arithmetic}",
         "first-order predictions are those of float64 with the same d_w, d_l",
-        bool(worst.reference_error <= FLOAT32) if arithmetic == "float32" else None,
-        f"≤ {FLOAT32:g}",
+        None if limit is None else bool(_or_inf(worst.reference_error or 0.0) <= limit),
+        "not judged" if limit is None else f"≤ {limit:g}",
         f"{worst.reference_error:.1e}",
         _place(worst),
         len(cells),

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from simgrad.provenance import provenance
-from simgrad.validation.agreement import against_reference, between_devices, repeated, routes, runs
+from simgrad.validation.agreement import against_reference, between_devices, repeated, routes, runs, updates
 from simgrad.validation.cells import Base, Cell, alone, base_of, together
 from simgrad.validation.checks import Check
 from simgrad.validation.closed_forms import closed_forms
@@ -128,6 +128,8 @@ def validate(grid: Grid = QUICK, report: Report = lambda what, done, of: None) -
                 report(found.piece, done, len(jobs))
         finally:
             pool.shutdown(cancel_futures=True)
+    if not cells:
+        raise ValueError("no setting moves any pair: name other objectives, models or dtypes")
     return Validation(grid, tuple(statements(cells, checks)), tuple(cells), tuple(checks), _provenance(grid))
 
 
@@ -136,7 +138,7 @@ def _pieces(grid: Grid, devices: Sequence[Any], host: Any) -> list[Piece]:
 
     def of(name: str, part: Part, exact: bool) -> list[Piece]:
         return [
-            _piece(grid, name, arithmetic, devices[i % len(devices)], host, part)
+            _piece(grid, name, arithmetic, devices[(grid.subjects.index(name) + i) % len(devices)], host, part)
             for i, arithmetic in enumerate(grid.arithmetics(devices[0].platform, name))
             if (arithmetic.dtype == "float64") == exact
         ]
@@ -151,7 +153,7 @@ def _pieces(grid: Grid, devices: Sequence[Any], host: Any) -> list[Piece]:
     for part, exact in ((_checks, True), (_cells, False), (_checks, False)):
         pieces += [piece for name in networks for piece in of(name, part, exact)]
     if len(devices) > 1:
-        pieces.append(_piece(grid, grid.subjects[-1], Arithmetic(grid.dtypes[0]), devices[0], host, _spread))
+        pieces.append(_piece(grid, grid.subjects[-1], Arithmetic("float64"), devices[0], host, _spread))
     return pieces
 
 
@@ -201,6 +203,7 @@ def _checks(grid: Grid, base: Base, reference: Base, where: dict[str, str], arit
     yield from repeated(base, rates, where)
     if exact and (grid.thorough or base.subject.name not in TABLES or grid.subjects == (base.subject.name,)):
         yield from routes(base, rates, where)
+        yield from updates(base, grid.optimizers, where)
         yield from runs(base, where, ("sgd", "adam") if grid.thorough else ("adam",))
 
 
