@@ -1,81 +1,145 @@
-"""All figures by name, and how they are saved: PDF, PNG and every plotted number as JSON."""
+"""All figures by name; how they are computed, drawn and saved; the index page."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 
 from simgrad.figures import predicted_vs_measured
-from simgrad.figures.style import paper_style
+from simgrad.figures.stored import computed, plain, to_json
+from simgrad.figures.style import Venue, paper_style
 from simgrad.provenance import provenance
 
-__all__ = ["FIGURES", "Entry", "render"]
+__all__ = ["FIGURES", "FORMATS", "Entry", "Format", "NotDrawn", "render", "require_formats", "write_index"]
+
+Format = Literal["pdf", "png", "svg", "pgf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 class Entry(NamedTuple):
-    """A figure: its configuration, what computes it, what draws it, what to see."""
+    """A figure: what it computes, how it is drawn, what to see and what it bears on."""
 
     config: Any
     compute: Callable[[Any], Any]
     plot: Callable[[Any], Figure]
+    result: type
+    title: str
     caption: str
+    bears_on: str
+    inputs: Callable[[Any], tuple[Any, ...]]
 
 
-FIGURES: Mapping[str, Entry] = {
-    "predicted_vs_measured": Entry(
-        predicted_vs_measured.Config(),
-        predicted_vs_measured.compute,
-        predicted_vs_measured.plot,
-        predicted_vs_measured.CAPTION,
-    ),
-}
+def _entry(module: ModuleType) -> Entry:
+    nothing: Callable[[Any], tuple[Any, ...]] = lambda config: ()  # noqa: E731
+    parts = (module.Config(), module.compute, module.plot, module.Result, module.TITLE, module.CAPTION, module.BEARS_ON)
+    return Entry(*parts, getattr(module, "inputs", nothing))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} does not go into JSON")
+_MODULES: tuple[ModuleType, ...] = (predicted_vs_measured,)
+FIGURES: Mapping[str, Entry] = {module.__name__.rpartition(".")[2]: _entry(module) for module in _MODULES}
+"""In the order of the gallery."""
 
 
-def render(name: str, folder: Path, config: Any = None) -> list[Path]:
-    """Compute and save one figure; returns the files written.
+class NotDrawn(ValueError):
+    """A figure that needs something that was not given; the text says what."""
+
+
+def require_formats(formats: Sequence[str]) -> None:
+    """Refuse formats that cannot be written here.
 
     Raises:
-        ValueError: no such figure.
+        ValueError: unknown format, or pgf without a TeX program.
+    """
+    if unknown := [kind for kind in formats if kind not in FORMATS]:
+        raise ValueError(f"no format {unknown[0]!r}; there are: {', '.join(FORMATS)}")
+    if "pgf" in formats and shutil.which(tex := str(mpl.rcParams["pgf.texsystem"])) is None:
+        raise ValueError(f"pgf measures its texts with {tex}, which is not installed: install TeX Live, or use pdf")
+
+
+def render(
+    name: str,
+    folder: Path,
+    config: Any = None,
+    venue: Venue = "neurips",
+    formats: Sequence[Format] = ("pdf", "png"),
+    fresh: bool = False,
+) -> list[Path]:
+    """Compute (or take from the cache) and save one figure; returns the files written, the numbers first.
+
+    Raises:
+        ValueError: no such figure, or a format that cannot be written.
+        NotDrawn: the figure needs something that its configuration does not name.
     """
     if name not in FIGURES:
         raise ValueError(f"no figure {name!r}; there are: {', '.join(FIGURES)}")
+    require_formats(formats)
     entry = FIGURES[name]
     config = entry.config if config is None else config
     folder.mkdir(parents=True, exist_ok=True)
-    result = entry.compute(config)
-    where = provenance()
+    result = computed(entry.compute, config, entry.result, fresh, *entry.inputs(config))
+    settings, where = dataclasses.asdict(config), provenance()
     record = {
         "figure": name,
-        "caption": entry.caption.format(**dataclasses.asdict(config)),
-        "config": dataclasses.asdict(config),
+        "title": entry.title,
+        "caption": entry.caption.format(**settings),
+        "bears_on": entry.bears_on,
+        "config": settings,
         "provenance": where,
-        "data": dataclasses.asdict(result),
+        "data": result,
     }
     numbers = folder / f"{name}.json"
-    numbers.write_text(json.dumps(record, default=_plain, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    numbers.write_text(to_json(record), encoding="utf-8")
     source = f"simgrad {where['simgrad']} {where['git_revision'] or ''}".strip()
+    about = json.dumps({"config": plain(settings), "provenance": where}, sort_keys=True, ensure_ascii=False)
+    metadata: dict[Format, dict[str, Any] | None] = {
+        "pdf": {"Title": name, "Creator": source, "Keywords": about, "CreationDate": None, "ModDate": None},
+        "png": {"Title": name, "Software": source, "Description": about},
+        "svg": {"Title": name, "Creator": source, "Description": about, "Date": None},
+        "pgf": None,
+    }
     written = [numbers]
-    with paper_style():
+    with paper_style(venue):
         figure = entry.plot(result)
-        for kind, about in (
-            ("pdf", {"Title": name, "Creator": source, "CreationDate": None, "ModDate": None}),
-            ("png", {"Title": name, "Software": source}),
-        ):
-            path = folder / f"{name}.{kind}"
-            figure.savefig(path, metadata=about)
-            written.append(path)
+        for kind in formats:
+            written.append(folder / f"{name}.{kind}")
+            figure.savefig(written[-1], metadata=metadata[kind])
         plt.close(figure)
     return written
+
+
+def write_index(folder: Path) -> Path:
+    """README.md of a folder of figures: what to see in each, what it bears on, the command that makes it."""
+    parts = [
+        "# Gallery\n",
+        "Every figure with the numbers in it (JSON), its configuration and versions. All of them: `simgrad figures`. "
+        "For a paper: `simgrad figures NAME --venue icml --format pdf`.\n",
+    ]
+    for name, entry in FIGURES.items():
+        numbers, picture = folder / f"{name}.json", folder / f"{name}.png"
+        if not (numbers.exists() and picture.exists()):
+            continue
+        record = json.loads(numbers.read_text(encoding="utf-8"))
+        vector = f", [PDF]({name}.pdf)" if (folder / f"{name}.pdf").exists() else ""
+        parts.append(
+            f"## {entry.title}\n\n![{entry.title}]({name}.png)\n\n"
+            f"**What to see.** {record['caption']}\n\n**What it bears on.** {record['bears_on']}\n\n"
+            f"`{command(name, record['config'])}`: [numbers]({name}.json){vector}\n"
+        )
+    index = folder / "README.md"
+    index.write_text("\n".join(parts), encoding="utf-8")
+    return index
+
+
+def command(name: str, config: Mapping[str, Any]) -> str:
+    """The command that makes a figure."""
+    files = [f"--{key} {config[key]}" for key in ("model", "data") if config.get(key)]
+    return " ".join(["simgrad figures", name, *files])

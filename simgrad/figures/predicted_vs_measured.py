@@ -20,7 +20,9 @@ from simgrad.pairs import Batch, Pair, padded
 from simgrad.theory import first_order, log_probs, loss_gradient, pair_kernel
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["CAPTION", "Config", "Result", "compute", "plot"]
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
+
+TITLE = "Predicted against measured"
 
 CAPTION = (
     "One SGD step of DPO on a single pair, in float64. Top: first-order prediction of Δ log π against the measured "
@@ -28,6 +30,10 @@ CAPTION = (
     "step grows. Bottom: remainder |measured − predicted| (median and quartiles over pairs). A slope of 2 says that "
     "the prediction holds every first-order term; the number is the fitted slope over rates where it is below 1 % "
     "of the change, with its standard error over pairs."
+)
+BEARS_ON = (
+    "Gradient entanglement (Yuan et al., arXiv 2410.13828, Sec. 3): Δ log π_w = η (d_w‖g_w‖² − d_l⟨g_w,g_l⟩) + O(η²), "
+    "and likewise for the rejected."
 )
 
 
