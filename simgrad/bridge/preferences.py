@@ -186,8 +186,8 @@ def encode(
         PreferenceDataError: a row lacks a field or has an unknown form, messages without a chat template,
             a token id that the model does not have; names the row (counted from 0).
     """
-    origin = {"source": rows.source, "split": rows.split} if isinstance(rows, Rows) else {}
-    result = Encoded(max_length=max_length, **origin)
+    source, split = (rows.source, rows.split) if isinstance(rows, Rows) else (None, None)
+    result = Encoded(max_length=max_length, source=source, split=split)
     for index, row in enumerate(rows):
         try:
             pair, merged, truncated = _encode_row(row, tokenizer, max_length)

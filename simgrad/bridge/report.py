@@ -1,4 +1,4 @@
-"""What a score table says, in numbers: distributions, regimes, confounds, remedies; :mod:`simgrad.figures.report` draws.
+"""What a score table says, in numbers: distributions, regimes, confounds, remedies.
 
 Values that are not finite are left out of every number, and counted.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "SourceShare",
     "associations",
     "by_source",
+    "read_score_table",
     "regime_map",
     "report_numbers",
     "scores",
@@ -70,7 +72,7 @@ class RegimeMap:
         y: y, or y·r.
         regime: labels of the pairs that are drawn.
         ratio: r, or None where it varies.
-        left_out: pairs with a coefficient that is not positive, a gradient that vanishes or a number that is not finite.
+        left_out: pairs with a coefficient that is not positive, a vanishing gradient, or a number that is not finite.
     """
 
     x: Float[np.ndarray, " P"]
@@ -154,16 +156,13 @@ class ReportNumbers:
     metadata: Mapping[str, Any]
 
 
-def report_numbers(
-    table: ScoreTable, rows: Sequence[Mapping[str, Any]] | None = None, worst: int = 5
-) -> ReportNumbers:
+def report_numbers(table: ScoreTable, rows: Sequence[Mapping[str, Any]] | None = None, worst: int = 5) -> ReportNumbers:
     """Everything the report says, of a table of :func:`simgrad.score` and (for data sources) the rows it was made from.
 
     Raises:
         ValueError: a table of another kind, or fewer rows than the table speaks of.
     """
-    if missing := [name for name in _NEEDED if name not in table] or {"run", "counts"} - set(table.metadata):
-        raise ValueError(f"not a table of `simgrad score`: it has no {', '.join(sorted(missing))}")
+    _check(table)
     gradients, found = "regime" in table, scores(table)
     change = table["predicted_dlogp_chosen"] if gradients else np.full(len(table), np.nan)
     known = change[np.isfinite(change)]
@@ -182,9 +181,44 @@ def report_numbers(
         sources=sources,
         objectives=objective_fates(table) if usable else (),
         strength=strength(table) if usable else None,
-        filters=filtered([(s.label, s.name, s.risk * s.values) for s in found], change) if usable else (),
+        filters=filtered(_risks(table, found), change) if usable else (),
         metadata=table.metadata,
     )
+
+
+def read_score_table(path: str | Path) -> ScoreTable:
+    """A table that :func:`simgrad.score` wrote.
+
+    Raises:
+        FileNotFoundError: no such file, or a run that is not finished.
+        ValueError: a file of another kind.
+    """
+    path = Path(path)
+    journal = path.with_name(f"{path.name}.partial.jsonl")
+    if not path.exists() and journal.exists():
+        raise FileNotFoundError(f"{path} is not finished ({journal} is there): run the same simgrad score to its end")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    table = ScoreTable.load(path)
+    try:
+        _check(table)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
+    return table
+
+
+def _check(table: ScoreTable) -> None:
+    missing = [name for name in _NEEDED if name not in table]
+    missing += [name for name in ("run", "counts") if name not in table.metadata]
+    if missing:
+        raise ValueError(f"not a table of simgrad score: it has no {', '.join(missing)}")
+
+
+def _risks(table: ScoreTable, found: Sequence[Score]) -> list[tuple[str, str, np.ndarray]]:
+    """What pairs are filtered by: every score but what happens to the rejected, and length alone."""
+    longer = (table["n_rejected"] - table["n_chosen"]).astype(float)
+    kept = [(s.label, s.name, s.risk * s.values) for s in found if s.name != "predicted_dlogp_rejected"]
+    return [("length alone, |y_l| − |y_w|", "length", longer), *kept]
 
 
 def unit_of(table: ScoreTable) -> str:
@@ -196,7 +230,7 @@ def unit_of(table: ScoreTable) -> str:
 def scores(table: ScoreTable) -> tuple[Score, ...]:
     """The table's scores, with ⟨g_w,g_l⟩ - ‖g_w‖² where there are gradients."""
     unit = unit_of(table)
-    inner = "nats per unit step along g_w"
+    inner = "nats per unit learning rate, d = 1"
     known = (
         ("ches", "CHES", "", 1),
         ("ln_ches", "length-normalised CHES", "", 1),
@@ -237,7 +271,7 @@ def associations(table: ScoreTable) -> tuple[Association, ...]:
     """Rank correlations of every score with lengths and with the predicted change."""
     lengths = np.stack([table[f"n_{part}"] for part in ("prompt", "chosen", "rejected")], 1).astype(float)
     columns = [*lengths.T, lengths[:, 1] - lengths[:, 2]]
-    change = table["predicted_dlogp_chosen"] if "predicted_dlogp_chosen" in table else None
+    change = table.columns.get("predicted_dlogp_chosen")
     found = []
     for score in scores(table):
         use = np.isfinite(score.values) & (True if change is None else np.isfinite(change))
@@ -246,17 +280,13 @@ def associations(table: ScoreTable) -> tuple[Association, ...]:
             continue
         if change is not None:
             moved, partial = spearman(x, change[use]), partial_spearman(x, change[use], given)
-        found.append(
-            Association(
-                score.name, score.label, *(spearman(x, c[use]) for c in columns), moved, partial, int(use.sum())
-            )
-        )
+        prompt, chosen, rejected, difference = (spearman(x, c[use]) for c in columns)
+        pairs = int(use.sum())
+        found.append(Association(score.name, score.label, prompt, chosen, rejected, difference, moved, partial, pairs))
     return tuple(found)
 
 
-def by_source(
-    table: ScoreTable, rows: Sequence[Mapping[str, Any]]
-) -> tuple[str | None, tuple[SourceShare, ...]]:
+def by_source(table: ScoreTable, rows: Sequence[Mapping[str, Any]]) -> tuple[str | None, tuple[SourceShare, ...]]:
     """Share of falling pairs within each value of the first field of :data:`SOURCES` that tells rows apart.
 
     Raises:
@@ -286,4 +316,5 @@ def _wilson(count: int, total: int) -> tuple[float, float]:
         return float("nan"), float("nan")
     z, p = 1.959964, count / total
     centre, half = p + z * z / (2 * total), z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-    return max(0.0, float((centre - half) / (1 + z * z / total))), min(1.0, float((centre + half) / (1 + z * z / total)))
+    low, high = ((centre + sign * half) / (1 + z * z / total) for sign in (-1, 1))
+    return max(0.0, float(low)), min(1.0, float(high))

@@ -1,12 +1,12 @@
 """What other objectives, a stronger pull on the chosen, or a filter would do to the pairs of a score table.
 
-All of it is the first-order own-pair theory at the start of training, where the policy is its own reference: no model
-is needed, only the log-probs, lengths and gradient scalars that the table holds. In joint training other pairs add terms.
+All of it is the first-order own-pair theory at the start of training, where the policy is its own reference: no
+model is needed, only the log-probs, lengths and gradient scalars that the table holds. In joint training other pairs
+add terms.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,9 +33,9 @@ __all__ = ["Filtered", "ObjectiveFate", "Strength", "filtered", "objective_fates
 
 FRACTIONS = (0.5, 0.25, 0.1)
 REMEDIES = {
-    "scored objective, pairwise normalised": PairwiseNormalized(),
-    "scored objective, calibrated": Calibrated(),
-    "scored objective, projected": Projected(),
+    "as scored + pairwise normalisation": PairwiseNormalized(),
+    "as scored + calibration": Calibrated(),
+    "as scored + projection": Projected(),
 }
 
 
@@ -145,7 +145,7 @@ def _fate(names: tuple[str, ...], labels: Int[Array, " B"], members: Sequence[Co
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.concatenate([np.asarray(d.chosen) / np.asarray(d.rejected) for d in members])
     ratios = ratios[~np.isnan(ratios)]
-    bounds = (float(ratios.min()), float(ratios.max())) if len(ratios) else (float("nan"),) * 2
+    bounds = (float(ratios.min()), float(ratios.max())) if len(ratios) else (float("nan"), float("nan"))
     counts = np.bincount(np.asarray(labels), minlength=len(Regime))
     down = max(int((d.chosen < 0).sum()) for d in members)
     return ObjectiveFate(names, bounds, down, {r.label: int(counts[r]) for r in Regime})

@@ -128,7 +128,7 @@ def _view(
         _response(tokenizer, prompt, list(getattr(pair, side)), changes[s], masks[s])
         for s, side in enumerate(("chosen", "rejected"))
     ]
-    expected = tuple(float(table[f"predicted_dlogp_{side}"][position]) for side in ("chosen", "rejected"))[:2] if exact else None
+    expected = [float(table[f"predicted_dlogp_{s}"][position]) for s in ("chosen", "rejected")] if exact else []
     return PairView(
         int(table["index"][position]),
         str(table["regime"][position]) if exact else None,
@@ -136,13 +136,11 @@ def _view(
         len(prompt),
         sides[0],
         sides[1],
-        expected,  # type: ignore[arg-type]
+        (expected[0], expected[1]) if exact else None,
     )
 
 
-def _response(
-    tokenizer: Any, prompt: list[int], ids: list[int], changes: np.ndarray, mask: np.ndarray
-) -> ResponseView:
+def _response(tokenizer: Any, prompt: list[int], ids: list[int], changes: np.ndarray, mask: np.ndarray) -> ResponseView:
     changes, mask = changes[: len(ids)], mask[: len(ids)]
     size = np.concatenate([[0.0], np.cumsum(np.abs(changes))])
     shown = min(WINDOW, len(ids))

@@ -68,11 +68,11 @@ def find_scored(
     except ValueError as error:
         problems.append(f"The data do not go with the model: {error}.")
         return Scored(None, policy, None, tuple(problems))
-    if data_fingerprint(encoded) != run["data"]:
-        name = data if isinstance(data, str | Path) else source.get("data") if data is None else "given"
+    if (found := data_fingerprint(encoded)) != run["data"]:
+        name = source.get("data") if data is None else data if isinstance(data, str | Path) else "given"
         problems.append(
-            f"The data ({name}) are not those that were scored: their token ids differ (fingerprint "
-            f"{data_fingerprint(encoded)}, scored {run['data']}). Name the scored ones with --data, and their model with --model."
+            f"The data ({name}) are not those that were scored: token ids differ (fingerprint {found}, scored "
+            f"{run['data']}). Name the scored ones with --data."
         )
         return Scored(None, policy, None, tuple(problems))
     return Scored(rows, policy, dict(zip(encoded.indices, encoded.pairs, strict=True)), tuple(problems))

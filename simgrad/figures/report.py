@@ -1,14 +1,15 @@
-"""Figures of a score table's report: distributions, the plane of regimes, and the strength of the pull on the chosen."""
+"""Figures of a score table's report: distributions, the plane of regimes, the strength of the pull on the chosen."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from simgrad.bridge.report import RegimeMap, Score
 from simgrad.bridge.report_remedies import Strength
@@ -18,6 +19,7 @@ __all__ = ["distributions", "number", "regime_plane", "strength_curve"]
 
 _INK, _IDEAL = "#333333", "#4d4d4d"
 _COLUMNS = 3
+_X, _Y = (rf"$\langle g_w, g_l\rangle\,/\,\|g_{side}\|^2$" for side in "wl")
 
 
 def number(x: float, digits: int = 3) -> str:
@@ -51,39 +53,45 @@ def distributions(scores: tuple[Score, ...]) -> Figure:
 
 def _histogram(axis: Axes, score: Score) -> None:
     colour = {"predicted_dlogp_chosen": CHOSEN, "predicted_dlogp_rejected": REJECTED}.get(score.name, GUIDE)
-    axis.set_title(score.label, fontsize=7)
+    axis.set_title(_maths(score.label), fontsize=7, pad=12)
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
     axis.tick_params(labelsize=6)
-    values = score.finite
+    values, note = score.finite, {"fontsize": 5.5, "color": "#666666", "va": "bottom"}
     if not len(values):
-        axis.text(0.5, 0.5, "no finite value", transform=axis.transAxes, ha="center", color=GUIDE, fontsize=6)
+        axis.text(0, 1.02, "no finite value", transform=axis.transAxes, **note)
         return
     low, high = _bulk(values)
     inside = values[(values >= low) & (values <= high)]
     bins = int(np.clip(2 * len(inside) ** (1 / 3), 5, 40))
     counts, _, _ = axis.hist(inside, bins=bins, range=(low, high), color=colour, alpha=0.75, lw=0)
-    top = max(float(np.max(counts)), 1.0)
+    top, middle = max(float(np.max(counts)), 1.0), float(np.median(values))
     axis.plot(inside, np.full(len(inside), -0.1 * top), "|", color=_INK, ms=3, mew=0.4, alpha=0.5)
-    axis.set_ylim(-0.2 * top, 1.3 * top)
+    axis.plot([middle], [1.05 * top], "v", color=_INK, ms=2.5, clip_on=False)
+    axis.set_ylim(-0.2 * top, 1.1 * top)
     margin = 0.02 * (high - low)
     axis.set_xlim(low - margin, high + margin)
     if low < 0 < high:
         axis.axvline(0, color=_INK, lw=0.6)
-    middle = float(np.median(values))
-    axis.plot([middle], [1.05 * top], "v", color=_INK, ms=2.5, clip_on=False)
-    right = middle > (low + high) / 2
-    text = f"  median {number(middle)}  "
-    axis.text(middle, 1.05 * top, text, ha="right" if right else "left", va="center", fontsize=5.5, color=_INK)
-    for count, x, align, text in (
-        (int((values < low).sum()), 0.0, "left", "← {} beyond"),
-        (int((values > high).sum()), 1.0, "right", "{} beyond →"),
-    ):
-        if count:
-            axis.text(x, 0.42, text.format(count), transform=axis.transAxes, ha=align, fontsize=5.5, color=_INK)
-    axis.locator_params(axis="x", nbins=5)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
+    beyond = [(int((values < low).sum()), "below"), (int((values > high).sum()), "above")]
+    texts = [f"median {number(middle)} ▾"] + [f"{count} {where}" for count, where in beyond if count]
+    axis.text(0, 1.02, " · ".join(texts), transform=axis.transAxes, **note)
+    axis.locator_params(axis="x", nbins=4)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     axis.set_xlabel(score.unit, fontsize=5.5, labelpad=1)
+
+
+def _short(x: float) -> str:
+    """A tick label: k for thousands, M for millions."""
+    for size_, letter in ((1e6, "M"), (1e3, "k")):
+        if size_ <= abs(x) < 1000 * size_:
+            return f"{number(x / size_)}{letter}"
+    return number(x)
+
+
+def _maths(text: str) -> str:
+    """Subscripts and brackets as mathtext, where a label holds gradients."""
+    return text.replace("⟨g_w,g_l⟩ − ‖g_w‖²", r"$\langle g_w, g_l\rangle - \|g_w\|^2$")
 
 
 def _bulk(values: np.ndarray) -> tuple[float, float]:
@@ -115,40 +123,39 @@ def regime_plane(found: RegimeMap) -> Figure:
     markers = {"ideal": "o", "both_fall": "v", "both_rise": "^", "reversed": "X"}
     dots = float(np.clip(1500 / max(len(found.x), 1), 4, 22))
     for label, colour in colours.items():
-        here = found.regime == label
-        axis.scatter(
-            found.x[here], found.y[here], s=dots, c=colour, marker=markers[label], alpha=0.8, lw=0.3, ec="white", zorder=3
-        )
+        x, y = found.x[found.regime == label], found.y[found.regime == label]
+        axis.scatter(x, y, s=dots, c=colour, marker=markers[label], alpha=0.8, lw=0.3, ec="white", zorder=3)
     n = len(found.x)
     counts = {label: int((found.regime == label).sum()) for label in colours}
-    note = {"fontsize": 7, "zorder": 4, "bbox": {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1.0}}
-    axis.annotate(
-        f"both fall: the chosen too\n{counts['both_fall']} of {n} pairs",
-        (1, 0), (-4, 4), "axes fraction", "offset points", ha="right", va="bottom", color=CHOSEN, **note,
-    )  # fmt: skip
-    axis.annotate(
-        f"both rise: the rejected too\n{counts['both_rise']} of {n} pairs",
-        (0, 1), (4, -4), "axes fraction", "offset points", ha="left", va="top", color=REJECTED, **note,
-    )  # fmt: skip
-    axis.annotate(
-        f"ideal: chosen rises, rejected falls\n{counts['ideal']} of {n} pairs",
-        (0, 0), (4, 4), "axes fraction", "offset points", ha="left", va="bottom", color=_INK, **note,
-    )  # fmt: skip
-    axis.annotate(
-        "impossible:\ncos² = xy ≤ 1", (1, 1), (-6, -6), "axes fraction", "offset points", ha="right", va="top",
-        color=GUIDE, **note,
-    )  # fmt: skip
-    if found.ratio is None:
-        axis.set_xlabel("x/r,   x = ⟨g_w,g_l⟩/‖g_w‖²,  r = d_w/d_l of each pair")
-        axis.set_ylabel("y·r,   y = ⟨g_w,g_l⟩/‖g_l‖²")
-    else:
-        axis.set_xlabel("x = ⟨g_w,g_l⟩/‖g_w‖²")
-        axis.set_ylabel("y = ⟨g_w,g_l⟩/‖g_l‖²")
-    above = "1" if found.ratio is None else f"r = {number(r)}"
-    side = "1" if found.ratio is None else f"1/r = {number(1 / r)}"
-    axis.annotate(above, (r, 1), (0, 2), ("data", "axes fraction"), "offset points", ha="center", color=CHOSEN, fontsize=7)
-    axis.annotate(side, (1, 1 / r), (2, 0), ("axes fraction", "data"), "offset points", va="center", color=REJECTED, fontsize=7)
+    box = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
+    for place, colour, text in (
+        ((1, 0), CHOSEN, f"both fall: the chosen too\n{counts['both_fall']} of {n} pairs"),
+        ((0, 1), REJECTED, f"both rise: the rejected too\n{counts['both_rise']} of {n} pairs"),
+        ((0, 0), _INK, f"ideal: chosen rises, rejected falls\n{counts['ideal']} of {n} pairs"),
+        ((1, 1), GUIDE, "impossible:\n$xy = \\cos^2 \\leq 1$"),
+    ):
+        style = {"ha": ("left", "right")[place[0]], "va": ("bottom", "top")[place[1]], "bbox": box, "zorder": 2.5}
+        _note(axis, text, place, (4 - 8 * place[0], 4 - 8 * place[1]), color=colour, **style)
+    one = found.ratio is None
+    axis.set_xlabel(_X + (r"$\,\cdot\, d_l/d_w$  of each pair" if one else ""))
+    axis.set_ylabel(_Y + (r"$\,\cdot\, d_w/d_l$" if one else ""))
+    above, beside = ("1", "1") if one else (f"$r$ = {number(r)}", f"$1/r$ = {number(1 / r)}")
+    _note(axis, above, (r, 1), (0, 2), ("data", "axes fraction"), ha="center", color=CHOSEN)
+    _note(axis, beside, (1, 1 / r), (2, 0), ("axes fraction", "data"), va="center", color=REJECTED)
     return figure
+
+
+def _note(
+    axis: Axes,
+    text: str,
+    place: tuple[float, float],
+    shift: tuple[float, float],
+    system: str | tuple[str, str] = "axes fraction",
+    **style: Any,
+) -> None:
+    """Text at a place, moved by ``shift`` points."""
+    style = {"fontsize": 7, **style}
+    axis.annotate(text, place, xytext=shift, xycoords=system, textcoords="offset points", **style)
 
 
 def _scaled(set_scale, values: np.ndarray, corner: float) -> tuple[float, float]:
@@ -163,7 +170,7 @@ def _scaled(set_scale, values: np.ndarray, corner: float) -> tuple[float, float]
         low, high = min(1.3 * low, -0.1), max(high * 1.3, corner * 3)
         ticks = [0.0, *(sign * 10.0**e for e in range(-1, 10) for sign in (-1, 1))]
     axis = set_scale.__self__.xaxis if set_scale.__name__ == "set_xscale" else set_scale.__self__.yaxis
-    axis.set_major_locator(plt.FixedLocator(sorted(t for t in ticks if low <= t <= high)))
+    axis.set_major_locator(FixedLocator(sorted(t for t in ticks if low <= t <= high)))
     axis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
     axis.set_minor_locator(NullLocator())
     return low, high
@@ -186,54 +193,50 @@ def _impossible(axis: Axes, bounds: list[tuple[float, float]]) -> None:
         x = np.geomspace(max(left, 1e-6), right, 400)
         y = cosine**2 / x
         axis.plot(x, y, color=GUIDE, lw=0.5, ls=":", zorder=2)
-        at = np.flatnonzero((y < top * 0.8) & (y > 0) & (x < right))
+        at = np.flatnonzero(axis.transData.transform(np.stack([x, y], 1)) @ [0, 1] < _height(axis, 0.35))
         if len(at):
-            axis.annotate(f"cos {cosine}", (x[at[0]], y[at[0]]), (2, 0), textcoords="offset points", fontsize=5.5, color=GUIDE, va="top")
+            _note(axis, f"cos {cosine}", (float(x[at[0]]), float(y[at[0]])), (2, 1), "data", fontsize=5.5, color=GUIDE)
+
+
+def _height(axis: Axes, fraction: float) -> float:
+    """Vertical display coordinate of a place inside the axes."""
+    return float(axis.transAxes.transform((0, fraction))[1])
 
 
 def strength_curve(found: Strength, pairs: int) -> Figure:
     """Shares of pairs against the factor on d_w/d_l."""
-    figure, axis = plt.subplots(figsize=(size(1, 1)[0], 2.3), layout="constrained")
+    figure, axis = plt.subplots(figsize=(size(1, 1)[0], 2.2), layout="constrained")
     x = found.multiplier
-    lines = (
-        ("ideal", found.ideal, _IDEAL, "-"),
-        ("chosen falls", found.chosen_falls, CHOSEN, "-"),
-        ("rejected rises", found.rejected_rises, REJECTED, "-"),
+    curves = (
+        ("ideal", found.ideal, _IDEAL),
+        ("chosen falls", found.chosen_falls, CHOSEN),
+        ("rejected rises", found.rejected_rises, REJECTED),
     )
-    for label, share, colour, style in lines:
-        axis.plot(x, 100 * share, color=colour, ls=style, drawstyle="steps-mid" if pairs < 200 else "default")
-    for (label, share, colour, _), k in zip(lines, _free(x, [line[1] for line in lines]), strict=True):
-        axis.annotate(
-            label, (x[k], 100 * share[k]), (0, 5), textcoords="offset points", ha="center", va="bottom", color=colour, fontsize=7,
-            bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
-        )  # fmt: skip
+    for (label, share, colour), y in zip(curves, _apart([100 * c[1][-1] for c in curves], 9.0), strict=True):
+        axis.plot(x, 100 * share, color=colour, drawstyle="steps-mid" if pairs < 200 else "default")
+        _note(axis, label, (1, y), (4, 0), ("axes fraction", "data"), va="center", color=colour)
     axis.set_xscale("log")
     axis.set_xlim(x[0], x[-1])
-    axis.set_ylim(-3, 112)
+    axis.set_ylim(-3, 103)
     axis.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
-    axis.axvline(1, color=_INK, lw=0.6, ls="--")
-    axis.annotate("as scored", (1, 1), (2, -2), ("data", "axes fraction"), "offset points", fontsize=6, va="top", color=_INK)
-    if abs(math.log(found.best)) > 0.05:
-        axis.axvline(found.best, color=GUIDE, lw=0.6, ls="--")
-        text = f"most ideal: ×{number(found.best, 2)}"
-        axis.annotate(text, (found.best, 1), (2, -9), ("data", "axes fraction"), "offset points", fontsize=6, va="top", color=_INK)
-    ticks = [t for t in (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32, 64) if x[0] <= t <= x[-1] * 1.0001]
+    guides = [(1.0, "as scored", _INK, "right" if found.best > 1 else "left")]
+    if abs(math.log(found.best)) > 0.02:
+        guides.append((found.best, f"most ideal: ×{number(found.best)}", GUIDE, "left" if found.best > 1 else "right"))
+    for place, text, colour, align in guides:
+        axis.axvline(place, color=colour, lw=0.6, ls="--")
+        _note(axis, text, (place, 1), (0, 2), ("data", "axes fraction"), fontsize=6, ha=align, color=_INK)
+    ticks = [2.0**k for k in range(-6, 7) if x[0] <= 2.0**k * 1.0001 and 2.0**k <= x[-1] * 1.0001]
     axis.set_xticks(ticks, [f"×{number(t)}" if t >= 1 else f"×1/{number(1 / t)}" for t in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("factor on d_w/d_l")
+    axis.set_xlabel("factor on $d_w/d_l$")
     axis.set_ylabel("share of pairs")
     return figure
 
 
-def _free(x: np.ndarray, curves: list[np.ndarray]) -> list[int]:
-    """For each curve the place where it is farthest from the others, away from the edges."""
-    inner = np.arange(len(x))[int(0.08 * len(x)) : int(0.92 * len(x))]
-    places = []
-    for k, curve in enumerate(curves):
-        gaps = np.min([np.abs(curve - other) for j, other in enumerate(curves) if j != k], axis=0)
-        score = np.minimum(gaps, 0.25) - 0.05 * np.abs(np.log(x)) / np.log(x[-1])
-        score = score - 0.3 * (np.abs(np.log(x)) < 0.12 * np.log(x[-1]))  # not on the line at 1
-        for other in places:
-            score = score - 0.2 * (np.abs(np.arange(len(x)) - other) < 0.12 * len(x))
-        places.append(int(inner[score[inner].argmax()]))
-    return places
+def _apart(places: list[float], distance: float) -> list[float]:
+    """Places of labels, in the same order from below, moved up until none is nearer to the next than ``distance``."""
+    moved, last = dict.fromkeys(range(len(places)), 0.0), -math.inf
+    for k in sorted(range(len(places)), key=lambda k: places[k]):
+        moved[k] = last = max(places[k], last + distance)
+    over = max(0.0, last - 100)
+    return [moved[k] - over for k in range(len(places))]
