@@ -34,6 +34,7 @@ __all__ = [
 
 SOURCES = ("source", "behavior", "subset", "category", "dataset", "domain", "task", "type", "topic", "split")
 """Fields of a row that may say where it comes from, the first that tells rows apart is taken."""
+_PARTIAL = 8  # pairs: with fewer, three lengths explain nearly everything
 _NEEDED = "index n_prompt n_chosen n_rejected logp_chosen logp_rejected ches ln_ches d_chosen d_rejected".split()
 
 
@@ -279,7 +280,8 @@ def associations(table: ScoreTable) -> tuple[Association, ...]:
         if len(x) < 3:
             continue
         if change is not None:
-            moved, partial = spearman(x, change[use]), partial_spearman(x, change[use], given)
+            moved = spearman(x, change[use])
+            partial = partial_spearman(x, change[use], given) if len(x) >= _PARTIAL else partial
         prompt, chosen, rejected, difference = (spearman(x, c[use]) for c in columns)
         pairs = int(use.sum())
         found.append(Association(score.name, score.label, prompt, chosen, rejected, difference, moved, partial, pairs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,14 +168,23 @@ def pieces(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> list[tu
     def text(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    context, found, pending = list(before)[-_CONTEXT:], [], []
+    found: list[tuple[str, int]] = []
+    pending: list[int] = []
+    recent = [
+        _whole(text, list(before))
+    ]  # what stands before, by pieces: bytes of one character must not be torn apart
     for k, token in enumerate(ids):
         pending.append(token)
-        known, whole = text(context) if context else "", text([*context, *pending])
-        broken = whole.endswith("\ufffd") and len(pending) < _LONGEST and k + 1 < len(ids)
-        if broken:
+        context = [t for piece in recent for t in piece]
+        start, whole = text(context) if context else "", text([*context, *pending])
+        if whole.endswith("\ufffd") and len(pending) < _LONGEST and k + 1 < len(ids):
             continue
-        plain = whole[len(known) :] if whole.startswith(known) else text(pending)
-        found.append((plain, len(pending)))
-        context, pending = [*context, *pending][-_CONTEXT:], []
+        found.append((whole[len(start) :] if whole.startswith(start) else text(pending), len(pending)))
+        recent, pending = [*recent, pending][-_CONTEXT:], []
     return found
+
+
+def _whole(text: Callable[[list[int]], str], tokens: list[int]) -> list[int]:
+    """The last tokens, as few more than :data:`_CONTEXT` as it takes not to begin within a character."""
+    few = (tokens[-n:] for n in range(_CONTEXT, _CONTEXT + _LONGEST))
+    return next((some for some in few if some and "\ufffd" not in text(some)), tokens[-_CONTEXT:])

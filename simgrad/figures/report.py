@@ -128,14 +128,16 @@ def regime_plane(found: RegimeMap) -> Figure:
     n = len(found.x)
     counts = {label: int((found.regime == label).sum()) for label in colours}
     box = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
-    for place, colour, text in (
-        ((1, 0), CHOSEN, f"both fall: the chosen too\n{counts['both_fall']} of {n} pairs"),
-        ((0, 1), REJECTED, f"both rise: the rejected too\n{counts['both_rise']} of {n} pairs"),
-        ((0, 0), _INK, f"ideal: chosen rises, rejected falls\n{counts['ideal']} of {n} pairs"),
-        ((1, 1), GUIDE, "impossible:\n$xy = \\cos^2 \\leq 1$"),
+    origin = axis.transAxes.inverted().transform(axis.transData.transform((0, 0))) if min(left, bottom) < 0 else (0, 0)
+    across, up = (float(c) if low < 0 else 0.0 for c, low in zip(origin, (left, bottom), strict=True))
+    for place, ha, va, colour, text in (
+        ((1, up), "right", "bottom", CHOSEN, f"both fall\n{counts['both_fall']} of {n}"),
+        ((across, 1), "left", "top", REJECTED, f"both rise\n{counts['both_rise']} of {n}"),
+        ((0, up), "left", "top" if up else "bottom", _INK, f"ideal\n{counts['ideal']} of {n}"),
+        ((0 if across else 1, 1), "left" if across else "right", "top", GUIDE, "impossible"),
     ):
-        style = {"ha": ("left", "right")[place[0]], "va": ("bottom", "top")[place[1]], "bbox": box, "zorder": 2.5}
-        _note(axis, text, place, (4 - 8 * place[0], 4 - 8 * place[1]), color=colour, **style)
+        shift = (4 if ha == "left" else -4, 4 if va == "bottom" else -4)
+        _note(axis, text, place, shift, color=colour, ha=ha, va=va, bbox=box, zorder=2.5)
     one = found.ratio is None
     axis.set_xlabel(_X + (r"$\,\cdot\, d_l/d_w$  of each pair" if one else ""))
     axis.set_ylabel(_Y + (r"$\,\cdot\, d_w/d_l$" if one else ""))
@@ -193,14 +195,11 @@ def _impossible(axis: Axes, bounds: list[tuple[float, float]]) -> None:
         x = np.geomspace(max(left, 1e-6), right, 400)
         y = cosine**2 / x
         axis.plot(x, y, color=GUIDE, lw=0.5, ls=":", zorder=2)
-        at = np.flatnonzero(axis.transData.transform(np.stack([x, y], 1)) @ [0, 1] < _height(axis, 0.35))
-        if len(at):
-            _note(axis, f"cos {cosine}", (float(x[at[0]]), float(y[at[0]])), (2, 1), "data", fontsize=5.5, color=GUIDE)
-
-
-def _height(axis: Axes, fraction: float) -> float:
-    """Vertical display coordinate of a place inside the axes."""
-    return float(axis.transAxes.transform((0, fraction))[1])
+        across, up = axis.transAxes.inverted().transform(axis.transData.transform(np.stack([x, y], 1))).T
+        inside = np.flatnonzero((across < 0.92) & (up < 0.92))
+        if len(inside):
+            at = inside[np.abs(up[inside] - 0.25).argmin()]
+            _note(axis, f"cos {cosine}", (float(x[at]), float(y[at])), (2, 1), "data", fontsize=5.5, color=GUIDE)
 
 
 def strength_curve(found: Strength, pairs: int) -> Figure:

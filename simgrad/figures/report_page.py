@@ -220,4 +220,4 @@ def _movers(response: ResponseView, lifted: bool) -> list[Mapping[str, Any]]:
     """The three pieces that are lifted, or lowered, most."""
     sign = 1 if lifted else -1
     some = sorted((p for p in response.pieces if sign * p.change > 0), key=lambda p: -sign * p.change)[:3]
-    return [{"text": p.text.strip() or p.text, "change": p.change} for p in some]
+    return [{"text": p.text.strip() or "␣", "change": p.change} for p in some]

@@ -87,13 +87,14 @@ def associations_sentence(numbers: ReportNumbers) -> str:
         )
     else:
         texts.append("No score follows a length with |ρ| > .5.")
-    ranked = [a for a in known if not math.isnan(a.partial)]
-    if ranked:
+    if ranked := [a for a in known if abs(a.partial) > limit]:
         best = max(ranked, key=lambda a: abs(a.partial))
         texts.append(
             f"With lengths partialled out, {best.label} ranks the predicted Δ log π(chosen) best of these "
             f"(ρ = {_rho(best.partial)}; {_rho(best.change)} before)."
         )
+    elif numbers.gradients:
+        texts.append("With lengths partialled out, none of them ranks the predicted Δ log π(chosen) beyond chance.")
     return " ".join(texts)
 
 
@@ -145,7 +146,7 @@ def strength_sentence(numbers: ReportNumbers) -> str:
         return f"The strength as scored keeps as many pairs ideal as any: {100 * now[0]:.0f} %."
     (ideal, falls, rises), (ideal_now, falls_now, rises_now) = ([f"{100 * x:.0f} %" for x in y] for y in (best, now))
     text = (
-        f"At ×{number(found.best)} {ideal} of the pairs are ideal ({ideal_now} as scored); the chosen then falls in "
+        f"At ×{number(found.best)}, {ideal} of the pairs are ideal ({ideal_now} as scored); the chosen then falls in "
         f"{falls} ({falls_now} as scored), the rejected rises in {rises} ({rises_now} as scored)."
     )
     if found.best > 1:
