@@ -260,7 +260,7 @@ def regime_map(table: ScoreTable) -> RegimeMap:
     squares = table["grad_sq_chosen"], table["grad_sq_rejected"]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         r, x, y = d_w / d_l, inner / squares[0], inner / squares[1]
-        there = np.isfinite(r * x * y) & (d_w > 0) & (d_l > 0)
+        there = np.isfinite(np.stack([r, x, y, inner, *squares])).all(0) & (d_w > 0) & (d_l > 0)
         ratio = r[there]
         same = len(ratio) > 0 and float(np.ptp(ratio)) <= 1e-5 * float(ratio[0])
         scale = np.ones_like(r) if same else r

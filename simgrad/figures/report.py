@@ -150,8 +150,8 @@ def regime_plane(found: RegimeMap) -> Figure:
 def _note(
     axis: Axes,
     text: str,
-    place: tuple[float, float],
-    shift: tuple[float, float],
+    place: tuple[float | int, float | int],
+    shift: tuple[int, int],
     system: str | tuple[str, str] = "axes fraction",
     **style: Any,
 ) -> None:
