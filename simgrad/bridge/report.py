@@ -29,6 +29,7 @@ __all__ = [
     "read_score_table",
     "regime_map",
     "report_numbers",
+    "require_score_table",
     "scores",
 ]
 
@@ -163,7 +164,7 @@ def report_numbers(table: ScoreTable, rows: Sequence[Mapping[str, Any]] | None =
     Raises:
         ValueError: a table of another kind, or fewer rows than the table speaks of.
     """
-    _check(table)
+    require_score_table(table)
     gradients, found = "regime" in table, scores(table)
     change = table["predicted_dlogp_chosen"] if gradients else np.full(len(table), np.nan)
     known = change[np.isfinite(change)]
@@ -202,13 +203,18 @@ def read_score_table(path: str | Path) -> ScoreTable:
         raise FileNotFoundError(f"{path}: no such file")
     table = ScoreTable.load(path)
     try:
-        _check(table)
+        require_score_table(table)
     except ValueError as error:
         raise ValueError(f"{path} is {error}") from None
     return table
 
 
-def _check(table: ScoreTable) -> None:
+def require_score_table(table: ScoreTable) -> None:
+    """Refuse tables that :func:`simgrad.score` did not make.
+
+    Raises:
+        ValueError: names what is missing.
+    """
     missing = [name for name in _NEEDED if name not in table]
     missing += [name for name in ("run", "counts") if name not in table.metadata]
     if missing:

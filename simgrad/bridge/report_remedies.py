@@ -115,7 +115,7 @@ def _kernel(column: Mapping[str, np.ndarray]) -> PairKernel:
 def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
     """Regimes under every objective of the library that treats each pair by itself, most ideal pairs first.
 
-    Hyperparameters are the defaults; objectives without any difference on these pairs share an entry.
+    Hyperparameters are the defaults. Objectives without any difference on these pairs share an entry, as do remedies.
     """
     with jax.enable_x64(True):
         column = _finite(table)
@@ -132,9 +132,9 @@ def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
         for name, remedy in REMEDIES.items():
             changed = remedy(scored, kernel)
             found[name] = changed, regime(kernel, changed)
-        groups: dict[bytes, list[str]] = {}
+        groups: dict[tuple[bool, bytes], list[str]] = {}
         for name, (_, labels) in found.items():
-            groups.setdefault(np.asarray(labels).tobytes(), []).append(name)
+            groups.setdefault((name in REMEDIES, np.asarray(labels).tobytes()), []).append(name)
         fates = [
             _fate(tuple(members), found[members[0]][1], [found[m][0] for m in members]) for members in groups.values()
         ]

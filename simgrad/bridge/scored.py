@@ -83,13 +83,17 @@ def _rows(data: Any, source: Mapping[str, Any], count: int, problems: list[str])
     if name is None:
         problems.append("The table does not say where its data were read: name them with --data.")
         return None
-    if not isinstance(name, str | Path):
-        return name if isinstance(name, Encoded) else list(name)
+    if isinstance(name, Encoded):
+        return name
     try:
-        return read_rows(name, count, source.get("split") or "train")
+        rows = read_rows(name, count, source.get("split") or "train") if isinstance(name, str | Path) else list(name)
     except (ValueError, OSError) as error:
         problems.append(f"The data cannot be read: {str(error).rstrip('.')}. Name them with --data.")
         return None
+    if len(rows) < count:
+        problems.append(f"The data have {len(rows)} rows, but {count} were read for scoring: name them with --data.")
+        return None
+    return rows[:count]
 
 
 def _policy(

@@ -15,10 +15,12 @@ from simgrad.bridge.report import RegimeMap, Score
 from simgrad.bridge.report_remedies import Strength
 from simgrad.figures.style import CHOSEN, GUIDE, REJECTED, size
 
-__all__ = ["distributions", "number", "regime_plane", "strength_curve"]
+__all__ = ["MOST_TICKS", "distributions", "number", "regime_plane", "strength_curve"]
 
 _INK, _IDEAL = "#333333", "#4d4d4d"
 _COLUMNS = 3
+MOST_TICKS = 2000
+"""Pairs up to which each has a tick of its own below a histogram."""
 _X, _Y = (rf"$\langle g_w, g_l\rangle\,/\,\|g_{side}\|^2$" for side in "wl")
 
 
@@ -66,7 +68,8 @@ def _histogram(axis: Axes, score: Score) -> None:
     bins = int(np.clip(2 * len(inside) ** (1 / 3), 5, 40))
     counts, _, _ = axis.hist(inside, bins=bins, range=(low, high), color=colour, alpha=0.75, lw=0)
     top, middle = max(float(np.max(counts)), 1.0), float(np.median(values))
-    axis.plot(inside, np.full(len(inside), -0.1 * top), "|", color=_INK, ms=3, mew=0.4, alpha=0.5)
+    if len(values) <= MOST_TICKS:
+        axis.plot(inside, np.full(len(inside), -0.1 * top), "|", color=_INK, ms=3, mew=0.4, alpha=0.5)
     axis.plot([middle], [1.05 * top], "v", color=_INK, ms=2.5, clip_on=False)
     axis.set_ylim(-0.2 * top, 1.1 * top)
     margin = 0.02 * (high - low)

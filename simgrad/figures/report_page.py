@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from simgrad.bridge import Encoded, Policy, ScoreTable
-from simgrad.bridge.report import ReportNumbers, read_score_table, report_numbers
+from simgrad.bridge.report import ReportNumbers, read_score_table, report_numbers, require_score_table
 from simgrad.bridge.report_tokens import PairView, ResponseView, pair_views
 from simgrad.bridge.scored import find_scored
 from simgrad.figures import report
@@ -38,7 +38,7 @@ class WrittenReport:
     """What was written; as the last expression of a notebook's cell it shows the page.
 
     Attributes:
-        page: the page, self-contained: ``IPython.display.IFrame(report.page, "100%", 800)`` shows it too.
+        page: the page, self-contained; ``IPython.display.HTML(filename=report.page)`` shows it too.
         images: its figures, in a folder beside it.
         numbers: all that the page says.
         problems: what could not be shown, and why.
@@ -92,7 +92,7 @@ def write_report(
     if path is None:
         raise ValueError("path: where to write the page of a table that was not read from a file")
     path = Path(path)
-    report_numbers(table, None, worst)  # refuses other tables before a model is loaded
+    require_score_table(table)
     scored = find_scored(table, policy, rows, revision=revision, model=tokens and worst > 0 and len(table) > 0)
     numbers = report_numbers(table, scored.rows, worst)
     views = pair_views(table, scored, numbers.summary.worst.tolist()) if scored.pairs is not None else ()
@@ -102,7 +102,7 @@ def write_report(
         .from_string(_TEMPLATE.read_text(encoding="utf-8"))
         .render(
             n=numbers,
-            table=table,
+            ticks=len(table) <= report.MOST_TICKS,
             headline=headline(numbers),
             associations_text=associations_sentence(numbers),
             objectives_text=objectives_sentence(numbers),
