@@ -221,8 +221,8 @@ def strength_curve(found: Strength, pairs: int) -> Figure:
     axis.set_xlim(x[0], x[-1])
     axis.set_ylim(-3, 103)
     axis.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
-    guides = [(1.0, "as scored", _INK, "right" if found.best > 1 else "left")]
-    if abs(math.log(found.best)) > 0.02:
+    guides = [(1.0, "as scored", _INK, "left" if found.best < 1 else "right")]
+    if found.best != 1:
         guides.append((found.best, f"most ideal: ×{number(found.best)}", GUIDE, "left" if found.best > 1 else "right"))
     for place, text, colour, align in guides:
         axis.axvline(place, color=colour, lw=0.6, ls="--")

@@ -48,7 +48,7 @@ def headline(numbers: ReportNumbers) -> Headline:
         title = f"No pair of {s.scored} would lose its chosen response" if s.scored > 1 else "The chosen response rises"
         text = f"That is {alone}, to first order."
     if both_rise:
-        text += f" In {both_rise} the rejected response rises too."
+        text += f" In {_pairs(both_rise)} the rejected response rises too."
     return Headline(title, text)
 
 
@@ -142,7 +142,7 @@ def strength_sentence(numbers: ReportNumbers) -> str:
     if found is None:
         return ""
     now, best = found.at(1.0), found.at(found.best)
-    if abs(math.log(found.best)) <= 0.02:
+    if found.best == 1:
         return f"The strength as scored keeps as many pairs ideal as any: {100 * now[0]:.0f} %."
     (ideal, falls, rises), (ideal_now, falls_now, rises_now) = ([f"{100 * x:.0f} %" for x in y] for y in (best, now))
     text = (
