@@ -226,7 +226,8 @@ def strength_curve(found: Strength, pairs: int) -> Figure:
         guides.append((found.best, f"most ideal: ×{number(found.best)}", GUIDE, "left" if found.best > 1 else "right"))
     for place, text, colour, align in guides:
         axis.axvline(place, color=colour, lw=0.6, ls="--")
-        _note(axis, text, (place, 1), (0, 2), ("data", "axes fraction"), fontsize=6, ha=align, color=_INK)
+        shift = (-3 if align == "right" else 3, 2)
+        _note(axis, text, (place, 1), shift, ("data", "axes fraction"), fontsize=6, ha=align, color=_INK)
     ticks = [2.0**k for k in range(-6, 7) if x[0] <= 2.0**k * 1.0001 and 2.0**k <= x[-1] * 1.0001]
     axis.set_xticks(ticks, [f"×{number(t)}" if t >= 1 else f"×1/{number(1 / t)}" for t in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
