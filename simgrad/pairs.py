@@ -22,8 +22,10 @@ from simgrad.typing import Array, Bool, Int
 
 __all__ = ["CHOSEN", "REJECTED", "Batch", "Pair", "packed", "padded"]
 
-CHOSEN, REJECTED = 1, 2
-"""Stream bits: tokens that the chosen, and that the rejected response reads (a prompt is in both)."""
+CHOSEN = 1
+"""Stream bit of the tokens that the chosen response reads; those of a prompt carry both bits."""
+REJECTED = 2
+"""Stream bit of the tokens that the rejected response reads."""
 
 
 def _ids(name: str, tokens: Any) -> tuple[int, ...]:

@@ -13,13 +13,18 @@ from tueplots import figsizes
 
 __all__ = ["CHOSEN", "GUIDE", "OTHERS", "REJECTED", "VENUES", "Venue", "paper_style", "size", "use"]
 
-CHOSEN, REJECTED = "#0072B2", "#D55E00"
-"""Okabe-Ito blue and vermilion: told apart under every common colour blindness."""
+CHOSEN = "#0072B2"
+"""Of everything chosen: the blue of Okabe and Ito, told from vermilion under every common colour blindness."""
+REJECTED = "#D55E00"
+"""Of everything rejected: their vermilion."""
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """The rest of that palette, for what is neither chosen nor rejected."""
 GUIDE = "#888888"
+"""Grey, for lines that only guide the eye."""
 Venue = Literal["neurips", "icml", "iclr"]
+"""Whose text width and letter sizes a figure takes."""
 VENUES: tuple[Venue, ...] = get_args(Venue)
+"""All of them."""
 _SHEET = Path(__file__).with_name("simgrad.mplstyle")
 _SIZES = {"neurips": figsizes.neurips2024, "icml": figsizes.icml2024_full, "iclr": figsizes.iclr2024}
 

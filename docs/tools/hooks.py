@@ -1,0 +1,130 @@
+"""What the site takes from elsewhere at build time: help texts, the gallery, notebooks; and LaTeX as MathML.
+
+Pages ask for it with comments (``<!-- help -->``, ``<!-- gallery -->``, ``<!-- notebooks -->``), so that nothing on
+them can go stale. Formulas between dollar signs on pages with ``math: true`` become MathML, which browsers draw
+without scripts, fonts or network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+BROUGHT = {"figures": (".png", ".pdf", ".json", ".html", ".svg"), "notebooks": (".ipynb",)}
+COLUMNS = "100"
+
+_FORMULA = re.compile(r"```.*?```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL)
+_HOLDER = "formula{}place"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add figures and notebooks, which live beside the documentation."""
+    from mkdocs.structure.files import File
+
+    for folder, kinds in BROUGHT.items():
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in kinds:
+                files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in what the page asks for, and set formulas aside."""
+    for comment, make in (("help", help_texts), ("gallery", gallery), ("notebooks", notebooks)):
+        mark = f"<!-- {comment} -->"
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    if page.meta.get("math"):
+        page.formulas = []
+        markdown = _FORMULA.sub(lambda match: _set_aside(match, page.formulas), markdown)
+    return markdown
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Put the formulas where they belong."""
+    for number, formula in enumerate(getattr(page, "formulas", [])):
+        html = html.replace(_HOLDER.format(number), formula)
+    return html
+
+
+def _set_aside(match: re.Match[str], formulas: list[str]) -> str:
+    latex = match["block"] or match["inline"]
+    if latex is None:
+        return match[0]
+    formulas.append(mathml(latex.strip(), "block" if match["block"] else "inline"))
+    return _HOLDER.format(len(formulas) - 1)
+
+
+def mathml(latex: str, display: str) -> str:
+    """A formula as MathML.
+
+    Raises:
+        ValueError: LaTeX that would not be drawn as meant.
+    """
+    from latex2mathml.converter import convert
+
+    tree = convert(latex, display=display)
+    if unknown := re.search(r"<m[a-z]+>\\[A-Za-z]+", tree):
+        raise ValueError(f"no MathML for {unknown[0]} in {latex}")
+    return tree
+
+
+def help_texts() -> str:
+    """What ``simgrad --help`` and ``--help`` of every command print."""
+    whole = _printed("--help")
+    commands = re.findall(r"^│\s{2,}([a-z]+)\s{2,}\S", whole, re.MULTILINE)
+    parts = ["```text", whole, "```", ""]
+    for command in commands:
+        parts += [f"## simgrad {command}", "", "```text", _printed(command, "--help"), "```", ""]
+    return "\n".join(parts)
+
+
+def _printed(*arguments: str) -> str:
+    from simgrad.cli import main
+
+    out = io.StringIO()
+    plain = mock.patch.dict(os.environ, {"COLUMNS": COLUMNS, "NO_COLOR": "1", "TERM": "dumb"})
+    called = mock.patch.object(sys, "argv", ["simgrad", *arguments])
+    with plain, called, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main()
+    return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).rstrip()
+
+
+def gallery() -> str:
+    """The index of the rendered figures, with its links seen from the site's root."""
+    index = ROOT / "figures" / "README.md"
+    if not index.is_file():
+        return "_No index yet: `simgrad figures` writes one._"
+    text = re.sub(r"\A# .*\n", "", index.read_text("utf-8"))
+    return re.sub(r"\]\((?!https?:|#)(?:\./)?([^)]+)\)", _from_root, text)
+
+
+def _from_root(match: re.Match[str]) -> str:
+    target = os.path.normpath(f"figures/{match[1]}")
+    return f"]({target})"
+
+
+def notebooks() -> str:
+    """Links to the notebooks, each with its title and first sentence."""
+    return _list(sorted((ROOT / "notebooks").glob("*.ipynb")), _introduced) or "_There are none in this copy._"
+
+
+def _list(paths: list[Path], line: Callable[[Path], str]) -> str:
+    return "\n".join(f"- {line(path)}" for path in paths)
+
+
+def _introduced(path: Path) -> str:
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    prose = next(("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"), path.stem)
+    title, _, rest = prose.strip().partition("\n")
+    first = rest.strip().split("\n\n")[0].replace("\n", " ")
+    return f"[{title.lstrip('# ')}](notebooks/{path.name}){{: download }}" + (f": {first}" if first else "")
