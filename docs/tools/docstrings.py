@@ -99,7 +99,9 @@ def _paragraph(lines: list[str], link: Link) -> str:
             items.append((mark, [line.removeprefix(mark)]))
         else:
             items[-1][1].append(line.strip())
-    return "\n".join(mark + inline("\n".join(words), link).replace("\n", "\n" + " " * len(mark)) for mark, words in items)
+    return "\n".join(
+        mark + inline("\n".join(words), link).replace("\n", "\n" + " " * len(mark)) for mark, words in items
+    )
 
 
 def _take_table(lines: list[str]) -> list[str]:
@@ -151,6 +153,11 @@ class Docstrings(griffe.Extension):
         below = path.removeprefix(self.pkg.path).removeprefix(".")
         return self.pkg[below] if below else self.pkg
 
+    def _meant(self, found: griffe.Object | griffe.Alias) -> griffe.Object | griffe.Alias:
+        """Where a package exports a function under the name of its module, the function."""
+        hidden = found.is_module and found.canonical_path not in self.pages
+        return found.members[found.name] if hidden and found.name in found.members else found
+
     def _walk(self, obj: griffe.Object) -> None:
         if obj.docstring:
             self._rewrite(obj.docstring, obj)
@@ -185,15 +192,15 @@ class Docstrings(griffe.Extension):
             except (KeyError, griffe.AliasResolutionError):
                 scope = scope.parent
                 continue
-            return self._page(found)
+            try:
+                return self._page(self._meant(found))
+            except griffe.AliasResolutionError:  # from another library
+                return None
         return None
 
     def _page(self, found: griffe.Object | griffe.Alias) -> str | None:
         """Its own path there, or that of a member behind the path of the class that shows it."""
-        try:
-            canonical, public, member = found.canonical_path, found.is_public, ""
-        except griffe.AliasResolutionError:
-            return None
+        canonical, public, member = found.canonical_path, found.is_public, ""
         if canonical not in self.pages and found.parent is not None and found.parent.is_class:
             if found.docstring is None or not public:
                 return None

@@ -26,6 +26,17 @@ _FORMULA = re.compile(r"```.*?```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>
 _HOLDER = "formula{}place"
 
 
+_SPACING = (  # what TeX knows and MathML has to be told
+    (re.compile(r"<mi>(log)</mi>"), r'<mi>\1</mi><mspace width="0.17em" />'),
+    (re.compile(r"<mi>(&#x0039[34];)</mi>"), r'<mi mathvariant="normal">\1</mi>'),
+    (re.compile(r"<mo>(&#x0002F;)</mo>"), r'<mo lspace="0" rspace="0">\1</mo>'),
+    (
+        re.compile(r"(<mo[^>]*>(?:&#x00028;|&#x0003D;|&#x02264;|&#x0002C;)</mo>)<mo>&#x02212;</mo>"),
+        r'\1<mo form="prefix">&#x02212;</mo>',
+    ),
+)
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add figures and notebooks, which live beside the documentation."""
     from mkdocs.structure.files import File
@@ -73,18 +84,22 @@ def mathml(latex: str, display: str) -> str:
     from latex2mathml.converter import convert
 
     tree = convert(latex, display=display)
-    if unknown := re.search(r"<m[a-z]+>\\[A-Za-z]+", tree):
+    if unknown := re.search(r">\\[A-Za-z]+|>&<", tree):
         raise ValueError(f"no MathML for {unknown[0]} in {latex}")
+    for pattern, spaced in _SPACING:
+        tree = pattern.sub(spaced, tree)
     return tree
 
 
 def help_texts() -> str:
     """What ``simgrad --help`` and ``--help`` of every command print."""
     whole = _printed("--help")
-    commands = re.findall(r"^│\s{2,}([a-z]+)\s{2,}\S", whole, re.MULTILINE)
+    listed = re.search(r"\{([a-z,\s]+)\}", whole)
+    if listed is None:
+        raise ValueError("`simgrad --help` names no commands")
     parts = ["```text", whole, "```", ""]
-    for command in commands:
-        parts += [f"## simgrad {command}", "", "```text", _printed(command, "--help"), "```", ""]
+    for command in listed[1].split(","):
+        parts += [f"## simgrad {command.strip()}", "", "```text", _printed(command.strip(), "--help"), "```", ""]
     return "\n".join(parts)
 
 
