@@ -12,14 +12,14 @@ from matplotlib.ticker import FuncFormatter
 
 from simgrad.figures.style import CHOSEN, GUIDE, REJECTED
 from simgrad.findings import interval
-from simgrad.typing import Bool, Float
+from simgrad.typing import Bool, Float, Int
 
 __all__ = ["band", "direct_labels", "mass_bars", "panel_letters", "regime_plane", "token_heatmap"]
 
 
 def band(
     axis: Axes,
-    x: Float[np.ndarray, " X"],
+    x: Float[np.ndarray, " X"] | Int[np.ndarray, " X"],
     runs: Float[np.ndarray, "seeds X"],
     colour: str,
     label: str | None = None,
@@ -45,6 +45,7 @@ def direct_labels(axis: Axes, x: float, labels: dict[str, tuple[float, str]], ga
     inside = axis.transAxes.inverted()
     names = sorted(labels, key=lambda name: labels[name][0])
     heights = np.array([inside.transform(axis.transData.transform((x, labels[name][0])))[1] for name in names])
+    heights = heights.clip(0, 1)
     for _ in range(200):
         close = np.diff(heights) < gap - 1e-9
         if not close.any():

@@ -110,7 +110,7 @@ def plot(result: Result) -> Figure:
     """Layers above, matrices below; one column a subject."""
     columns = len(result.subjects)
     figure, axes = plt.subplots(
-        2, columns, figsize=size(2, columns, 0.85 if columns == 2 else 1.15), squeeze=False, layout="constrained"
+        2, columns, figsize=size(2, columns, 0.42 * columns), squeeze=False, layout="constrained"
     )
     for i, subject in enumerate(result.subjects):
         _bars(axes[0, i], list(result.layers[i]), np.array(result.by_layer[i]))

@@ -5,36 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from tueplots import figsizes
 
-__all__ = ["CHOSEN", "GUIDE", "OTHERS", "REJECTED", "VENUES", "Venue", "paper_style", "size", "use"]
+__all__ = ["CHOSEN", "GUIDE", "OTHERS", "REJECTED", "VENUES", "paper_style", "size", "use"]
 
 CHOSEN, REJECTED = "#0072B2", "#D55E00"
 """Okabe-Ito blue and vermilion: told apart under every common colour blindness."""
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """The rest of that palette, for what is neither chosen nor rejected."""
 GUIDE = "#888888"
-Venue = Literal["neurips", "icml", "iclr"]
-VENUES: tuple[Venue, ...] = get_args(Venue)
 _SHEET = Path(__file__).with_name("simgrad.mplstyle")
-_SIZES = {"neurips": figsizes.neurips2024, "icml": figsizes.icml2024_full, "iclr": figsizes.iclr2024}
+VENUES = {"neurips": figsizes.neurips2024, "icml": figsizes.icml2024_full, "iclr": figsizes.iclr2024}
 
 
 @contextmanager
-def paper_style(venue: Venue = "neurips") -> Iterator[None]:
+def paper_style(venue: str = "neurips") -> Iterator[None]:
     """Matplotlib settings of the gallery at a venue's full text width, for the duration of a with block.
 
     Raises:
         ValueError: unknown venue.
     """
-    if venue not in _SIZES:
-        raise ValueError(f"no venue {venue!r}; there are: {', '.join(_SIZES)}")
+    if venue not in VENUES:
+        raise ValueError(f"no venue {venue!r}; there are: {', '.join(VENUES)}")
     with mpl.rc_context(fname=_SHEET):
-        mpl.rcParams["figure.figsize"] = _SIZES[venue]()["figure.figsize"]
+        mpl.rcParams["figure.figsize"] = VENUES[venue]()["figure.figsize"]
         yield
 
 
@@ -56,7 +53,7 @@ def use() -> None:
     plt.rc("figure", figsize=(6.5, 3.0), dpi=110)
 
 
-def size(rows: float, columns: float, height_to_width: float = 0.8) -> tuple[float, float]:
+def size(rows: int, columns: int, height_to_width: float = 0.8) -> tuple[float, float]:
     """Figure size in inches: the full width of the style in use, panels of the given proportion."""
     width = mpl.rcParams["figure.figsize"][0]
     return width, width / columns * height_to_width * rows
