@@ -163,7 +163,7 @@ def _words(row: Mapping[str, Any], side: str) -> str:
     response = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
     prompt = row.get("prompt")
     response = response[len(prompt) :] if isinstance(prompt, str) and response.startswith(prompt) else response
-    return textwrap.shorten(response, 110, placeholder=" …")
+    return textwrap.shorten(response, 92, placeholder=" …")
 
 
 def plot(result: Result) -> Figure:

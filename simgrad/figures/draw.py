@@ -42,6 +42,7 @@ def direct_labels(axis: Axes, x: float, labels: dict[str, tuple[float, str]], ga
 
     ``gap`` is the least distance between two of them as a share of the axis' height. Set scales and limits before.
     """
+    axis.get_ylim()  # settles limits that follow the data
     inside = axis.transAxes.inverted()
     names = sorted(labels, key=lambda name: labels[name][0])
     heights = np.array([inside.transform(axis.transData.transform((x, labels[name][0])))[1] for name in names])

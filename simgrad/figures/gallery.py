@@ -21,6 +21,7 @@ from simgrad.figures import (
     features,
     layers,
     optimizers,
+    overview,
     percentiles,
     predicted_vs_measured,
     refusals,
@@ -61,6 +62,7 @@ def _entry(module: ModuleType) -> Entry:
 
 
 _MODULES: tuple[ModuleType, ...] = (
+    overview,
     predicted_vs_measured,
     regimes,
     dynamics,

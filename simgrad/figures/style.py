@@ -10,7 +10,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from tueplots import figsizes
 
-__all__ = ["CHOSEN", "GUIDE", "OTHERS", "REJECTED", "VENUES", "paper_style", "size", "use"]
+__all__ = ["CHOSEN", "GUIDE", "OTHERS", "REJECTED", "paper_style", "size", "use"]
 
 CHOSEN, REJECTED = "#0072B2", "#D55E00"
 """Okabe-Ito blue and vermilion: told apart under every common colour blindness."""
@@ -18,7 +18,7 @@ OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """The rest of that palette, for what is neither chosen nor rejected."""
 GUIDE = "#888888"
 _SHEET = Path(__file__).with_name("simgrad.mplstyle")
-VENUES = {"neurips": figsizes.neurips2024, "icml": figsizes.icml2024_full, "iclr": figsizes.iclr2024}
+_VENUES = {"neurips": figsizes.neurips2024, "icml": figsizes.icml2024_full, "iclr": figsizes.iclr2024}
 
 
 @contextmanager
@@ -28,10 +28,10 @@ def paper_style(venue: str = "neurips") -> Iterator[None]:
     Raises:
         ValueError: unknown venue.
     """
-    if venue not in VENUES:
-        raise ValueError(f"no venue {venue!r}; there are: {', '.join(VENUES)}")
+    if venue not in _VENUES:
+        raise ValueError(f"no venue {venue!r}; there are: {', '.join(_VENUES)}")
     with mpl.rc_context(fname=_SHEET):
-        mpl.rcParams["figure.figsize"] = VENUES[venue]()["figure.figsize"]
+        mpl.rcParams["figure.figsize"] = _VENUES[venue]()["figure.figsize"]
         yield
 
 
