@@ -50,7 +50,8 @@ def use() -> None:
     plt.style.use(_SHEET)
     plt.rc("font", size=9)
     plt.rc("axes", titlesize=9, labelsize=9)
-    plt.rc(("xtick", "ytick"), labelsize=8)
+    plt.rc("xtick", labelsize=8)
+    plt.rc("ytick", labelsize=8)
     plt.rc("legend", fontsize=8)
     plt.rc("figure", figsize=(6.5, 3.0), dpi=110)
 
