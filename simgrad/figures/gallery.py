@@ -14,7 +14,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from simgrad.figures import predicted_vs_measured
+from simgrad.figures import predicted_vs_measured, regimes
 from simgrad.figures.stored import computed, plain, to_json
 from simgrad.figures.style import Venue, paper_style
 from simgrad.provenance import provenance
@@ -44,7 +44,7 @@ def _entry(module: ModuleType) -> Entry:
     return Entry(*parts, getattr(module, "inputs", nothing))
 
 
-_MODULES: tuple[ModuleType, ...] = (predicted_vs_measured,)
+_MODULES: tuple[ModuleType, ...] = (predicted_vs_measured, regimes)
 FIGURES: Mapping[str, Entry] = {module.__name__.rpartition(".")[2]: _entry(module) for module in _MODULES}
 """In the order of the gallery."""
 

@@ -255,13 +255,7 @@ class Refusals(World):
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
         """Refusal of harmful and of harmless prompts, start and end, for every arm; then with whole rollouts."""
-        arms = Table.of(
-            "arms",
-            "Mean probability of a refusal on 400 harmful and 400 harmless prompts drawn afresh. Filtered "
-            "arms make the same passes over their pairs as DPO over all (fewer steps), or, below, the same steps.",
-            ("arm", "pairs", "steps"),
-            self._measured(seeds, self._arms),
-        )
+        arms = self.arms(seeds)
         usual = type(self)()
         others = {k: v for k, v in ROLLOUTS.items() if getattr(self, k) == getattr(usual, k)}
         whole = self.with_knobs(rollouts=True, **others)
@@ -273,6 +267,16 @@ class Refusals(World):
             whole._measured(seeds, whole._unfiltered),
         )
         return Findings(self.name, vars(self), tuple(seeds), (arms, rollouts), refusal_claims(arms, rollouts))
+
+    def arms(self, seeds: Sequence[int]) -> Table:
+        """DPO, its controls and its remedies: refusal of harmful and of harmless prompts."""
+        return Table.of(
+            "arms",
+            "Mean probability of a refusal on 400 harmful and 400 harmless prompts drawn afresh. Filtered "
+            "arms make the same passes over their pairs as DPO over all (fewer steps), or, below, the same steps.",
+            ("arm", "pairs", "steps"),
+            self._measured(seeds, self._arms),
+        )
 
     def _measured(self, seeds: Sequence[int], arms: Callable[..., list[_Arm]]) -> list[dict[str, Any]]:
         """Rows of all arms, the start included."""

@@ -20,7 +20,7 @@ from simgrad.typing import Float, Int
 from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned
 from simgrad.worlds.world import World, pretrained
 
-__all__ = ["NEGATIVE", "POSITIVE", "Verdicts"]
+__all__ = ["NEGATIVE", "POSITIVE", "Outcome", "Verdicts"]
 
 NEGATIVE = ("No", "Nope", "Nah", "Never", "NoWay", "Impossible")
 POSITIVE = ("Yes", "Yeah", "Sure", "Certainly", "Absolutely", "Definitely")
@@ -142,8 +142,8 @@ class Verdicts(World):
         )
         return Findings(self.name, vars(self), tuple(seeds), (table, knobs), self._claims(table))
 
-    def displaced(self, seeds: Sequence[int], chosen: str, rejected: str, **changes: Any) -> list[dict[str, Any]]:
-        """One row a seed: the distribution after the prompt before and after tuning on one pair."""
+    def outcome(self, seeds: Sequence[int], chosen: str, rejected: str, **changes: Any) -> Outcome:
+        """All next-token probabilities before and after tuning on one pair, and where theory says mass goes."""
         recipe, pair = self.recipe(**changes), self.pair(chosen, rejected)
         apply, thetas = pretrained(self, seeds)
         batch, n = padded([pair]), len(seeds)
@@ -151,16 +151,21 @@ class Verdicts(World):
         after = tuned(apply, thetas, stacked([batch] * n), recipe, orders)
         prompts = np.tile(np.array(pair.prompt, np.int32), (n, 1, 1))
         p, q = (np.exp(next_logp(apply, t, prompts)[:, 0]) for t in (thetas, after))
-        first = self.first_answer
+        w, l = pair.chosen[0], pair.rejected[0]  # noqa: E741
+        heads = np.asarray(thetas["embedding" if apply.config.tied else "unembedding"]["table"])
+        return Outcome(p, q, np.stack([head @ (head[w] - head[l]) for head in heads]))
+
+    def displaced(self, seeds: Sequence[int], chosen: str, rejected: str, **changes: Any) -> list[dict[str, Any]]:
+        """One row a seed: the distribution after the prompt before and after tuning on one pair."""
+        pair, found = self.pair(chosen, rejected), self.outcome(seeds, chosen, rejected, **changes)
+        p, q, first = found.before, found.after, self.first_answer
         negative, positive = (slice(first + 6 * k, first + 6 * k + 6) for k in (0, 1))
         opposite = negative if chosen in POSITIVE else positive
         w, l = pair.chosen[0], pair.rejected[0]  # noqa: E741
         others = [z for z in range(first, first + 12) if z not in (w, l)]
         rows = []
         for i, seed in enumerate(seeds):
-            head = np.asarray(_head(apply, thetas, i))
-            direction = head @ (head[w] - head[l])
-            theory = others[int(direction[others].argmax())]
+            theory = others[int(found.direction[i, others].argmax())]
             measured = others[int((q[i] - p[i])[others].argmax())]
             rows.append(
                 {
@@ -194,6 +199,21 @@ class Verdicts(World):
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one run did to the next token, one row a seed.
+
+    Attributes:
+        before: π(z) of every token at the start.
+        after: and after the run.
+        direction: ⟨W_z, W₊ - W₋⟩ at the start.
+    """
+
+    before: Float[np.ndarray, "seeds V"]
+    after: Float[np.ndarray, "seeds V"]
+    direction: Float[np.ndarray, "seeds V"]
+
+
 def answer_probabilities(overlap: float, no: float, yes: float) -> Float[np.ndarray, "cues answers"]:
     """p(answer | cue) ∝ F exp(-(a - s)²/2τ²), with F of "No" and of "Yes" given and 1 elsewhere."""
     frequency = np.ones(12)
@@ -225,10 +245,6 @@ def small_model(vocabulary: int, init: InitScales, tied: bool = False, max_lengt
         tied=tied,
         init=init,
     )
-
-
-def _head(apply: Any, thetas: Any, i: int) -> np.ndarray:
-    return thetas["embedding" if apply.config.tied else "unembedding"]["table"][i]
 
 
 BODY = ("embedding/*", "layers/*", "final_norm/*")

@@ -1,0 +1,187 @@
+"""The plane of regimes with the worlds' pairs on it, and every objective's d_w/d_l."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simgrad import objectives
+from simgrad.figures.draw import direct_labels, panel_letters, regime_plane
+from simgrad.figures.style import CHOSEN, GUIDE, OTHERS, REJECTED
+from simgrad.pairs import Pair, padded
+from simgrad.theory import pair_kernel
+from simgrad.typing import Float, Int
+from simgrad.worlds import get
+from simgrad.worlds.suffix import Suffix
+
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
+
+TITLE = "Regimes, pairs and objectives"
+CAPTION = (
+    "(a) Where pairs of four worlds stand before training (each its own first order): for d_w = d_l the chosen rises "
+    "where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner product are ideal for every objective "
+    "and counted in the legend. An objective with another ratio r = d_w/d_l moves the corner along the diagonal to "
+    "(r, 1/r). (b) r of every objective that treats pairs one by one, at its defaults, as the margin m grows, half of "
+    "it by a rising chosen and half by a falling rejected (responses of {tokens} tokens that start at −{start:g} nats); a "
+    "line ends where d_w or d_l is no longer positive; the black line are those with r = 1 for as long as both are. (c) Share of each world's pairs that are ideal at a given r: "
+    "between the two conditions of (a)."
+)
+BEARS_ON = (
+    "The gradient condition of Yuan et al. (arXiv 2410.13828, Sec. 3) and the disentanglement band of Chen et al. (arXiv "
+    "2604.18239): which objective keeps which pair ideal is a question of one number, d_w/d_l."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is computed.
+
+    Attributes:
+        seed: of the worlds' policies and pairs.
+        suffixes: lengths of the shared ending in the world ``suffix``.
+        pairs: at most so many of each world.
+        reach: largest margin, nats.
+        start: -log π of both responses at margin 0, nats.
+        tokens: response length.
+    """
+
+    seed: int = 0
+    suffixes: tuple[int, ...] = (2, 8, 16)
+    pairs: int = 96
+    reach: float = 30.0
+    start: float = 40.0
+    tokens: int = 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """Ratios of the inner product, and d_w/d_l on a grid of margins (nan where not both are positive)."""
+
+    worlds: tuple[str, ...]
+    owner: Int[np.ndarray, " P"]
+    over_chosen: Float[np.ndarray, " P"]
+    over_rejected: Float[np.ndarray, " P"]
+    margins: Float[np.ndarray, " X"]
+    objectives: tuple[str, ...]
+    ratio: Float[np.ndarray, "O X"]
+
+
+def _pairs(config: Config) -> dict[str, tuple[str, list[Pair]]]:
+    suffix = get("suffix")
+    assert isinstance(suffix, Suffix)
+    sets = {f"suffix, L = {n}": ("suffix", suffix.pairs(config.seed, n)) for n in config.suffixes}
+    for name in ("verdicts", "refusals", "percentiles"):
+        sets[name] = (name, get(name).pairs(config.seed))
+    return sets
+
+
+def compute(config: Config) -> Result:
+    """Kernels of the worlds' pairs under their pretrained policies; coefficients of the objectives."""
+    owner, x, y = [], [], []
+    sets = _pairs(config)
+    for i, (world, pairs) in enumerate(sets.values()):
+        apply, thetas = get(world).policies([config.seed])
+        theta = jax.tree.map(lambda t: jnp.asarray(t[0]), thetas)
+        kernel = pair_kernel(apply, theta, padded(pairs[: config.pairs]))
+        x += [np.asarray(kernel.inner / kernel.sq_chosen, float)]
+        y += [np.asarray(kernel.inner / kernel.sq_rejected, float)]
+        owner += [np.full(len(x[-1]), i)]
+    names = [name for name in objectives.names() if not objectives.batch_coupled(objectives.get(name))]
+    margins = np.linspace(-config.reach, config.reach, 121)
+    with jax.enable_x64(True):
+        ratio = [_ratio(objectives.get(name), margins, config) for name in names]
+    parts = (np.concatenate(v) for v in (owner, x, y))
+    return Result(tuple(sets), *parts, margins, tuple(names), np.stack(ratio))
+
+
+def _ratio(objective: objectives.Objective, margins: np.ndarray, config: Config) -> np.ndarray:
+    half = jnp.asarray(margins) / 2
+    reference = jnp.full((len(margins), 2), -config.start)
+    lengths = jnp.full((len(margins), 2), config.tokens)
+    pull = np.asarray(objective.signed_coefficients(reference + jnp.stack([half, -half], -1), reference, lengths))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((pull[:, 0] > 0) & (pull[:, 1] < 0), pull[:, 0] / -pull[:, 1], np.nan)
+
+
+_COLOURS = ("#9ECAE1", "#4292C6", "#084594", OTHERS[0], OTHERS[1], OTHERS[2])
+_MARKERS = "osD^vP"
+
+
+def plot(result: Result) -> Figure:
+    """The plane beside the objectives, above the share of ideal pairs."""
+    width = plt.rcParams["figure.figsize"][0]
+    figure = plt.figure(figsize=(width, 0.72 * width), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[1, 0.75])
+    plane, ratios, share = (figure.add_subplot(g) for g in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    _plane(plane, result)
+    _ratios(ratios, result)
+    _share(share, result)
+    panel_letters([plane, ratios, share])
+    return figure
+
+
+def _plane(axis: Axes, result: Result) -> None:
+    regime_plane(axis, least=1e-2, most=10.0)
+    for i, world in enumerate(result.worlds):
+        mine = result.owner == i
+        x, y = result.over_chosen[mine], result.over_rejected[mine]
+        seen = x > 0
+        label = f"{world}  ({(~seen).mean():.0%} not shown)" if (~seen).any() else world
+        axis.scatter(x[seen].clip(1.1e-2, 9), y[seen].clip(1.1e-2, 9), s=9, marker=_MARKERS[i], color=_COLOURS[i],
+                     alpha=0.75, linewidths=0, label=label)  # fmt: skip
+    axis.plot([1], [1], marker="x", color="black", ms=5)
+    axis.annotate("$d_w = d_l$", (1, 1), (5, 5), textcoords="offset points", fontsize=7)
+    axis.set_title("pairs before training")
+    legend = axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=6, handletextpad=0.2,
+                         columnspacing=0.8)  # fmt: skip
+    legend.set_in_layout(True)
+
+
+def _ratios(axis: Axes, result: Result) -> None:
+    groups: dict[tuple, list[str]] = {}
+    for name, curve in zip(result.objectives, result.ratio, strict=True):
+        groups.setdefault(tuple(np.round(np.log(np.nan_to_num(curve, nan=1e9)), 4)), []).append(name)
+    axis.set(yscale="log", ylim=(0.04, 40))
+    colours = iter([*OTHERS, "#8C6D31", "#7F7F7F", "#17BECF", "#9467BD", "#BCBD22", "#E377C2", "#637939", "#843C39"] * 3)
+    constant, labels = [], {}
+    for members in groups.values():
+        curve = result.ratio[result.objectives.index(members[0])]
+        known = curve[np.isfinite(curve)]
+        if np.allclose(known, 1, atol=1e-6):
+            constant += members if len(known) else []
+            continue
+        colour = next(colours)
+        axis.plot(result.margins, curve, color=colour, lw=1)
+        last = np.flatnonzero(np.isfinite(curve))[-1]
+        if last == len(curve) - 1:
+            labels["/".join(members)] = (float(np.clip(curve[last], 0.045, 38)), colour)
+        else:
+            axis.annotate(members[0], (result.margins[last], float(np.clip(curve[last], 0.05, 24))), (0, 3),
+                          textcoords="offset points", fontsize=6, color=colour, ha="center")  # fmt: skip
+    axis.axhline(1, color="black", lw=1.4)
+    labels[f"{len(constant)} others"] = (1.0, "black")
+    direct_labels(axis, float(result.margins[-1]), labels, gap=0.075)
+    axis.set(xlabel="margin m (nats)", ylabel=r"$r = d_w/d_l$", xlim=(result.margins[0], result.margins[-1]))
+    axis.set_title("r of the objectives")
+
+
+def _share(axis: Axes, result: Result) -> None:
+    r = np.geomspace(0.05, 20, 200)
+    labels = {}
+    for i, world in enumerate(result.worlds):
+        x, y = result.over_chosen[result.owner == i], result.over_rejected[result.owner == i]
+        ideal = ((x[:, None] <= r) & (y[:, None] <= 1 / r)).mean(0)
+        axis.plot(r, ideal, color=_COLOURS[i], lw=1.1)
+        labels[world] = (float(ideal[-1]), _COLOURS[i])
+    axis.set(xscale="log", ylim=(0, 1.04), xlim=(r[0], r[-1]), xlabel=r"$r = d_w/d_l$", ylabel="share of ideal pairs")
+    axis.axvline(1, color=GUIDE, lw=0.7)
+    axis.text(0.055, 0.04, "chosen falls", color=REJECTED, fontsize=7)
+    axis.text(18, 0.04, "rejected rises", color=CHOSEN, fontsize=7, ha="right")
+    direct_labels(axis, float(r[-1]), labels, gap=0.11)
+    axis.set_title("who stays ideal")
