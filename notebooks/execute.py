@@ -1,4 +1,4 @@
-"""Execute notebooks in place, the same bytes every time: ``python notebooks/execute.py [01_entanglement… 02_…]``."""
+"""Execute notebooks in place, to the same bytes every time: ``python notebooks/execute.py [NAMES]``."""
 
 import sys
 import time

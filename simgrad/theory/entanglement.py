@@ -213,7 +213,7 @@ def pair_pushes(
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones(2)
-    >>> pair_pushes(jnp.array([[4.0, 1.0, -2.0, 2.0]]), Coefficients(one, one)).tolist()  # the first up, the second down
+    >>> pair_pushes(jnp.array([[4.0, 1.0, -2.0, 2.0]]), Coefficients(one, one)).tolist()  # one up, one down
     [[1.5, -2.0]]
     """
     b = len(coefficients.chosen)
