@@ -114,7 +114,7 @@ def percentile_means(
 
     >>> import numpy as np
     >>> percentile_means(np.arange(8.0), np.arange(8.0) ** 2, percentiles=3).tolist()
-    [49.0, 16.0, 0.0]
+    [49.0, 9.0, 0.0]
 
     Raises:
         ValueError: arrays of different length.
