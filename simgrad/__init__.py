@@ -4,6 +4,7 @@
 >>> policy = simgrad.load("path/to/checkpoint")                    # doctest: +SKIP
 >>> table = simgrad.score(policy, "preferences.jsonl")             # doctest: +SKIP
 >>> table["regime"][:3]                                            # doctest: +SKIP
+>>> simgrad.write_report(table, "scores.report.html", policy)      # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simgrad.bridge import Policy, ScoreTable, load, save, score
+    from simgrad.figures.report_page import write_report
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "ScoreTable", "load", "save", "score"]
+__all__ = ["Policy", "ScoreTable", "load", "save", "score", "write_report"]
 _MODULES = ("bridge", "dynamics", "models", "objectives", "pairs", "theory", "tree", "worlds")
 
 
@@ -26,6 +28,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Import the bridge when it is first asked for, so that ``import simgrad`` is quick."""
+    if name == "write_report":
+        return importlib.import_module("simgrad.figures.report_page").write_report
     if name in __all__:
         return getattr(importlib.import_module("simgrad.bridge"), name)
     if name in _MODULES:

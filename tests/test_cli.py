@@ -47,7 +47,7 @@ def data(tmp_path):
 
 
 def test_help(tmp_path):
-    names = "score predict sweep world worlds objectives figures validate bench".split()
+    names = "score report predict sweep world worlds objectives figures validate bench".split()
     calls = [("--help",), *[(name, "--help") for name in names]]
     for (*name, _), found in zip(calls, in_one_process(*calls, cache=tmp_path), strict=True):
         assert (found.returncode, found.stderr) == (0, "")

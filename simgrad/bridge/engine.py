@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,11 @@ import numpy as np
 from simgrad import objectives
 from simgrad.bridge.checkpoint import Policy
 from simgrad.bridge.fingerprint import fingerprint
+from simgrad.bridge.inputs import data_fingerprint, encoded_for
 from simgrad.bridge.journal import Journal, RunMismatchError, check_same_processes, check_same_run
 from simgrad.bridge.mesh import fill, mesh_name, mesh_of, replicated, side_by_side, split
 from simgrad.bridge.plan import Layout, Work, kernel_works, plan
-from simgrad.bridge.preferences import Encoded, Skipped, encode, outside, read_rows
+from simgrad.bridge.preferences import Encoded, Skipped
 from simgrad.bridge.processes import on_all, on_first
 from simgrad.bridge.table import ScoreTable
 from simgrad.models import Apply
@@ -115,7 +114,7 @@ def score(
     objective = objectives.get(objective) if isinstance(objective, str) else objective
     if out is not None and Path(out).suffix != ".parquet":
         raise ValueError(f"out={str(out)!r}: tables are written as .parquet")
-    encoded = on_all(lambda: _encoded(policy, pairs, max_length, limit, split))
+    encoded = on_all(lambda: encoded_for(policy, pairs, max_length, limit, split))
     run = _run(policy, encoded, objective, learning_rate, gradients, batch_tokens, layout)
     check_same_processes(run | {"out": str(out)})
     if out is not None and (table := on_first(lambda: _finished(Path(out), run))) is not None:
@@ -146,41 +145,6 @@ def _plan(policy: Policy, pairs: Sequence[Pair], gradients: bool, budget: int, l
     return kernel_works(pairs, Shapes.of(policy.apply, policy.theta), budget, layout)
 
 
-def _encoded(policy: Policy, pairs: Any, max_length: int | None, limit: int | None, split: str) -> Encoded:
-    longest = policy.config.max_length
-    if max_length is not None and not 1 <= max_length <= longest:
-        raise ValueError(f"max_length={max_length} is out of range: the model reads 1 to {longest} tokens")
-    if isinstance(pairs, Encoded):
-        if limit is not None:
-            raise ValueError("limit goes with rows or pairs; an Encoded data set is scored whole")
-        return _checked(pairs, max_length or longest, policy.config.vocab_size)
-    if isinstance(pairs, str | Path):
-        pairs = read_rows(pairs, limit, split)
-    pairs = list(pairs)[:limit]
-    if all(isinstance(pair, Pair) for pair in pairs):
-        whole = Encoded(list(range(len(pairs))), pairs)
-        return _checked(whole, max_length or longest, policy.config.vocab_size)
-    if policy.tokenizer is None:
-        raise ValueError(f"{policy.name} has no tokenizer: pass simgrad.pairs.Pair objects instead of text")
-    return encode(pairs, policy.tokenizer, max_length or longest, policy.config.vocab_size)
-
-
-def _checked(given: Encoded, max_length: int, vocab_size: int) -> Encoded:
-    """The pairs that the model can read; the others join the skipped rows."""
-    kept = Encoded(skipped=list(given.skipped), merged=given.merged, truncated=given.truncated)
-    for i, pair in zip(given.indices, given.pairs, strict=True):
-        total = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
-        problem = pair.problem() or outside(pair, vocab_size)
-        if problem is None and total > max_length:
-            problem = f"{total} tokens, but at most {max_length} are read"
-        if problem:
-            kept.skipped.append(Skipped(i, problem))
-        else:
-            kept.indices.append(i)
-            kept.pairs.append(pair)
-    return kept
-
-
 def _run(
     policy: Policy,
     encoded: Encoded,
@@ -191,14 +155,11 @@ def _run(
     layout: Layout,
 ) -> dict[str, Any]:
     """What must agree for two runs to give the same numbers."""
-    tokens = [(p.prompt, p.chosen, p.rejected) for p in encoded.pairs]
-    left_out = [(s.index, s.reason) for s in encoded.skipped]
-    data = json.dumps([encoded.indices, tokens, left_out, encoded.merged, encoded.truncated])
     return {
         "model": policy.name,
         "weights": fingerprint(policy.theta),
         "dtype": policy.config.dtype,
-        "data": hashlib.sha256(data.encode()).hexdigest()[:16],
+        "data": data_fingerprint(encoded),
         "pairs": len(encoded.pairs),
         "objective": repr(objective),
         "learning_rate": learning_rate,
@@ -334,5 +295,6 @@ def _assemble(encoded: Encoded, results: Mapping[int, dict[str, Any]], run: dict
     if grads:
         columns["regime"] = np.array([Regime(int(value)).label for value in columns["regime"]], object)
     counts = {"scored": len(rows), "skipped": len(skipped), "merged": encoded.merged, "truncated": encoded.truncated}
-    metadata = {"run": run, "provenance": provenance(), "counts": counts}
+    source = {"data": encoded.source, "split": encoded.split, "max_length": encoded.max_length}
+    metadata = {"run": run, "source": source, "provenance": provenance(), "counts": counts}
     return ScoreTable(columns, tuple(sorted(skipped, key=lambda s: s.index)), metadata)

@@ -19,7 +19,7 @@ from typing import Any
 from simgrad.bridge.worlds import PREFIX, world_rows
 from simgrad.pairs import Pair
 
-__all__ = ["Encoded", "PreferenceDataError", "Skipped", "encode", "read_rows"]
+__all__ = ["Encoded", "PreferenceDataError", "Rows", "Skipped", "encode", "outside", "read_rows"]
 
 Row = Mapping[str, Any]
 _ASSISTANT = "\n\nAssistant:"
@@ -37,6 +37,19 @@ class Skipped:
     reason: str
 
 
+class Rows(list[dict[str, Any]]):
+    """Rows that know where they were read; a slice or a changed copy is a plain list.
+
+    Attributes:
+        source: file, folder, Hub name or world.
+        split: of a folder or Hub data set.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]], source: str, split: str) -> None:
+        super().__init__(rows)
+        self.source, self.split = source, split
+
+
 @dataclass
 class Encoded:
     """Token ids of a data set.
@@ -47,6 +60,9 @@ class Encoded:
         skipped: the rows that cannot.
         merged: responses tokenised apart from their prompt because tokenisation merged across the boundary.
         truncated: responses cut at ``max_length``.
+        max_length: longest prompt + response that was allowed (None: any).
+        source: where the rows were read (None: rows from elsewhere).
+        split: of that source.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -54,9 +70,12 @@ class Encoded:
     skipped: list[Skipped] = field(default_factory=list)
     merged: int = 0
     truncated: int = 0
+    max_length: int | None = None
+    source: str | None = None
+    split: str | None = None
 
 
-def read_rows(source: str | Path, limit: int | None = None, split: str = "train") -> list[dict[str, Any]]:
+def read_rows(source: str | Path, limit: int | None = None, split: str = "train") -> Rows:
     """Rows of a .jsonl, .json, .csv or .parquet file, or of a data set (folder, Hub name or world).
 
     Args:
@@ -69,7 +88,7 @@ def read_rows(source: str | Path, limit: int | None = None, split: str = "train"
         PreferenceDataError: names the file and line, or what the Hub answered.
     """
     if str(source).startswith(PREFIX):
-        return world_rows(str(source), limit)
+        return Rows(world_rows(str(source), limit), str(source), split)
     path = Path(source)
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.is_file():
@@ -82,7 +101,7 @@ def read_rows(source: str | Path, limit: int | None = None, split: str = "train"
         rows = list(islice(_data_set(str(source), split), limit))
     if not rows:
         raise PreferenceDataError(f"{source}: no rows")
-    return rows
+    return Rows(rows, str(source), split)
 
 
 def _jsonl(path: Path) -> Iterator[dict]:
@@ -167,7 +186,8 @@ def encode(
         PreferenceDataError: a row lacks a field or has an unknown form, messages without a chat template,
             a token id that the model does not have; names the row (counted from 0).
     """
-    result = Encoded()
+    source, split = (rows.source, rows.split) if isinstance(rows, Rows) else (None, None)
+    result = Encoded(max_length=max_length, source=source, split=split)
     for index, row in enumerate(rows):
         try:
             pair, merged, truncated = _encode_row(row, tokenizer, max_length)

@@ -28,7 +28,8 @@ class ScoreTable:
     Attributes:
         columns: one array a column, all of the same length.
         skipped: rows that could not be scored, with reasons.
-        metadata: ``run`` (the arguments), ``provenance`` (versions, device) and ``counts``.
+        metadata: ``run`` (the arguments), ``source`` (where the data were read), ``provenance`` (versions, device)
+            and ``counts``.
     """
 
     columns: dict[str, np.ndarray]

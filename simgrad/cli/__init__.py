@@ -9,13 +9,17 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point: ``simgrad score | predict | sweep | world | worlds | objectives | figures | validate | bench``."""
+    """Entry point.
+
+    ``simgrad score | report | predict | sweep | world | worlds | objectives | figures | validate | bench``.
+    """
     import tyro
 
     from simgrad.cli.bench import Bench
     from simgrad.cli.figures import Figures
     from simgrad.cli.objectives import Objectives
     from simgrad.cli.predict import Predict
+    from simgrad.cli.report import Report
     from simgrad.cli.score import Score
     from simgrad.cli.sweep import Sweep
     from simgrad.cli.validate import Validate
@@ -23,6 +27,7 @@ def main() -> None:
 
     commands = (
         Annotated[Score, tyro.conf.subcommand(name="score")]
+        | Annotated[Report, tyro.conf.subcommand(name="report")]
         | Annotated[Predict, tyro.conf.subcommand(name="predict")]
         | Annotated[Sweep, tyro.conf.subcommand(name="sweep")]
         | Annotated[World, tyro.conf.subcommand(name="world")]

@@ -91,6 +91,8 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
         console.print(_worst(table, s.order, s.worst))
     for line in s.advice:
         console.print(f"• {line}", highlight=False)
+    if len(table):
+        console.print(f"• Tokens, confounds and remedies on one page: simgrad report {out}", highlight=False)
 
 
 def _worst(table: ScoreTable, order: str, rows: Iterable[int]) -> Table:

@@ -1,1 +1,1 @@
-"""Paper figures: one module each with ``Config``, ``compute`` and ``plot``; see :mod:`simgrad.figures.gallery`."""
+"""Paper figures, one module each with ``Config``, ``compute`` and ``plot`` (:mod:`simgrad.figures.gallery`); pages."""

@@ -40,14 +40,11 @@ def band(
 def direct_labels(axis: Axes, x: float, labels: dict[str, tuple[float, str]], gap: float = 0.055) -> None:
     """Texts beside line ends at ``x``: name → (y, colour), moved apart until none overlaps.
 
-    ``gap`` is the least distance between two of them as a share of the axis' height.
+    ``gap`` is the least distance between two of them as a share of the axis' height. Set scales and limits before.
     """
-    low, high = axis.get_ylim()
-    log = axis.get_yscale() == "log"
-    place = np.log10 if log else np.asarray
-    bottom, top = place(low), place(high)
+    inside = axis.transAxes.inverted()
     names = sorted(labels, key=lambda name: labels[name][0])
-    heights = np.array([(place(labels[name][0]) - bottom) / (top - bottom) for name in names], float)
+    heights = np.array([inside.transform(axis.transData.transform((x, labels[name][0])))[1] for name in names])
     for _ in range(200):
         close = np.diff(heights) < gap - 1e-9
         if not close.any():
@@ -138,9 +135,8 @@ def regime_plane(axis: Axes, ratio: float = 1.0, least: float = 1e-2, most: floa
     axis.fill_between(across, 1 / across, most, color="white", hatch="////", edgecolor="#DDDDDD", lw=0)
     axis.plot(across, 1 / across, color=GUIDE, lw=0.9)
     axis.set(xscale="log", yscale="log", xlim=(least, most), ylim=(least, most))
-    middle = np.sqrt(least)
     for x, y, text, colour in (
-        (middle * np.sqrt(corner), middle / np.sqrt(corner), "ideal", CHOSEN),
+        (np.sqrt(least * corner), least * 1.6, "ideal", CHOSEN),
         (np.sqrt(corner * most), least * 1.6, "both fall", REJECTED),
         (least * 1.25, np.sqrt(most / corner), "both rise", "#A04E7C"),
     ):

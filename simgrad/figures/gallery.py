@@ -14,8 +14,24 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from simgrad.figures import predicted_vs_measured, regimes
-from simgrad.figures.stored import computed, plain, to_json
+from simgrad.figures import (
+    checkpoint,
+    checkpoint_layers,
+    dynamics,
+    features,
+    layers,
+    optimizers,
+    percentiles,
+    predicted_vs_measured,
+    refusals,
+    regimes,
+    squeezing,
+    suffix,
+    token_kernel,
+    trust_radius,
+    verdicts,
+)
+from simgrad.figures.stored import NotDrawn, computed, plain, to_json
 from simgrad.figures.style import Venue, paper_style
 from simgrad.provenance import provenance
 
@@ -44,13 +60,25 @@ def _entry(module: ModuleType) -> Entry:
     return Entry(*parts, getattr(module, "inputs", nothing))
 
 
-_MODULES: tuple[ModuleType, ...] = (predicted_vs_measured, regimes)
+_MODULES: tuple[ModuleType, ...] = (
+    predicted_vs_measured,
+    regimes,
+    dynamics,
+    token_kernel,
+    suffix,
+    verdicts,
+    refusals,
+    percentiles,
+    squeezing,
+    layers,
+    optimizers,
+    trust_radius,
+    features,
+    checkpoint,
+    checkpoint_layers,
+)
 FIGURES: Mapping[str, Entry] = {module.__name__.rpartition(".")[2]: _entry(module) for module in _MODULES}
 """In the order of the gallery."""
-
-
-class NotDrawn(ValueError):
-    """A figure that needs something that was not given; the text says what."""
 
 
 def require_formats(formats: Sequence[str]) -> None:
@@ -90,7 +118,7 @@ def render(
     record = {
         "figure": name,
         "title": entry.title,
-        "caption": entry.caption.format(**settings),
+        "caption": entry.caption.format(**settings, count=len(settings.get("seeds", ()))),
         "bears_on": entry.bears_on,
         "config": settings,
         "provenance": where,

@@ -24,17 +24,18 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Regimes, pairs and objectives"
 CAPTION = (
-    "(a) Where pairs of four worlds stand before training (each its own first order): for d_w = d_l the chosen rises "
-    "where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner product are ideal for every objective "
-    "and counted in the legend. An objective with another ratio r = d_w/d_l moves the corner along the diagonal to "
-    "(r, 1/r). (b) r of every objective that treats pairs one by one, at its defaults, as the margin m grows, half of "
-    "it by a rising chosen and half by a falling rejected (responses of {tokens} tokens that start at −{start:g} nats); a "
-    "line ends where d_w or d_l is no longer positive; the black line are those with r = 1 for as long as both are. (c) Share of each world's pairs that are ideal at a given r: "
-    "between the two conditions of (a)."
+    "(a) Where pairs of four worlds stand before training (each its own first order): for d_w = d_l the chosen "
+    "rises where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner product are ideal for every "
+    "objective and counted in the legend. An objective with another ratio r = d_w/d_l moves the corner along the "
+    "diagonal to (r, 1/r). (b) r of every objective that treats pairs one by one, at its defaults, as the margin m "
+    "grows, half of it by a rising chosen and half by a falling rejected (responses of {tokens} tokens that start "
+    "at −{start:g} nats); a line ends where d_w or d_l is no longer positive; the black line are those with r = 1 "
+    "for as long as both are. (c) Share of each world's pairs that are ideal at a given r: between the two "
+    "conditions of (a)."
 )
 BEARS_ON = (
-    "The gradient condition of Yuan et al. (arXiv 2410.13828, Sec. 3) and the disentanglement band of Chen et al. (arXiv "
-    "2604.18239): which objective keeps which pair ideal is a question of one number, d_w/d_l."
+    "The gradient condition of Yuan et al. (arXiv 2410.13828, Sec. 3) and the disentanglement band of Chen et al. "
+    "(arXiv 2604.18239): which objective keeps which pair ideal is a question of one number, d_w/d_l."
 )
 
 
@@ -96,8 +97,8 @@ def compute(config: Config) -> Result:
     margins = np.linspace(-config.reach, config.reach, 121)
     with jax.enable_x64(True):
         ratio = [_ratio(objectives.get(name), margins, config) for name in names]
-    parts = (np.concatenate(v) for v in (owner, x, y))
-    return Result(tuple(sets), *parts, margins, tuple(names), np.stack(ratio))
+    owners, xs, ys = (np.concatenate(v) for v in (owner, x, y))
+    return Result(tuple(sets), owners, xs, ys, margins, tuple(names), np.stack(ratio))
 
 
 def _ratio(objective: objectives.Objective, margins: np.ndarray, config: Config) -> np.ndarray:
@@ -148,7 +149,9 @@ def _ratios(axis: Axes, result: Result) -> None:
     for name, curve in zip(result.objectives, result.ratio, strict=True):
         groups.setdefault(tuple(np.round(np.log(np.nan_to_num(curve, nan=1e9)), 4)), []).append(name)
     axis.set(yscale="log", ylim=(0.04, 40))
-    colours = iter([*OTHERS, "#8C6D31", "#7F7F7F", "#17BECF", "#9467BD", "#BCBD22", "#E377C2", "#637939", "#843C39"] * 3)
+    colours = iter(
+        [*OTHERS[:4], "#8C6D31", "#7F7F7F", "#17BECF", "#9467BD", "#BCBD22", "#E377C2", "#637939", "#843C39"] * 3
+    )
     constant, labels = [], {}
     for members in groups.values():
         curve = result.ratio[result.objectives.index(members[0])]
@@ -181,7 +184,7 @@ def _share(axis: Axes, result: Result) -> None:
         labels[world] = (float(ideal[-1]), _COLOURS[i])
     axis.set(xscale="log", ylim=(0, 1.04), xlim=(r[0], r[-1]), xlabel=r"$r = d_w/d_l$", ylabel="share of ideal pairs")
     axis.axvline(1, color=GUIDE, lw=0.7)
-    axis.text(0.055, 0.04, "chosen falls", color=REJECTED, fontsize=7)
-    axis.text(18, 0.04, "rejected rises", color=CHOSEN, fontsize=7, ha="right")
+    axis.text(0.055, 0.04, "chosen falls", color=CHOSEN, fontsize=7)
+    axis.text(18, 0.04, "rejected rises", color=REJECTED, fontsize=7, ha="right")
     direct_labels(axis, float(r[-1]), labels, gap=0.11)
     axis.set_title("who stays ideal")

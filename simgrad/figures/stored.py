@@ -16,17 +16,26 @@ import simgrad
 from simgrad.provenance import provenance
 from simgrad.storage import cache_folder, digest, load_arrays, save_arrays
 
-__all__ = ["computed", "plain", "to_json"]
+__all__ = ["NotDrawn", "computed", "plain", "to_json"]
+
+
+class NotDrawn(ValueError):
+    """A figure that needs something that was not given; the text says what."""
 
 
 def computed(compute: Callable[[Any], Any], config: Any, result: type, fresh: bool = False, *inputs: Any) -> Any:
     """``compute(config)``, taken from the cache where the same was computed before.
 
     The key holds the configuration, ``inputs`` (what was read from files), versions and device, the source of
-    the library below the figures, and that of the figure's module up to ``def plot``: redrawing is free.
+    the library below the figures, and that of the figure's module from ``class Config`` to ``def plot``:
+    redrawing is free.
     ``result`` is a dataclass of arrays and plain values.
     """
-    path = cache_folder() / "figures" / f"{compute.__module__.rpartition('.')[2]}-{_key(compute, config, inputs)}.npz"
+    path = (
+        cache_folder()
+        / "figures"
+        / f"{compute.__module__.rpartition('.')[2]}-{_key(compute, result, config, inputs)}.npz"
+    )
     if path.exists() and not fresh:
         arrays, values = load_arrays(path)
         return result(**arrays, **{name: _tuples(value) for name, value in values.items()})
@@ -37,11 +46,12 @@ def computed(compute: Callable[[Any], Any], config: Any, result: type, fresh: bo
     return found
 
 
-def _key(compute: Callable[[Any], Any], config: Any, inputs: tuple[Any, ...]) -> str:
+def _key(compute: Callable[[Any], Any], result: type, config: Any, inputs: tuple[Any, ...]) -> str:
     package = Path(simgrad.__file__).parent
     above = {package / "cli", package / "figures"}
     sources = [p.read_text(encoding="utf-8") for p in sorted(package.rglob("*.py")) if not above & set(p.parents)]
-    own = Path(inspect.getfile(compute)).read_text(encoding="utf-8").partition("\ndef plot(")[0]
+    modules = dict.fromkeys(Path(inspect.getfile(thing)) for thing in (compute, result))
+    own = [m.read_text(encoding="utf-8").partition("\nclass Config")[2].partition("\ndef plot(")[0] for m in modules]
     where = {name: value for name, value in provenance().items() if name != "git_revision"}
     return digest(config, list(inputs), where, own, sources)
 

@@ -3,7 +3,7 @@
 ==============================  =========================================================================
 inner products                  ``pair_kernel``, ``entanglement_kernel``, ``token_kernel``, ``head_kernel``
 conditions                      ``regime``, ``band``, ``ideal_range``, ``compare_objectives``
-one step                        ``first_order``, ``own_steps``, ``optimizer_step`` + ``displacement``
+one step                        ``first_order``, ``token_changes``, ``own_steps``, ``optimizer_step`` + ``displacement``
 where the mass goes             ``top_gainers``, ``token_displacement``
 whole runs                      ``kernel_flow``, ``linearized_run``
 similarity                      ``ches``, ``ln_ches``, ``head_gap``, ``nthr``, ``gwhes``, …
@@ -71,7 +71,7 @@ from simgrad.theory.similarity import (
     normalized_edit_distance,
 )
 from simgrad.theory.steps import OptimizerStep, loss_gradient, optimizer_step
-from simgrad.theory.tokens import masked_change, masked_kernel, token_columns, token_kernel
+from simgrad.theory.tokens import masked_change, masked_kernel, token_changes, token_columns, token_kernel
 
 __all__ = [
     "Band",
@@ -140,6 +140,7 @@ __all__ = [
     "regime",
     "responses",
     "surrogate_loss",
+    "token_changes",
     "token_columns",
     "token_displacement",
     "token_influence",

@@ -27,7 +27,7 @@ from simgrad.theory.likelihood import responses
 from simgrad.theory.prediction import Change
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["masked_change", "masked_kernel", "token_columns", "token_kernel"]
+__all__ = ["masked_change", "masked_kernel", "token_changes", "token_columns", "token_kernel"]
 
 TokenMethod = Literal["auto", "ghost", "columns"]
 
@@ -201,3 +201,46 @@ def masked_change(
     signs = jnp.stack([coefficients.chosen, -coefficients.rejected], -1)
     change = jnp.einsum("bsitj,bt,btj->bs", kernel, signs, weights, precision="highest")
     return Change(change[:, 0], change[:, 1])
+
+
+def token_changes(
+    apply: Apply, theta: Theta, batch: Batch, coefficients: Coefficients, include: Sequence[str] | None = None
+) -> Float[Array, "B 2 R"]:
+    """First-order Δlog π of every response token after one SGD step on its own pair; 0 where padded.
+
+        Δlog π(y_{s,i} | x, y_{s,<i}) = η (d_w ⟨g_{s,i}, g_w⟩ - d_l ⟨g_{s,i}, g_l⟩) + O(η²)
+
+    per unit learning rate: :func:`token_kernel` contracted with the signed coefficients, without forming it (one
+    backward and one forward derivative a pair, one gradient in memory). Sums over i are
+    :func:`simgrad.theory.first_order`.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs, one = [Pair([1, 2], [3, 5], [3, 6])], jnp.ones(1)
+    >>> changes = token_changes(*linear_softmax(pairs, 9, 4), padded(pairs), Coefficients(one, one))
+    >>> bool(changes[0, 0, 0] == changes[0, 1, 0])  # a shared first token moves alike in both responses
+    True
+    """
+    return _changes(apply, theta, batch, coefficients, tree.patterns(include))
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "include"))
+def _changes(
+    apply: Apply, theta: Theta, batch: Batch, coefficients: Coefficients, include: tuple[str, ...] | None
+) -> Array:
+    trained, rest = tree.partition(theta, include, apply.frozen)
+
+    def one(item: tuple[Batch, Coefficients]) -> Array:
+        pair, d = item
+        single = jax.tree.map(lambda x: x[None], pair)
+
+        def token_logp(trained: Theta) -> Array:
+            return responses(apply, tree.combine(trained, rest), single).token_logp[0]
+
+        value, pullback = jax.vjp(token_logp, trained)
+        pull = jnp.stack([d.chosen, -d.rejected]).astype(value.dtype)[:, None]
+        (step,) = pullback(jnp.where(single.valid[0], pull, jnp.zeros((), value.dtype)))
+        return jax.jvp(token_logp, (trained,), (step,))[1]
+
+    return jax.lax.map(one, (batch, coefficients))

@@ -1,0 +1,235 @@
+"""A real checkpoint on real pairs: scores before training, and what real steps then did."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simgrad.dynamics import Recipe, directional_score, train
+from simgrad.dynamics.agreement import spearman
+from simgrad.figures.draw import panel_letters, regime_plane
+from simgrad.figures.stored import NotDrawn
+from simgrad.figures.style import CHOSEN, GUIDE, REJECTED
+from simgrad.objectives import DPO
+from simgrad.pairs import Pair, padded
+from simgrad.typing import Float
+
+if TYPE_CHECKING:
+    from simgrad.bridge import Policy
+
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "inputs", "loaded", "plot"]
+
+TITLE = "A real checkpoint"
+CAPTION = (
+    "{model} on the first {limit} usable pairs of {data} (prompt and response of at most {max_length} tokens). (a) "
+    "Cosines of the pairs' gradients. (b) The pairs in the plane of regimes for d_w = d_l, each by itself (not "
+    "shown: negative inner products). Then {epochs} epoch(s) of DPO with Adam, learning rate {learning_rate:g}, "
+    "batches of {batch_size}: measured Δ log π of the chosen responses (c) against CHES and (d) against the "
+    "directional score, both computed before training, with rank correlations. (e) The pairs whose chosen response "
+    "the directional score said would fall most: beginnings of chosen (blue) and rejected (vermilion), predicted → "
+    "measured."
+)
+BEARS_ON = (
+    "Whether what the papers say of one pair foretells a run on many: CHES (Razin et al., arXiv 2410.08847) looks "
+    "at a pair alone, the directional score at the whole run."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is computed.
+
+    Attributes:
+        model: a checkpoint, folder or Hub id (None: the figure is skipped).
+        data: preference pairs.
+        limit: pairs, those that can be used counted only.
+        max_length: longest prompt and response in tokens; longer pairs are left out.
+        learning_rate: of Adam.
+        epochs: of training.
+        batch_size: pairs a step.
+        worst: pairs shown in words.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    limit: int = 24
+    max_length: int = 128
+    learning_rate: float = 2e-6
+    epochs: int = 1
+    batch_size: int = 8
+    worst: int = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores and changes of every pair, in nats; words of the worst."""
+
+    cosine: Float[np.ndarray, " B"]
+    over_chosen: Float[np.ndarray, " B"]
+    over_rejected: Float[np.ndarray, " B"]
+    ches: Float[np.ndarray, " B"]
+    predicted: Float[np.ndarray, " B"]
+    measured: Float[np.ndarray, " B"]
+    correlations: Float[np.ndarray, " 2"]
+    rows: tuple[int, ...]
+    worst: tuple[int, ...]
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+
+
+class Source(Protocol):
+    """What a figure of a checkpoint is told."""
+
+    @property
+    def model(self) -> str | None:
+        """Folder or Hub id."""
+        ...
+
+    @property
+    def data(self) -> str | None:
+        """File or Hub data set."""
+        ...
+
+    @property
+    def limit(self) -> int:
+        """Most pairs."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a pair."""
+        ...
+
+
+def inputs(config: Source) -> tuple[Any, ...]:
+    """What the files are: names, sizes and times of change, for the cache.
+
+    Raises:
+        NotDrawn: no model or no data was given.
+    """
+    if config.model is None or config.data is None:
+        raise NotDrawn("it needs a checkpoint and pairs: --model FOLDER_OR_ID --data PAIRS")
+    named = [Path(name) for name in (config.model, config.data)]
+    files = [file for path in named for file in (path, *sorted(path.glob("*"))) if file.is_file()]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def loaded(config: Source) -> tuple[Policy, list[Any], list[Pair], list[int]]:
+    """The policy, the rows, the pairs of at most ``max_length`` tokens and their rows' numbers.
+
+    Raises:
+        ValueError: no pair is short enough.
+    """
+    from simgrad.bridge import encode, load, read_rows
+
+    assert config.model is not None
+    assert config.data is not None
+    policy = load(config.model)
+    rows = read_rows(config.data, 40 * config.limit)
+    encoded = encode(rows, policy.tokenizer, policy.config.max_length)
+    long = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in encoded.pairs]
+    fits = [k for k, n in enumerate(long) if n <= config.max_length][: config.limit]
+    if not fits:
+        raise ValueError(f"{config.data}: no pair of at most {config.max_length} tokens; the shortest has {min(long)}")
+    return policy, rows, [encoded.pairs[k] for k in fits], [encoded.indices[k] for k in fits]
+
+
+def compute(config: Config) -> Result:
+    """Score, predict, train, compare."""
+    from simgrad.bridge import score
+
+    policy, rows, pairs, index = loaded(config)
+    size = min(config.batch_size, len(pairs))
+    table = score(policy, pairs)
+    batch = padded(pairs)
+    steps = config.epochs * len(pairs) // size
+    recipe = Recipe(DPO(), optax.adam(config.learning_rate), steps, size)
+    predicted = np.asarray(directional_score(policy.apply, policy.theta, batch, recipe).change[:, 0], float)
+    measured = np.asarray(train(policy.apply, policy.theta, batch, recipe).trace.change[-1, :, 0], float)
+    ches, inner = (np.asarray(table[name], float) for name in ("ches", "grad_inner"))
+    worst = np.argsort(predicted, kind="stable")[: config.worst]
+    sides = ([_words(rows[index[k]], side) for k in worst] for side in ("chosen", "rejected"))
+    return Result(
+        np.asarray(table["grad_cosine"], float),
+        inner / np.asarray(table["grad_sq_chosen"], float),
+        inner / np.asarray(table["grad_sq_rejected"], float),
+        ches,
+        predicted,
+        measured,
+        np.array([spearman(-ches, measured), spearman(predicted, measured)]),
+        tuple(int(i) for i in index),
+        tuple(int(k) for k in worst),
+        *(tuple(side) for side in sides),
+    )
+
+
+def _words(row: Mapping[str, Any], side: str) -> str:
+    """The beginning of a response, as one line."""
+    response = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
+    prompt = row.get("prompt")
+    response = response[len(prompt) :] if isinstance(prompt, str) and response.startswith(prompt) else response
+    return textwrap.shorten(response, 110, placeholder=" …")
+
+
+def plot(result: Result) -> Figure:
+    """Scores, regimes, predictions against measurement, the worst pairs."""
+    width = plt.rcParams["figure.figsize"][0]
+    figure = plt.figure(figsize=(width, 0.95 * width), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=[1, 1, 0.62])
+    cosines, plane, left, right = (figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2))
+    words = figure.add_subplot(grid[2, :])
+    cosines.hist(result.cosine, bins=np.linspace(-1, 1, 41).tolist(), color="#444444")
+    cosines.axvline(0, color=GUIDE, lw=0.7)
+    cosines.set(xlabel=r"$\cos(g_w, g_l)$", ylabel="pairs", title="entanglement")
+    regime_plane(plane, least=1e-2, most=10.0)
+    plane.scatter(
+        result.over_chosen.clip(1.1e-2, 9), result.over_rejected.clip(1.1e-2, 9), s=8, color="#444444", linewidths=0
+    )
+    plane.set_title("regimes")
+    _against(left, result.ches, result.measured, "CHES", -result.correlations[0])
+    _against(right, result.predicted, result.measured, "directional score (nats)", result.correlations[1])
+    left.set_ylabel("measured Δ log π(chosen)\n(nats)")
+    _pairs_in_words(words, result)
+    panel_letters([cosines, plane, left, right, words])
+    return figure
+
+
+def _against(axis: Axes, x: np.ndarray, measured: np.ndarray, name: str, correlation: float) -> None:
+    axis.scatter(x, measured, s=10, color=CHOSEN, alpha=0.8, linewidths=0)
+    axis.axhline(0, color=GUIDE, lw=0.6)
+    if "nats" in name:
+        ends = [min(x.min(), measured.min()), max(x.max(), measured.max())]
+        axis.plot(ends, ends, color=GUIDE, lw=0.7, ls=":")
+    axis.ticklabel_format(axis="x", scilimits=(-3, 4), useMathText=True)
+    axis.locator_params(axis="x", nbins=5)
+    axis.set_xlabel(name)
+    axis.set_title(f"Spearman {correlation:.2f}".replace("-", "−"))
+
+
+def _pairs_in_words(axis: Axes, result: Result) -> None:
+    axis.set_axis_off()
+    axis.set_title("said to fall most")
+    lines, place = max(1, len(result.worst)), 1.0
+    for k, chosen, rejected in zip(result.worst, result.chosen, result.rejected, strict=True):
+        change = f"row {result.rows[k]}: {result.predicted[k]:+.2f} → {result.measured[k]:+.2f}".replace("-", "−")
+        axis.text(0, place, change, transform=axis.transAxes, va="top", fontsize=6.5)
+        for text, colour, step in ((chosen, CHOSEN, 0.0), (rejected, REJECTED, 0.42)):
+            axis.text(
+                0.23,
+                place - step / lines,
+                text.replace("$", r"\$"),
+                color=colour,
+                transform=axis.transAxes,
+                va="top",
+                fontsize=6,
+            )
+        place -= 1 / lines

@@ -1,0 +1,45 @@
+"""In which layers and matrices of a real checkpoint the entanglement of real pairs sits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simgrad.figures.checkpoint import inputs, loaded
+from simgrad.figures.layers import Result, blocks_of, plot, summary
+from simgrad.pairs import padded
+
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "inputs", "plot"]
+
+TITLE = "Which layers carry it in a real checkpoint"
+CAPTION = (
+    "The same for {model} on the first {limit} pairs of {data} that have at most {max_length} tokens. Where "
+    "embeddings are tied, the head is part of the embedding's bar."
+)
+BEARS_ON = (
+    "Whether the head suffices: in a real model most of the entanglement may sit below what CHES (Razin et al., "
+    "arXiv 2410.08847) reads."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is computed.
+
+    Attributes:
+        model: a checkpoint, folder or Hub id (None: the figure is skipped).
+        data: preference pairs.
+        limit: pairs.
+        max_length: longest prompt and response in tokens; longer pairs are left out.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    limit: int = 24
+    max_length: int = 128
+
+
+def compute(config: Config) -> Result:
+    """Block kernels of the checkpoint's pairs."""
+    policy, _, pairs, _ = loaded(config)
+    name = str(config.model).rstrip("/").split("/")[-1]
+    return summary({name: blocks_of(policy.apply, policy.theta, padded(pairs))})

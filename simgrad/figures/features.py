@@ -1,0 +1,98 @@
+"""Frozen or free features: one pair of tokens, in closed form and by training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from simgrad.figures.draw import band, direct_labels, panel_letters
+from simgrad.figures.style import CHOSEN, GUIDE, OTHERS, size
+from simgrad.typing import Float
+from simgrad.worlds.unconstrained import Unconstrained
+
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
+
+TITLE = "Frozen or free features"
+CAPTION = (
+    "World “unconstrained”, one-token pairs, float64, {draws} random models for each seed and alignment, 95 % over "
+    "{count} seeds. (a) d log π(y⁺)/dt at the start by the closed form (line) and by one small DPO step (dots), "
+    "mean over models. (b) Share of models whose chosen token falls at once: with free features it grows with the "
+    "cosine of W₊ and W₋; with frozen features (the linear-softmax model) it cannot fall. (c) Rank correlation over "
+    "the other tokens of ⟨W_z, W₊ − W₋⟩ with their Δ log π after a run, and how often the two agree on the token "
+    "that gains most."
+)
+BEARS_ON = (
+    "Razin et al. (arXiv 2410.08847, Sec. 4.2.1) for free features; Yuan et al. (arXiv 2410.13828, Sec. 4) for "
+    "frozen ones, where a single chosen token never falls."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is computed.
+
+    Attributes:
+        alignments: cosines of W₊ and W₋.
+        draws: random models for each.
+        seeds: of the models.
+    """
+
+    alignments: tuple[float, ...] = (-0.5, 0.0, 0.5, 0.8, 0.95)
+    draws: int = 96
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row a seed, one column an alignment; rates in nats per unit of time and of d_w."""
+
+    alignments: Float[np.ndarray, " A"]
+    closed_form: Float[np.ndarray, "seeds A"]
+    measured: Float[np.ndarray, "seeds A"]
+    falls: Float[np.ndarray, "seeds A"]
+    falls_frozen: Float[np.ndarray, "seeds A"]
+    order: Float[np.ndarray, "seeds A"]
+    top_agrees: Float[np.ndarray, "seeds A"]
+
+
+COLUMNS = ("closed form", "measured", "falls", "falls, W alone", "order", "top agrees")
+
+
+def compute(config: Config) -> Result:
+    """The world's experiment with one-token pairs."""
+    world = Unconstrained(alignments=config.alignments, draws=config.draws)
+    table = world.experiment(config.seeds)["single"]
+    rows = [table.where(alignment=alignment) for alignment in config.alignments]
+    return Result(np.array(config.alignments), *(np.stack([r[c] for r in rows], 1).astype(float) for c in COLUMNS))
+
+
+def plot(result: Result) -> Figure:
+    """Rates, falls, order of the bystanders."""
+    figure, axes = plt.subplots(1, 3, figsize=size(1, 3, 1.0), layout="constrained")
+    x = result.alignments
+    band(axes[0], x, result.closed_form, CHOSEN)
+    axes[0].plot(x, result.measured.mean(0), "o", color="black", ms=3)
+    axes[0].set(ylabel="d log π(y⁺)/dt (nats / time)", ylim=(0, None))
+    axes[0].set_title("rate of the chosen")
+    band(axes[1], x, result.falls, CHOSEN, marker="o")
+    band(axes[1], x, result.falls_frozen, GUIDE, marker="o")
+    ends = {"free": (float(result.falls[:, -1].mean()), CHOSEN), "frozen": (0.0, GUIDE)}
+    axes[1].set(ylabel="share of models", ylim=(-0.02, 0.5))
+    direct_labels(axes[1], float(x[-1]), ends, gap=0.1)
+    axes[1].set_title("chosen falls")
+    band(axes[2], x, result.order, OTHERS[0], marker="o")
+    band(axes[2], x, result.top_agrees, OTHERS[1], marker="o")
+    axes[2].set_ylim(0, 1.03)
+    ends = {
+        "rank corr.": (float(result.order[:, -1].mean()), OTHERS[0]),
+        "top agrees": (float(result.top_agrees[:, -1].mean()), OTHERS[1]),
+    }
+    direct_labels(axes[2], float(x[-1]), ends, gap=0.1)
+    axes[2].set_title("where the mass goes")
+    for axis in axes:
+        axis.set_xlabel(r"$\cos(W_+, W_-)$")
+    panel_letters(list(axes))
+    return figure

@@ -1,0 +1,140 @@
+"""The kernel that decides depends on the optimizer: SGD against Adam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simgrad.dynamics import train
+from simgrad.dynamics.agreement import spearman
+from simgrad.figures.draw import panel_letters
+from simgrad.figures.style import CHOSEN, GUIDE, OTHERS, REJECTED
+from simgrad.objectives import DPO
+from simgrad.pairs import padded
+from simgrad.theory import entanglement_kernel, loss_gradient, preconditioning, responses
+from simgrad.typing import Float, Int
+from simgrad.worlds.suffix import Suffix
+from simgrad.worlds.tuning import recipe_for
+
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
+
+TITLE = "Every optimizer has its own kernel"
+CAPTION = (
+    "{pairs} pairs of the world “suffix” (shared ending of {suffix} tokens). (a) J Jᵀ, the kernel that rules SGD, "
+    "and (b) J P Jᵀ with Adam's preconditioner at its first step, both as correlations between responses (chosen "
+    "first, then rejected). Adam, whose first step is a sign, gives small gradients as much weight as large ones "
+    "and so entangles every response with every other. (c) What {steps} steps of Adam did to each chosen response "
+    "against the first order of either kernel (divided by its largest), with rank correlation ρ and share of right "
+    "signs."
+)
+BEARS_ON = (
+    "The entanglement of Yuan et al. (arXiv 2410.13828) is stated for SGD; with Adam (Kingma & Ba, arXiv 1412.6980) "
+    "the same theory needs K_P = J P Jᵀ."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is computed.
+
+    Attributes:
+        pairs: trained together in full batches.
+        suffix: tokens that both responses share.
+        learning_rate: of Adam.
+        steps: of the measured run.
+        seed: of policy and pairs.
+    """
+
+    pairs: int = 24
+    suffix: int = 8
+    learning_rate: float = 1e-4
+    steps: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Kernels in nats² per unit of θ² (times that of P); changes in nats. Rows: chosen, then rejected."""
+
+    pairs: int
+    sgd: Float[np.ndarray, "U U"]
+    adam: Float[np.ndarray, "U U"]
+    sgd_says: Float[np.ndarray, " U"]
+    adam_says: Float[np.ndarray, " U"]
+    measured: Float[np.ndarray, " U"]
+    correlations: Float[np.ndarray, " 2"]
+
+
+def compute(config: Config) -> Result:
+    """Both kernels at the start, and a run of Adam."""
+    world = Suffix(n_pairs=config.pairs)
+    apply, thetas = world.policies([config.seed])
+    theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
+    batch = padded(world.pairs(config.seed, config.suffix))
+    gradient = loss_gradient(apply, theta, batch, DPO())
+    scale = preconditioning.adam(optax.adam(1.0).init(theta), gradient).scale
+    logp = responses(apply, theta, batch).logp
+    pull = np.asarray(DPO().signed_coefficients(logp, logp, batch.lengths), float).ravel() / config.pairs
+    order: Int[np.ndarray, " U"] = np.concatenate(
+        [np.arange(0, 2 * config.pairs, 2), np.arange(1, 2 * config.pairs, 2)]
+    )
+    sgd, adam = (np.asarray(entanglement_kernel(apply, theta, batch, scale=s), float) for s in (None, scale))
+    says = [(kernel @ pull)[order] for kernel in (sgd, adam)]
+    recipe = recipe_for(DPO(), "adam", config.learning_rate, config.steps)
+    change = np.asarray(train(apply, theta, batch, recipe).trace.change[-1], float).ravel()[order]
+    ranks = np.array([spearman(s[: config.pairs], change[: config.pairs]) for s in says])
+    square = np.ix_(order, order)
+    return Result(config.pairs, sgd[square], adam[square], says[0], says[1], change, ranks)
+
+
+def plot(result: Result) -> Figure:
+    """Two heat maps and one scatter."""
+    width = plt.rcParams["figure.figsize"][0]
+    figure, axes = plt.subplots(
+        1, 3, figsize=(width, 0.4 * width), layout="constrained", gridspec_kw={"width_ratios": [1, 1, 1.15]}
+    )
+    image = None
+    for axis, kernel, name in ((axes[0], result.sgd, "SGD"), (axes[1], result.adam, "Adam, first step")):
+        norm = np.sqrt(np.diag(kernel))
+        image = axis.imshow(kernel / np.outer(norm, norm), cmap="RdBu", vmin=-1, vmax=1)
+        n = result.pairs
+        axis.set_xticks([n / 2, 1.5 * n], ["chosen", "rejected"])
+        axis.set_yticks([n / 2, 1.5 * n], ["chosen", "rejected"], rotation=90, va="center")
+        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+            labels[0].set_color(CHOSEN)
+            labels[1].set_color(REJECTED)
+        for line in (axis.axhline, axis.axvline):
+            line(n - 0.5, color="white", lw=1)
+        axis.tick_params(length=0)
+        axis.set_title(name)
+    bar = figure.colorbar(image, ax=axes[:2], orientation="horizontal", shrink=0.6, pad=0.03)
+    bar.set_label("cosine of gradients")
+    bar.outline.set_visible(False)
+    _scatter(axes[2], result)
+    panel_letters(list(axes))
+    return figure
+
+
+def _scatter(axis: Axes, result: Result) -> None:
+    n = result.pairs
+    measured = result.measured[:n]
+    for k, (says, name, colour, marker) in enumerate(
+        ((result.sgd_says, "SGD", OTHERS[2], "s"), (result.adam_says, "Adam", OTHERS[0], "o"))
+    ):
+        mine = says[:n] / np.abs(says[:n]).max()
+        right = (np.sign(mine) == np.sign(measured)).mean()
+        axis.scatter(mine, measured, s=9, color=colour, marker=marker, alpha=0.8, linewidths=0)
+        text = f"kernel of {name}: ρ = {result.correlations[k]:.2f}, signs {right:.0%}".replace("-", "−")
+        axis.text(0.0, 1.0 - 0.09 * k, text, color=colour, transform=axis.transAxes, va="top", fontsize=6.5)
+    axis.axhline(0, color=GUIDE, lw=0.6)
+    axis.axvline(0, color=GUIDE, lw=0.6)
+    low, high = axis.get_ylim()
+    axis.set(xlabel="predicted (relative)", ylabel="measured Δ log π (nats)", ylim=(low, high + 0.25 * (high - low)))
+    axis.set_title("chosen, in a run of Adam")

@@ -1,0 +1,146 @@
+"""Which score foretells who falls: one pair alone against a real, joint run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from simgrad.dynamics.agreement import spearman
+from simgrad.dynamics.predictors import compare
+from simgrad.figures.draw import band, direct_labels, panel_letters
+from simgrad.figures.style import GUIDE, OTHERS
+from simgrad.findings import interval
+from simgrad.typing import Float
+from simgrad.worlds.percentiles import Percentiles
+
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
+
+TITLE = "Which score predicts displacement"
+CAPTION = (
+    "World “percentiles”: {n_pairs} pairs of varied kinds and lengths. (a) Rank correlation of each prediction with "
+    "the measured Δ log π of the chosen responses (1: perfect), when each pair is trained alone by SGD and when all "
+    "are trained together by SGD or Adam; means with 95 % over {count} seeds. (b), (c) Mean Δ log π of the eighth "
+    "of the pairs around five percentiles of a score, those said to fall most on the right. Scores of a pair alone "
+    "say little about a joint run; scores that see all pairs do."
+)
+BEARS_ON = (
+    "The percentile test of CHES (Razin et al., arXiv 2410.08847, Sec. 5), repeated with exact gradients and in "
+    "joint training, where CHES does not order the pairs and the directional score does."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is computed.
+
+    Attributes:
+        seeds: of policies and pairs.
+        n_pairs: preference pairs.
+        predictors: names in :data:`simgrad.dynamics.PREDICTORS`.
+        shown: those of the panels by percentile.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    n_pairs: int = 96
+    predictors: tuple[str, ...] = (
+        "chosen length", "edit distance", "last-hidden inner", "CHES", "ln-CHES", "head gap", "full gap", "directional",
+        "two big steps", "kernel flow", "rerun, other order",
+    )  # fmt: skip
+    shown: tuple[str, ...] = ("CHES", "full gap", "directional")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rank correlations (nan where a prediction means nothing), and mean changes by percentile in nats."""
+
+    settings: tuple[str, ...]
+    predictors: tuple[str, ...]
+    shown: tuple[str, ...]
+    correlation: Float[np.ndarray, "settings predictors seeds"]
+    windows: Float[np.ndarray, "settings shown seeds 5"]
+
+
+def compute(config: Config) -> Result:
+    """Train, predict, compare, for every seed."""
+    world = Percentiles(n_pairs=config.n_pairs)
+    apply, thetas = world.policies(config.seeds)
+    correlation: dict[str, list] = {}
+    windows: dict[str, list] = {}
+    for i, seed in enumerate(config.seeds):
+        theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
+        for label, setting in world.settings(apply, theta, seed).items():
+            found = compare(setting, config.predictors)
+            guesses = found.predicted
+            row = [spearman(guesses[p], found.measured) if p in guesses else np.nan for p in config.predictors]
+            correlation.setdefault(label, []).append(row)
+            windows.setdefault(label, []).append([_windows(guesses[p], found.measured) for p in config.shown])
+    correlations = np.array(list(correlation.values())).swapaxes(1, 2)
+    return Result(
+        tuple(correlation),
+        config.predictors,
+        config.shown,
+        correlations,
+        np.array(list(windows.values())).swapaxes(1, 2),
+    )
+
+
+def _windows(guess: np.ndarray, measured: np.ndarray) -> list[float]:
+    width = max(1, len(measured) // 8)
+    order = np.argsort(-guess, kind="stable")
+    starts = np.linspace(0, len(measured) - width, 5).round().astype(int)
+    return [float(measured[order[s : s + width]].mean()) for s in starts]
+
+
+_MARKS = (("alone, SGD", "o", "#000000"), ("together, SGD", "s", OTHERS[0]), ("together, Adam", "D", OTHERS[1]))
+
+
+def plot(result: Result) -> Figure:
+    """Correlations on the left, two settings by percentile on the right."""
+    width = plt.rcParams["figure.figsize"][0]
+    figure = plt.figure(figsize=(width, 0.52 * width), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1])
+    left, top, bottom = (figure.add_subplot(g) for g in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    _correlations(left, result)
+    for axis, setting in ((top, 0), (bottom, len(result.settings) - 1)):
+        _percentiles(axis, result, setting)
+    bottom.set_xlabel("percentile (100: said to fall most)")
+    panel_letters([left, top, bottom])
+    return figure
+
+
+def _correlations(axis: Axes, result: Result) -> None:
+    names = list(result.predictors)
+    for k, (setting, marker, colour) in enumerate(_MARKS[: len(result.settings)]):
+        for height, name in enumerate(reversed(names)):
+            found = interval(result.correlation[k, names.index(name)])
+            place = height + 0.22 * (1 - k)
+            axis.plot([max(found.low, -1), min(found.high, 1)], [place, place], color=colour, lw=0.8)
+            axis.plot(found.mean, place, marker, color=colour, ms=3.2, label=setting if height == 0 else None)
+    axis.axvline(0, color=GUIDE, lw=0.7)
+    axis.set_yticks(range(len(names)), list(reversed(names)))
+    axis.set(xlim=(-1.02, 1.04), ylim=(-0.6, len(names) - 0.3), xlabel="Spearman with measured Δ log π")
+    axis.set_title("predictions")
+    for height in range(len(names) - 1):
+        axis.axhline(height + 0.5, color="#EEEEEE", lw=0.5, zorder=0)
+    handles = [Line2D([], [], marker=m, color=c, ls="", ms=3.5, label=s) for s, m, c in _MARKS[: len(result.settings)]]
+    axis.legend(handles=handles, loc="lower left", handletextpad=0.1, fontsize=6.5, borderaxespad=0.2)
+
+
+def _percentiles(axis: Axes, result: Result, setting: int) -> None:
+    x = np.arange(5) * 25.0
+    colours = (OTHERS[2], OTHERS[3], "black")
+    for k, colour in enumerate(colours[: len(result.shown)]):
+        band(axis, x, result.windows[setting, k], colour, marker="o")
+    ends = {name: (float(result.windows[setting, k, :, -1].mean()), colours[k]) for k, name in enumerate(result.shown)}
+    direct_labels(axis, 100.0, ends, gap=0.13)
+    axis.axhline(0, color=GUIDE, lw=0.6)
+    axis.set_xticks(x)
+    axis.set_ylabel("mean Δ log π(chosen)\n(nats)")
+    axis.set_title(result.settings[setting])

@@ -1,0 +1,158 @@
+"""What the report says in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simgrad.bridge.report import Association, ReportNumbers
+from simgrad.figures.report import number
+
+__all__ = ["Headline", "associations_sentence", "headline", "noise", "objectives_sentence", "strength_sentence"]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The first line of the page, and the one under it."""
+
+    title: str
+    text: str
+
+
+def _pairs(n: int) -> str:
+    return f"{n} pair" if n == 1 else f"{n} pairs"
+
+
+def headline(numbers: ReportNumbers) -> Headline:
+    """How many pairs lose their chosen response, and under what."""
+    s, run = numbers.summary, numbers.metadata["run"]
+    if not s.scored:
+        return Headline("No pair could be scored", "Every row was left out; the reasons are below.")
+    what = f"{run['objective']} on {Path(run['model']).name}"
+    if not numbers.gradients:
+        return Headline(
+            f"{_pairs(s.scored)} scored without gradients",
+            f"{what}. Similarities are here; which responses rise or fall is not: that needs gradients "
+            "(simgrad score without --no-gradients).",
+        )
+    falling, low, high = numbers.falling
+    both_rise = s.regimes.get("both_rise", 0)
+    alone = f"when each is trained alone by a small SGD step of {what}"
+    if falling:
+        title = f"{falling} of {_pairs(s.scored)} would lose {'its' if falling == 1 else 'their'} chosen response"
+        interval = f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %, were the pairs a random sample)"
+        text = f"That is {100 * falling / s.scored:.0f} %{interval if s.scored > 1 else ''}, {alone}, to first order."
+    else:
+        title = f"No pair of {s.scored} would lose its chosen response" if s.scored > 1 else "The chosen response rises"
+        text = f"That is {alone}, to first order."
+    if both_rise:
+        text += f" In {_pairs(both_rise)} the rejected response rises too."
+    return Headline(title, text)
+
+
+def associations_sentence(numbers: ReportNumbers) -> str:
+    """The strongest confound with lengths, and which score still ranks the change without them."""
+    known = [
+        a for a in numbers.associations if a.score not in ("gap", "predicted_dlogp_chosen", "predicted_dlogp_rejected")
+    ]
+    if not known:
+        return ""
+    limit = noise(numbers)
+    texts = []
+
+    def strongest(a: Association) -> tuple[float, str]:
+        options = {
+            "the prompt's length": a.prompt,
+            "the chosen's length": a.chosen,
+            "the rejected's length": a.rejected,
+            "|y_w| − |y_l|": a.difference,
+        }
+        best = max(options, key=lambda k: -1.0 if math.isnan(options[k]) else abs(options[k]))
+        return options[best], best
+
+    confounded = [(a, *strongest(a)) for a in known]
+    confounded = [(a, rho, what) for a, rho, what in confounded if abs(rho) > max(0.5, limit)]
+    if confounded:
+        a, rho, what = max(confounded, key=lambda item: abs(item[1]))
+        others = [b.label for b, _, _ in confounded if b is not a]
+        texts.append(
+            f"{a.label} follows {what} most closely (ρ = {_rho(rho)})"
+            + (
+                f"; {', '.join(others)} {'follow' if len(others) > 1 else 'follows'} a length with |ρ| > .5 too."
+                if others
+                else "."
+            )
+        )
+    else:
+        texts.append("No score follows a length with |ρ| > .5.")
+    if ranked := [a for a in known if abs(a.partial) > limit]:
+        best = max(ranked, key=lambda a: abs(a.partial))
+        texts.append(
+            f"With lengths partialled out, {best.label} ranks the predicted Δ log π(chosen) best of these "
+            f"(ρ = {_rho(best.partial)}; {_rho(best.change)} before)."
+        )
+    elif numbers.gradients:
+        texts.append("With lengths partialled out, none of them ranks the predicted Δ log π(chosen) beyond chance.")
+    return " ".join(texts)
+
+
+def noise(numbers: ReportNumbers) -> float:
+    """|ρ| below which a rank correlation cannot be told from none at the 5 % level."""
+    n = numbers.summary.scored
+    return min(1.0, 1.96 / math.sqrt(n - 1)) if n > 1 else 1.0
+
+
+def _rho(x: float) -> str:
+    return f"{x:.2f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def objectives_sentence(numbers: ReportNumbers) -> str:
+    """Which objectives keep most pairs ideal."""
+    if not numbers.objectives:
+        return ""
+    named = [o for o in numbers.objectives if not o.names[0].startswith("as scored")]
+    best, n = named[0], sum(named[0].regimes.values())
+    now = numbers.summary.regimes["ideal"]
+    text = (
+        f"Of the library's objectives at their defaults, {_listing(best.names, 'and')} "
+        f"{'keep' if len(best.names) > 1 else 'keeps'} most pairs ideal: {best.regimes['ideal']} of {n}; "
+        f"as scored it is {now}."
+    )
+    fewest = min(named, key=lambda o: (o.regimes["both_fall"] + o.regimes["reversed"], -o.regimes["ideal"]))
+    falls = fewest.regimes["both_fall"] + fewest.regimes["reversed"]
+    if fewest is not best:
+        rises = fewest.regimes["both_rise"]
+        text += (
+            f" Fewest chosen fall under {_listing(fewest.names, 'or')} ({falls} of {n}), at the price of "
+            f"{rises} rejected that rise."
+        )
+    return text
+
+
+def _listing(names: Sequence[str], word: str) -> str:
+    first, last = (names[:3], f"{len(names) - 3} more") if len(names) > 4 else (names[:-1], names[-1])
+    return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def strength_sentence(numbers: ReportNumbers) -> str:
+    """The factor on d_w/d_l that keeps most pairs ideal, and how to get it."""
+    found = numbers.strength
+    if found is None:
+        return ""
+    now, best = found.at(1.0), found.at(found.best)
+    if found.best == 1:
+        return f"The strength as scored keeps as many pairs ideal as any: {100 * now[0]:.0f} %."
+    (ideal, falls, rises), (ideal_now, falls_now, rises_now) = ([f"{100 * x:.0f} %" for x in y] for y in (best, now))
+    text = (
+        f"At ×{number(found.best)}, {ideal} of the pairs are ideal ({ideal_now} as scored); the chosen then falls in "
+        f"{falls} ({falls_now} as scored), the rejected rises in {rises} ({rises_now} as scored)."
+    )
+    if found.best > 1:
+        ways = f"shrinking the push on the rejected to {number(1 / found.best)} of what it is (DPO-Shift's λ)"
+        if found.pull is not None:
+            weight = number((found.best - 1) * found.pull, 2)
+            ways = f"an SFT term of weight {weight} on the summed log-prob of the chosen, or {ways}"
+        text += f" That is {ways}."
+    return text

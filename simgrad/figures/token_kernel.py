@@ -1,0 +1,155 @@
+"""The entanglement kernel of two pairs, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simgrad.figures.draw import panel_letters, token_heatmap
+from simgrad.figures.style import CHOSEN, GUIDE, REJECTED, size
+from simgrad.objectives import DPO
+from simgrad.pairs import Pair, padded
+from simgrad.theory import contrastive_mask, responses, token_kernel
+from simgrad.typing import Bool, Float
+from simgrad.worlds.percentiles import Percentiles
+from simgrad.worlds.suffix import Suffix
+
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
+
+TITLE = "Which tokens are entangled"
+CAPTION = (
+    "⟨∇log π(chosen token i), ∇log π(rejected token j)⟩ of two pairs before training. (a) World “suffix”: one word "
+    "differs, {suffix} tokens are shared. (b) World “percentiles”: a response and its edited copy. Tokens from the "
+    "first difference to the last have coloured, bold names, shared ones grey. Blue: raising one raises the other; "
+    "red: raising one lowers the other. Below: what one DPO step on this pair alone does to each token of the "
+    "chosen (blue) and of the rejected (vermilion), to first order per unit learning rate. In (a) the words that "
+    "differ repel each other and move apart while everything shared is dragged down; the diagonal of (b) shows that "
+    "most of an edited copy is pulled as one."
+)
+BEARS_ON = (
+    "Yuan et al. (arXiv 2410.13828, Sec. 4): the inner product of a pair is the sum over this matrix, positive on "
+    "shared and negative on contrastive tokens."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is computed.
+
+    Attributes:
+        suffix: tokens that both responses of (a) share.
+        seed: of policies and pairs.
+    """
+
+    suffix: int = 6
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Two pairs; kernels in nats² per unit of θ², changes in nats per unit learning rate."""
+
+    words_chosen: tuple[tuple[str, ...], ...]
+    words_rejected: tuple[tuple[str, ...], ...]
+    shared_chosen: tuple[tuple[bool, ...], ...]
+    shared_rejected: tuple[tuple[bool, ...], ...]
+    first: Float[np.ndarray, "W L"]
+    second: Float[np.ndarray, "W2 L2"]
+    first_change: Float[np.ndarray, "2 R"]
+    second_change: Float[np.ndarray, "2 R2"]
+    cosines: Float[np.ndarray, " 2"]
+
+
+def _edited(pairs: list[Pair]) -> Pair:
+    """The first pair of equal lengths in which one to three tokens differ, of at least six."""
+    for pair in pairs:
+        differ = sum(a != b for a, b in zip(pair.chosen, pair.rejected, strict=False))
+        if len(pair.chosen) == len(pair.rejected) >= 6 and 1 <= differ <= 3:
+            return pair
+    raise ValueError("no pair of the world is an edited copy: take another seed")
+
+
+def compute(config: Config) -> Result:
+    """Token kernels under the worlds' policies, and what one DPO step does to each token."""
+    suffix, percentiles = Suffix(), Percentiles()
+    cases = (
+        (suffix, suffix.pairs(config.seed, config.suffix)[0]),
+        (percentiles, _edited(percentiles.pairs(config.seed))),
+    )
+    found: dict[str, list] = {name: [] for name in ("w", "l", "sw", "sl", "k", "d", "c")}
+    for world, pair in cases:
+        apply, thetas = world.policies([config.seed])
+        theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
+        batch = padded([pair])
+        kernel = token_kernel(apply, theta, batch)[0]
+        logp = responses(apply, theta, batch).logp
+        pull = DPO().signed_coefficients(logp, logp, batch.lengths)[0]
+        n, m = len(pair.chosen), len(pair.rejected)
+        alone = np.asarray(contrastive_mask(batch))[0] == 0
+        found["w"].append(tuple(world.words[t] for t in pair.chosen))
+        found["l"].append(tuple(world.words[t] for t in pair.rejected))
+        found["sw"].append(tuple(map(bool, alone[0, :n])))
+        found["sl"].append(tuple(map(bool, alone[1, :m])))
+        found["k"].append(np.asarray(kernel[0, :n, 1, :m], float))
+        found["d"].append(np.asarray(jnp.einsum("sitj,t->si", kernel, pull), float))
+        whole = np.asarray(kernel.sum((1, 3)), float)
+        found["c"].append(whole[0, 1] / np.sqrt(whole[0, 0] * whole[1, 1]))
+    return Result(
+        words_chosen=tuple(found["w"]),
+        words_rejected=tuple(found["l"]),
+        shared_chosen=tuple(found["sw"]),
+        shared_rejected=tuple(found["sl"]),
+        first=found["k"][0],
+        second=found["k"][1],
+        first_change=found["d"][0],
+        second_change=found["d"][1],
+        cosines=np.array(found["c"]),
+    )
+
+
+def plot(result: Result) -> Figure:
+    """Heat maps above, changes of the tokens below."""
+    figure, axes = plt.subplots(
+        2, 2, figsize=size(2, 2, 0.78), layout="constrained", gridspec_kw={"height_ratios": [1.5, 1]}
+    )
+    cases = ((result.first, result.first_change, "shared ending"), (result.second, result.second_change, "edited copy"))
+    for i, (kernel, change, name) in enumerate(cases):
+        shared: tuple[Bool[np.ndarray, "..."], ...] = (
+            np.array(result.shared_chosen[i]),
+            np.array(result.shared_rejected[i]),
+        )
+        token_heatmap(axes[0, i], kernel, result.words_chosen[i], result.words_rejected[i], (shared[0], shared[1]),
+                      linear=float(np.abs(kernel).max()) / 100)  # fmt: skip
+        axes[0, i].set_title(f"{name}, cosine {result.cosines[i]:.2f}".replace("-", "−"))
+        axes[0, i].set_ylabel("chosen tokens")
+        axes[0, i].set_xlabel("rejected tokens")
+        _changes(axes[1, i], change, result, i)
+    panel_letters(list(axes[0]))
+    axes[1, 0].set_ylabel("Δ log π of each token\n(nats per unit rate)")
+    return figure
+
+
+def _changes(axis: Axes, change: np.ndarray, result: Result, i: int) -> None:
+    words = (result.words_chosen[i], result.words_rejected[i])
+    for side, (colour, shift) in enumerate(((CHOSEN, -0.2), (REJECTED, 0.2))):
+        values = change[side, : len(words[side])]
+        axis.bar(np.arange(len(values)) + shift, values, 0.4, color=colour)
+    axis.axhline(0, color=GUIDE, lw=0.6)
+    longest = max(words, key=len)
+    every = 1 if len(longest) < 10 else 3
+    axis.set_xticks(range(0, len(longest), every), [str(k + 1) for k in range(0, len(longest), every)])
+    top = 10.0 ** np.floor(np.log10(np.abs(change).max()))
+    ticks = np.array([-1, -0.1, 0, 0.1, 1]) * top
+    axis.set_yscale("symlog", linthresh=top / 10, linscale=0.7)
+    axis.set_yticks(ticks, [f"{t:g}".replace("-", "−") for t in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("position in the response")
+    totals = change.sum(1)
+    text = f"sum: chosen {totals[0]:+.1f}, rejected {totals[1]:+.1f}".replace("-", "−")
+    axis.set_title(text, fontsize=7)

@@ -1,0 +1,115 @@
+"""Catastrophic displacement: where the mass goes, and the direction that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simgrad.figures.draw import mass_bars, panel_letters
+from simgrad.figures.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
+from simgrad.typing import Float
+from simgrad.worlds.verdicts import NEGATIVE, POSITIVE, SGD_RATE, Verdicts
+
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
+
+TITLE = "Where the mass goes"
+CAPTION = (
+    "World “verdicts”: DPO on one prompt, one-word answers on a scale from refusal to assent. Top: probability of "
+    "every answer before (grey) and after (chosen blue, rejected vermilion, others green), means with 95 % over "
+    "{count} seeds. Bottom: change of each other answer against ⟨W_z, W₊ − W₋⟩ before training, one point an answer "
+    "and seed. Preferring No to Never hands the mass to Yes, the answer furthest along W₊ − W₋, when Adam trains "
+    "everything; not for Yes over Never; and not under SGD."
+)
+BEARS_ON = (
+    "Razin et al. (arXiv 2410.08847, Secs. 3 and 4): catastrophic likelihood displacement, and mass that flows "
+    "along the projection on W₊ − W₋. That the optimizer decides whether it happens here is this figure's own "
+    "finding."
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is computed.
+
+    Attributes:
+        seeds: of the policies.
+        steps: of the preference tuning.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    steps: int = 100
+
+
+@dataclass(frozen=True)
+class Result:
+    """Probabilities of the twelve answers and their projections on W₊ − W₋, for each case."""
+
+    cases: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    answers: tuple[str, ...]
+    before: Float[np.ndarray, "C seeds A"]
+    after: Float[np.ndarray, "C seeds A"]
+    direction: Float[np.ndarray, "C seeds A"]
+
+
+def compute(config: Config) -> Result:
+    """Three runs from every seed's policy."""
+    world = Verdicts(steps=config.steps)
+    sgd = {"optimizer": optax.sgd(SGD_RATE)}
+    cases = (
+        ("No ≻ Never", ("No", "Never"), {}),
+        ("Yes ≻ Never", ("Yes", "Never"), {}),
+        ("No ≻ Never, SGD", ("No", "Never"), sgd),
+    )
+    answers = slice(world.first_answer, world.first_answer + 12)
+    found = [world.outcome(config.seeds, *pair, **changes) for _, pair, changes in cases]
+    parts = [
+        np.stack([getattr(o, name)[:, answers] for o in found]).astype(float)
+        for name in ("before", "after", "direction")
+    ]
+    return Result(tuple(c[0] for c in cases), tuple(c[1] for c in cases), (*NEGATIVE, *POSITIVE), *parts)
+
+
+def plot(result: Result) -> Figure:
+    """Bars above, geometry below; one column a case."""
+    columns = len(result.cases)
+    figure, axes = plt.subplots(2, columns, figsize=size(2, columns, 0.98), layout="constrained")
+    for i, (case, (chosen, rejected)) in enumerate(zip(result.cases, result.pairs, strict=True)):
+        mass_bars(axes[0, i], result.answers, result.before[i], result.after[i], chosen, rejected)
+        axes[0, i].tick_params(axis="x", labelsize=6)
+        axes[0, i].set_ylim(0, 1.05)
+        axes[0, i].set_title(case)
+        _geometry(axes[1, i], result, i)
+    for axis in axes[:, 1:].ravel():
+        axis.set_ylabel("")
+    axes[1, 0].set_ylabel("Δ probability")
+    panel_letters(list(axes[0]))
+    return figure
+
+
+def _geometry(axis: Axes, result: Result, i: int) -> None:
+    moved = result.after[i] - result.before[i]
+    others = [k for k, answer in enumerate(result.answers) if answer not in result.pairs[i]]
+    for group, colour, label in ((NEGATIVE, OTHERS[1], "refusals"), (POSITIVE, OTHERS[0], "assents")):
+        mine = [k for k in others if result.answers[k] in group]
+        axis.scatter(
+            result.direction[i][:, mine], moved[:, mine], s=8, color=colour, alpha=0.7, linewidths=0, label=label
+        )
+    axis.axhline(0, color=GUIDE, lw=0.6)
+    axis.set_ylim(-0.3, 0.85)
+    axis.set_xlabel(r"$\langle W_z, W_+ - W_-\rangle$")
+    mean = moved.mean(0)
+    top = max(others, key=lambda k: mean[k])
+    if mean[top] > 0.02:
+        axis.annotate(result.answers[top], (float(result.direction[i][:, top].max()), float(mean[top])), (2, 4),
+                      textcoords="offset points", fontsize=7, color=OTHERS[0])  # fmt: skip
+    if i == 0:
+        axis.legend(loc="center left", bbox_to_anchor=(0, 0.62), fontsize=6, handletextpad=0.1, borderaxespad=0)
+    w, l = result.pairs[i]  # noqa: E741
+    axis.text(0.03, 0.97, f"$W_+$ {w}", color=CHOSEN, transform=axis.transAxes, va="top", fontsize=6)
+    axis.text(0.03, 0.88, f"$W_-$ {l}", color=REJECTED, transform=axis.transAxes, va="top", fontsize=6)

@@ -1,0 +1,469 @@
+"""The report of a score table: its numbers against plain loops, its tokens against the token kernel, its page."""
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import PAIRS, close, model
+from scipy import stats
+from test_cli import in_one_process
+
+import simgrad
+from simgrad.bridge import Policy, ScoreTable, score
+from simgrad.bridge import report_tokens as tokens
+from simgrad.bridge.report import associations, by_source, read_score_table, regime_map, report_numbers
+from simgrad.bridge.report_remedies import filtered, objective_fates, strength
+from simgrad.bridge.scored import find_scored
+from simgrad.figures.report import number
+from simgrad.figures.report_page import write_report
+from simgrad.models import ModelConfig, create
+from simgrad.objectives import Coefficients, get
+from simgrad.pairs import packed, padded
+from simgrad.theory import contrastive_mask, first_order, pair_kernel, token_changes, token_kernel
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of UTF-8."""
+
+    eos_token_id = None
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids, **_):
+        return bytes(ids).decode(errors="replace")
+
+
+ROWS = [
+    {
+        "prompt": "Say <b>",
+        "chosen": " <script>alert('&')</script>",
+        "rejected": " <script>alert(1)</script>",
+        "source": "<a>",
+    },
+    {"prompt": "Go", "chosen": "ab\n🚀c", "rejected": "ab\nc", "source": "<a>"},
+    {"prompt": "Count", "chosen": "one two", "rejected": "one", "source": "b"},
+    {"prompt": "Count", "chosen": "", "rejected": "one", "source": "b"},
+    {"prompt": "Nine", "chosen": "x", "rejected": "no, never", "source": "b"},
+    {"prompt": "Numbers", "chosen": "1 2 3 4 5", "rejected": "1 2 3 4 6", "source": "b"},
+]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    config = ModelConfig(vocab_size=256, width=8, depth=1, heads=2, max_length=64, dtype="float64")
+    return Policy(*create(config), config, Bytes(), "<tiny> & model")
+
+
+@pytest.fixture(scope="module")
+def table(policy):
+    return score(policy, ROWS, learning_rate=0.5)
+
+
+@pytest.fixture(scope="module")
+def invented():
+    """A table of 40 pairs with random gradients, the way score writes it."""
+    return invent()
+
+
+def invent(pairs=40, ratio=lambda rng, n: np.ones(n), gradients=True):
+    rng = np.random.default_rng(3)
+    sq = rng.uniform(0.3, 3.0, (2, pairs))
+    cosine = np.where(np.arange(pairs) % 4 == 0, rng.uniform(-0.5, 0.3, pairs), rng.uniform(0.6, 0.99, pairs))
+    d_l = np.full(pairs, 0.05)
+    columns = {"index": np.arange(pairs)}
+    columns |= {f"n_{k}": rng.integers(2, 30, pairs) for k in ("prompt", "chosen", "rejected")}
+    columns |= {f"logp_{k}": -rng.uniform(1, 50, pairs) for k in ("chosen", "rejected")}
+    names = "ches ln_ches last_hidden_inner edit_distance embedding_cosine head_gap"
+    columns |= {name: rng.normal(size=pairs) for name in names.split()}
+    columns |= {"d_chosen": d_l * ratio(rng, pairs), "d_rejected": d_l}
+    if gradients:
+        d_w, inner = columns["d_chosen"], cosine * np.sqrt(sq[0] * sq[1])
+        up, down = d_w * sq[0] - d_l * inner, d_w * inner - d_l * sq[1]
+        labels = [["ideal", "both_rise"], ["both_fall", "reversed"]]
+        columns |= {"grad_inner": inner, "grad_sq_chosen": sq[0], "grad_sq_rejected": sq[1], "grad_cosine": cosine}
+        columns |= {"predicted_dlogp_chosen": up, "predicted_dlogp_rejected": down}
+        columns["regime"] = np.array([labels[int(a < 0)][int(b > 0)] for a, b in zip(up, down, strict=True)], object)
+    run = {
+        "model": "m",
+        "objective": "DPO(beta=0.1)",
+        "learning_rate": None,
+        "gradients": gradients,
+        "dtype": "float32",
+    }
+    counts = {"scored": pairs, "skipped": 0, "merged": 0, "truncated": 0}
+    return ScoreTable(columns, (), {"run": {**run, "weights": "w", "data": "d"}, "counts": counts, "provenance": {}})
+
+
+def test_changes_of_tokens_are_the_token_kernel_contracted_and_add_up_to_the_first_order():
+    apply, theta = model("rope_gqa_head_dim")
+    d = Coefficients(jnp.array([0.3, 1.0, -0.2, 0.7]), jnp.array([0.5, 0.9, 0.4, 0.0]))
+    for batch in (padded(PAIRS), packed(PAIRS)):
+        kernel = np.asarray(token_kernel(apply, theta, batch, method="columns"))
+        expected = np.zeros(kernel.shape[:3])
+        for b in range(len(PAIRS)):
+            for side in range(2):
+                for i in range(kernel.shape[2]):
+                    pull = float(d.chosen[b]) * kernel[b, side, i, 0].sum()
+                    expected[b, side, i] = pull - float(d.rejected[b]) * kernel[b, side, i, 1].sum()
+        changes = token_changes(apply, theta, batch, d)
+        close(changes, expected)
+        whole = first_order(pair_kernel(apply, theta, batch), d)
+        close(changes.sum(-1), jnp.stack([whole.chosen, whole.rejected], -1))
+        # what only the tokens that differ contribute is not the change, and an unsigned push is another step
+        assert not np.allclose(
+            (changes * contrastive_mask(batch).astype(changes.dtype)).sum(-1)[:, 0], whole.chosen, rtol=1e-2
+        )
+        other = token_changes(apply, theta, batch, Coefficients(d.chosen, -d.rejected))
+        assert not np.allclose(other.sum(-1)[:, 0], whole.chosen, rtol=1e-2)
+
+
+def test_some_parameters_only():
+    apply, theta = model("plain")
+    ones = Coefficients(jnp.ones(4), jnp.ones(4))
+    include = ["layers/attention/*"]
+    whole = first_order(pair_kernel(apply, theta, padded(PAIRS), include), ones)
+    close(token_changes(apply, theta, padded(PAIRS), ones, include).sum(-1)[:, 0], whole.chosen)
+
+
+def test_pieces_shown_add_up_to_what_the_table_predicts(policy, table, monkeypatch):
+    monkeypatch.setattr(tokens, "WINDOW", 5)
+    views = tokens.pair_views(table, find_scored(table, policy, ROWS), range(len(table)))
+    assert [v.row for v in views] == table["index"].tolist()
+    changes = np.stack([table["predicted_dlogp_chosen"], table["predicted_dlogp_rejected"]], 1)
+    for view, expected in zip(views, map(tuple, changes), strict=True):
+        assert view.expected == expected
+        for response, change in zip((view.chosen, view.rejected), expected, strict=True):
+            np.testing.assert_allclose(response.change, change, rtol=1e-10)
+            shown = sum(p.change for p in response.pieces)
+            np.testing.assert_allclose(shown + response.outside, change, rtol=1e-10)
+            assert response.shown <= 5
+    numbers = views[-1].chosen
+    assert numbers.tokens == 9
+    assert abs(sum(p.change for p in numbers.pieces) - numbers.change) > 1e-3 * abs(numbers.change)  # some are outside
+
+
+def test_what_the_responses_share_is_told_from_what_differs(policy, table):
+    view = tokens.pair_views(table, find_scored(table, policy, ROWS), [table["index"].tolist().index(5)])[0]
+    assert [p.text for p in view.chosen.pieces if p.contrastive] == ["5"]
+    assert [p.text for p in view.rejected.pieces if p.contrastive] == ["6"]
+    assert view.prompt == "Numbers"
+
+
+def test_bytes_of_one_character_stay_together():
+    text = "ab é 🚀👩‍🚀 <x>"
+    found = tokens.pieces(Bytes(), list("…".encode())[1:], list(text.encode()))
+    assert [t for t, _ in found] == list(text)
+    assert [n for _, n in found] == [len(c.encode()) for c in text]
+    broken = "🚀".encode()[:3]
+    assert sum(n for _, n in tokens.pieces(Bytes(), [65], list(broken))) == 3
+
+
+RATIOS = {  # d_w/d_l at the start of training, by hand
+    "dpo": lambda w, y_l: 1.0,
+    "simpo": lambda w, y_l: y_l / w,
+    "dpo_shift": lambda w, y_l: 1 / get("dpo_shift").rejected_weight,
+    "dpo_sft": lambda w, y_l: 1 + 1.0 / (w * 0.1 * 0.5),
+}
+
+
+def test_objectives_against_the_conditions_written_out(invented):
+    fates = objective_fates(invented)
+    names = [name for fate in fates for name in fate.names]
+    assert len(names) == len(set(names))
+    c = invented.columns
+    for name, ratio in RATIOS.items():
+        counts = {"ideal": 0, "both_fall": 0, "both_rise": 0, "reversed": 0}
+        for i in range(len(invented)):
+            r = ratio(c["n_chosen"][i], c["n_rejected"][i])
+            falls = c["grad_inner"][i] > r * c["grad_sq_chosen"][i]
+            rises = c["grad_inner"][i] > c["grad_sq_rejected"][i] / r
+            counts["both_fall" if falls else "both_rise" if rises else "ideal"] += 1
+        fate = next(f for f in fates if name in f.names)
+        assert fate.regimes == counts, name
+    dpo = next(f for f in fates if "dpo" in f.names)
+    assert {"ipo", "hinge"} <= set(dpo.names)
+    assert dpo.ratio == (1.0, 1.0)
+    calibrated = next(f for f in fates if "as scored + calibration" in f.names)
+    assert calibrated.regimes["ideal"] == len(invented) > dpo.regimes["ideal"]
+    assert next(f for f in fates if "discopop" in f.names).pushed_down == len(invented)
+    assert dpo.pushed_down == 0
+    away = int(invented["grad_cosine"].argmin())  # ideal under nearly everything: remedies keep a line of their own
+    alone = dataclasses.replace(invented, columns={k: v[away : away + 1] for k, v in c.items()})
+    first, second = objective_fates(alone)[:2]
+    assert first.regimes == second.regimes
+    assert {"dpo", "simpo"} <= set(first.names)
+    assert all(name.startswith("as scored") for name in second.names)
+
+
+def test_strength_is_the_share_of_pairs_with_the_factor_in_their_range(invented):
+    found, c = strength(invented), invented.columns
+    for k in (0, 40, 80, 120, 160):
+        m = found.multiplier[k]
+        falls = [m * sq < inner for sq, inner in zip(c["grad_sq_chosen"], c["grad_inner"], strict=True)]
+        rises = [m * inner > sq for sq, inner in zip(c["grad_sq_rejected"], c["grad_inner"], strict=True)]
+        assert found.chosen_falls[k] == np.mean(falls)
+        assert found.rejected_rises[k] == np.mean(rises)
+        assert found.ideal[k] == np.mean([not (a or b) for a, b in zip(falls, rises, strict=True)])
+    assert found.at(1.0)[0] == (c["regime"] == "ideal").mean()
+    assert found.at(found.best)[0] == found.ideal.max()
+    assert found.pull == 0.05
+    assert strength(invent(ratio=lambda rng, n: rng.uniform(0.5, 2, n))).pull is None
+
+
+def test_filters_keep_the_lowest(invented):
+    change = invented["predicted_dlogp_chosen"].copy()
+    risk = invented["ches"].copy()
+    risk[3], change[5] = np.inf, np.nan
+    (found,) = filtered([("CHES", "ches", risk)], change)
+    usable = [i for i in range(40) if i not in (3, 5)]
+    for fraction, (kept, falling) in found.kept.items():
+        mine = sorted(usable, key=lambda i: risk[i])[: math.ceil(fraction * len(usable))]
+        assert (kept, falling) == (len(mine), sum(change[i] < 0 for i in mine))
+    by_change = filtered([("Δ", "d", -change)], change)[0].kept[0.25]
+    assert by_change == (10, 0)
+
+
+def test_rank_correlations_and_what_is_left_of_them_without_lengths(invented):
+    found = {a.score: a for a in associations(invented)}
+    c = invented.columns
+    lengths = [c[f"n_{k}"] for k in ("prompt", "chosen", "rejected")]
+    for name in ("ches", "head_gap", "grad_cosine"):
+        a = found[name]
+        for value, other in zip(
+            (a.prompt, a.chosen, a.rejected, a.difference, a.change),
+            (*lengths, lengths[1] - lengths[2], c["predicted_dlogp_chosen"]),
+            strict=True,
+        ):
+            np.testing.assert_allclose(value, stats.spearmanr(c[name], other).statistic, rtol=1e-10)
+        ranks = np.stack([stats.rankdata(x) for x in (c[name], c["predicted_dlogp_chosen"], *lengths)])
+        inverse = np.linalg.inv(np.corrcoef(ranks))
+        np.testing.assert_allclose(a.partial, -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1]), rtol=1e-8)
+        assert abs(a.partial - a.change) > 1e-4
+    assert math.isnan(associations(invent(5))[0].partial)  # too few to partial anything out
+    constant = dataclasses.replace(invented, columns={**c, "edit_distance": np.ones(40)})
+    assert math.isnan({a.score: a for a in associations(constant)}["edit_distance"].change)
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_the_plane_puts_every_pair_in_its_regime(varies):
+    table = invent(ratio=(lambda rng, n: rng.uniform(0.4, 2.5, n)) if varies else lambda rng, n: np.full(n, 1.3))
+    found = regime_map(table)
+    r = 1.0 if varies else 1.3
+    assert (found.ratio is None) == varies
+    if not varies:
+        np.testing.assert_allclose(found.ratio, 1.3)
+    falls, rises = found.x > r, found.y > 1 / r
+    assert (np.where(falls, "both_fall", np.where(rises, "both_rise", "ideal")) == found.regime).all()
+    assert len(set(found.regime)) == 3
+    np.testing.assert_allclose(found.x * found.y, table["grad_cosine"] ** 2, rtol=1e-10)
+    table.columns["d_chosen"][4] = -0.1
+    assert regime_map(table).left_out == 1
+
+
+def test_shares_by_data_source(invented):
+    rows = [{"prompt": "p", "category": None, "source": ["a", "b", "c"][i % 3]} for i in range(40)]
+    field, found = by_source(invented, rows)
+    assert field == "source"
+    falls = invented["predicted_dlogp_chosen"] < 0
+    assert {s.source: (s.pairs, s.falling) for s in found} == {
+        name: (len(falls[k::3]), falls[k::3].sum()) for k, name in enumerate("abc")
+    }
+    assert by_source(invented, [{"source": "same"}] * 40) == (None, ())
+    assert by_source(invented, [{"source": f"each its own {i}"} for i in range(40)]) == (None, ())
+    with pytest.raises(ValueError, match="the table speaks of row 39, but there are 7 rows"):
+        by_source(invented, rows[:7])
+
+
+def outside(text):
+    """Everything in a page that would be fetched or run."""
+    found = re.findall(r"""(?:src|href|url|action)\s*[=(]\s*["']?([^"'\s>)]*)""", text)
+    return [x for x in found if not x.startswith("data:image/png;base64,")] + re.findall(
+        r"<(?:script|link|iframe|object)", text
+    )
+
+
+def test_page_is_self_contained_escaped_and_the_same_twice(policy, table, tmp_path):
+    table.save(tmp_path / "scores.parquet")
+    first = write_report(tmp_path / "scores.parquet", policy=policy, rows=ROWS)
+    assert first.page == tmp_path / "scores.report.html"
+    assert sorted(p.name for p in first.images) == ["distributions.png", "regime_plane.png", "strength.png"]
+    assert {p.parent for p in first.images} == {tmp_path / "scores.report_files"}
+    text = first.page.read_text(encoding="utf-8")
+    assert outside(text) == []
+    assert "http" not in text
+    assert "&lt;tiny&gt; &amp; model" in text
+    assert "<tiny>" not in text
+    assert "<td>&lt;a&gt;</td>" in text
+    assert first.problems == ()
+    assert "1 of 6 rows skipped: 1 × empty chosen response." in " ".join(text.split())
+    embedded = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([^\"]*)", text)]
+    assert sorted(embedded) == sorted(p.read_bytes() for p in first.images)
+    plain = "".join(re.findall(r'<p class="tokens">(.*?)</p>', text, re.DOTALL))
+    assert "&lt;" in plain
+    assert "🚀" in plain
+    assert "↵\n" in plain
+    assert 'class="d"' in plain
+    second = write_report(table, tmp_path / "b" / "again.html", policy, ROWS)
+    assert second.page.read_bytes() == first.page.read_bytes()
+    assert [p.read_bytes() for p in second.images] == [p.read_bytes() for p in first.images]
+    shown = first._repr_html_()
+    assert shown.count("<") == 2
+    assert shown.startswith("<iframe srcdoc=")
+
+
+def test_other_data_and_other_weights_are_refused_by_name(policy, table, tmp_path):
+    changed = [*ROWS[:4], {**ROWS[4], "chosen": "y"}, ROWS[5]]
+    report = write_report(table, tmp_path / "a.html", policy, changed)
+    assert len(report.problems) == 1
+    assert "not those that were scored: token ids differ" in report.problems[0]
+    text = report.page.read_text(encoding="utf-8")
+    assert "Tokens are not shown." in text
+    assert '<p class="tokens">' not in text
+    assert report.numbers.source_field is None
+    other = Policy(*create(policy.config, seed=1), policy.config, Bytes(), "another")
+    assert "another, float64) has not the weights that scored" in find_scored(table, other, ROWS).problems[0]
+    problems = find_scored(table).problems
+    assert "The table does not say where its data were read: name them with --data." in problems
+    assert any("The model cannot be loaded: '<tiny> & model'" in p for p in problems)
+    missing = write_report(table, tmp_path / "b.html", policy, tmp_path / "gone.jsonl")
+    assert "gone.jsonl: no such file" in missing.problems[0]
+    short = write_report(table, tmp_path / "d.html", rows=ROWS[:3], tokens=False)
+    assert short.problems == ("The data have 3 rows, but 6 were read for scoring: name them with --data.",)
+    trusted = write_report(table, tmp_path / "c.html", rows=[*ROWS, {"more": 1}], tokens=False)
+    assert trusted.problems == ()
+    assert trusted.numbers.source_field == "source"
+    assert "rows taken on trust" in trusted.page.read_text(encoding="utf-8")
+
+
+def test_tables_remember_where_their_data_were_read(checkpoint, tmp_path):
+    rows = [{"prompt": "is it", "chosen": f" {a} so", "rejected": " never so"} for a in ("yes", "good", "maybe")]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    policy = simgrad.load(checkpoint, "float64")
+    table = score(policy, data, limit=3, max_length=9)
+    assert table.metadata["source"] == {"data": str(data), "split": "train", "max_length": 9}
+    found = find_scored(table)
+    assert found.problems == ()
+    assert list(found.pairs) == [0, 1, 2]
+    assert score(policy, rows).metadata["source"] == {
+        "data": None,
+        "split": None,
+        "max_length": policy.config.max_length,
+    }
+
+
+def test_without_gradients(tmp_path, policy):
+    table = score(policy, ROWS, gradients=False)
+    report = write_report(table, tmp_path / "a.html", policy, ROWS, worst=2)
+    n, text = report.numbers, report.page.read_text(encoding="utf-8")
+    assert (n.map, n.strength, n.objectives, n.filters, n.sources) == (None, None, (), (), ())
+    assert "5 pairs scored without gradients" in text
+    assert text.count('<section class="pair">') == 2
+    exact = score(policy, ROWS)
+    position = int(n.summary.worst[0])
+    view = tokens.pair_views(table, find_scored(table, policy, ROWS), [position])[0]
+    np.testing.assert_allclose(view.chosen.change, exact["predicted_dlogp_chosen"][position], rtol=1e-10)
+
+
+def test_no_rows_one_row_and_numbers_that_are_none(tmp_path, policy):
+    nothing = write_report(score(policy, [ROWS[3]]), tmp_path / "zero.html", policy, [ROWS[3]])
+    assert "No pair could be scored" in nothing.page.read_text(encoding="utf-8")
+    assert nothing.images == ()
+    one = write_report(score(policy, [ROWS[2]]), tmp_path / "one.html", policy, [ROWS[2]])
+    assert one.page.read_text(encoding="utf-8").count('<section class="pair">') == 1
+    assert one.numbers.associations == ()
+    table = invent()
+    table.columns["ches"][2], table.columns["ln_ches"][:] = np.inf, np.nan
+    table.columns["predicted_dlogp_chosen"][0], table.columns["grad_sq_chosen"][1] = np.nan, np.inf
+    broken = write_report(table, tmp_path / "broken.html", tokens=False)
+    assert broken.numbers.not_finite == {"ches": 1, "ln_ches": 40, "gap": 1, "predicted_dlogp_chosen": 1}
+    assert sum(broken.numbers.objectives[0].regimes.values()) == 39
+    assert broken.numbers.map.left_out == 1
+
+
+def test_other_files_are_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "text.parquet").write_text("no")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    for name in ("text", "other"):
+        with pytest.raises(ValueError, match=f"{name}.parquet is not a score table"):
+            read_score_table(tmp_path / f"{name}.parquet")
+    ScoreTable({"index": np.arange(2)}, (), {"run": {}}).save(tmp_path / "predicted.parquet")
+    with pytest.raises(ValueError, match="predicted.parquet is not a table of simgrad score: it has no n_prompt"):
+        write_report(tmp_path / "predicted.parquet")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_score_table(tmp_path / "gone.parquet")
+    (tmp_path / "begun.parquet.partial.jsonl").write_text("{}\n")
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        read_score_table(tmp_path / "begun.parquet")
+    with pytest.raises(ValueError, match="path: where to write"):
+        write_report(invent())
+    with pytest.raises(ValueError, match="worst=-1"):
+        write_report(invent(), tmp_path / "x.html", worst=-1)
+
+
+def test_numbers_for_people():
+    given = [0.0, 1234567.0, -98582.0, 0.5, -0.000012, 1.0, math.inf, math.nan, -0.0, 99.96]
+    assert [number(x) for x in given] == ["0", "1.23 × 10⁶", "−98582", "0.5", "−1.2 × 10⁻⁵", "1", "∞", "–", "0", "100"]
+
+
+def test_headline_counts_the_falling_and_says_how_sure(invented):
+    numbers = report_numbers(invented)
+    falling, low, high = numbers.falling
+    assert falling == (invented["regime"] == "both_fall").sum() > 0
+    exact = stats.binomtest(falling, 40).proportion_ci(method="wilson")
+    np.testing.assert_allclose((low, high), (exact.low, exact.high), rtol=1e-6)
+
+
+def test_the_command(checkpoint, tmp_path):
+    rows = [{"prompt": "is it", "chosen": f" {a} so", "rejected": " never so"} for a in ("yes", "good", "maybe")]
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "scores.parquet"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    scored, written, elsewhere, wrong = in_one_process(
+        ("score", "--model", checkpoint, "--data", data, "--out", out, "--dtype", "float64"),
+        ("report", out, "--worst", 2),
+        ("report", out, "--data", tmp_path / "gone.jsonl", "--out", tmp_path / "b.html"),
+        ("report", data),
+        cache=tmp_path,
+    )
+    assert [x.returncode for x in (scored, written, elsewhere, wrong)] == [0, 0, 0, 2], written.stderr
+    page = tmp_path / "scores.report.html"
+    assert written.stdout.splitlines()[0] == str(page)
+    assert written.stderr.strip() == ""
+    assert page.read_text(encoding="utf-8").count('<section class="pair">') == 2
+    assert "gone.jsonl: no such file" in " ".join(elsewhere.stderr.split())
+    assert "Tokens are not shown." in (tmp_path / "b.html").read_text(encoding="utf-8")
+    assert "is not a score table" in wrong.stderr
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_a_browser_shows_it(policy, table, tmp_path):
+    from matplotlib.image import imread
+
+    page = write_report(table, tmp_path / "page.html", policy, ROWS).page
+    quiet = "no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync"
+    options = [f"--{word}" for word in f"headless {quiet} disable-quic".split()]
+    command = ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,1400"]
+    dumped = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    heading = re.search(r"<h1>(.*?)</h1>", page.read_text(encoding="utf-8")).group(1)
+    assert heading in dumped.stdout
+    assert "<script>" not in dumped.stdout
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    pixels = imread(picture)[..., :3]
+    assert pixels.shape[:2] == (1400, 1100)
+    inked = (pixels < 0.9).any(-1)
+    assert 0.01 < inked.mean() < 0.5
+    assert inked[:, 550:].any()
