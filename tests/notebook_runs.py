@@ -6,7 +6,10 @@ import warnings
 from pathlib import Path
 
 if __name__ == "__main__":  # collecting doctests imports this file, and must leave the suite's flags alone
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
     os.environ["MPLBACKEND"] = "agg"
 
 import nbformat
@@ -21,7 +24,7 @@ def small_worlds():
     from simgrad.worlds import Pretraining
 
     for name in WORLDS:
-        type(worlds.get(name)).pretraining = Pretraining(steps=40, batch_size=16, warmup=5)
+        type(worlds.get(name)).pretraining = Pretraining(steps=30, batch_size=8, warmup=5)
 
 
 def run(name, parameters):

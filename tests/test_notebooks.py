@@ -18,11 +18,11 @@ HERE = Path(__file__).parent
 NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
 SMALL = {
     "01_entanglement_in_ten_minutes": "SEED, PAIRS = 0, 12",
-    "02_displacement_and_ches": "SEEDS, PAIRS, STEPS = 2, 16, 5",
+    "02_displacement_and_ches": "SEEDS, PAIRS, STEPS = 2, 8, 5",
     "03_where_the_mass_goes": "SEEDS, STEPS, PAIRS = 2, 3, 64",
     "04_objectives_and_mitigations": "SEEDS, STEPS, EPOCHS = 2, 2, 1",
     "05_your_checkpoint": 'MODEL, DATA, LIMIT = "world:percentiles", "world:percentiles", 16',
-    "06_predict_a_run": "SEED, PAIRS, RATES = 0, 32, (0.01, 0.03)",
+    "06_predict_a_run": "SEED, PAIRS, RATES = 0, 32, (0.01,)",
 }
 LONGEST, LARGEST = 15, 400_000
 SOMEWHERE = re.compile(r"/home/|/tmp/|/root/|/Users/|/work/|[A-Z]:\\\\|0x[0-9a-f]{6,}")
