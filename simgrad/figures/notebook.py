@@ -84,4 +84,4 @@ def _sliders(
 
     for slider in sliders.values():
         slider.observe(redraw, "value")
-    return ipywidgets.VBox([*sliders.values(), image])._repr_mimebundle_()
+    return ipywidgets.VBox([*sliders.values(), image])._repr_mimebundle_() or {}
