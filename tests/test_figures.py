@@ -18,6 +18,7 @@ from simgrad.figures import (
     features,
     layers,
     optimizers,
+    overview,
     percentiles,
     predicted_vs_measured,
     refusals,
@@ -35,6 +36,7 @@ from simgrad.worlds.world import Pretraining
 
 WORLD = {"model": "world:percentiles", "data": "world:percentiles", "limit": 4}
 SMALL = {
+    "overview": overview.Config(suffix=2, pairs=4, steps=2, weights=(0.0, 0.05), seeds=(0,)),
     "predicted_vs_measured": predicted_vs_measured.Config(pairs=3, rates=9, largest=(1.0, 1.0, 0.01)),
     "regimes": regimes.Config(suffixes=(2,), pairs=4),
     "dynamics": dynamics.Config(objectives=("dpo",), suffix=2, pairs=4, steps=2, record=1, seeds=(0,)),

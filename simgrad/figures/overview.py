@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.dynamics import directional_score, train
+from simgrad.dynamics import PREDICTORS, Setting, train
 from simgrad.figures.draw import band, panel_letters
 from simgrad.figures.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.objectives import DPO, SFT, Objective
@@ -26,9 +26,10 @@ TITLE = "Both fall: foretold, and stopped"
 CAPTION = (
     "{pairs} preference pairs that share their last {suffix} tokens (world “suffix”), trained together by DPO and "
     "Adam, {count} seeds. (a) Mean Δ log π of chosen and rejected responses: both fall (95 % bands). (b) Every "
-    "response of every seed: the directional score, computed before training from one pass of gradients, against "
-    "what {steps} steps did. (c) The knob: adding λ times an SFT term raises the pull on the chosen, d_w/d_l; where "
-    "the chosen stops falling can be read off the prediction (line) before any run (dots: measured means)."
+    "response of every seed: the run as foretold by two big steps, two passes of gradients before any training, "
+    "against what {steps} steps did. (c) The knob: adding λ times an SFT term raises the pull on the chosen, "
+    "d_w/d_l; where the chosen stops falling can be read off the prediction (lines) before any run (dots: measured "
+    "means)."
 )
 BEARS_ON = (
     "Both central results, gradient entanglement (Yuan et al., arXiv 2410.13828) and likelihood displacement (Razin "
@@ -49,7 +50,7 @@ class Config:
         seeds: of policies and pairs.
     """
 
-    suffix: int = 8
+    suffix: int = 16
     pairs: int = 32
     learning_rate: float = 1e-4
     steps: int = 15
@@ -80,7 +81,7 @@ def compute(config: Config) -> Result:
         says, does = [], []
         for i, batch in enumerate(batches):
             theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
-            says.append(np.asarray(directional_score(apply, theta, batch, recipe).change, float))
+            says.append(PREDICTORS["two big steps"](Setting(apply, theta, batch, recipe)).astype(float))
             trace = train(apply, theta, batch, recipe, record=1 if not weight else None).trace
             does.append(np.asarray(trace.change[-1], float))
             if not weight:
@@ -102,12 +103,12 @@ def plot(result: Result) -> Figure:
 
 
 def _problem(axis: Axes, result: Result) -> None:
+    middle = len(result.steps) // 2
     for side, (name, colour) in enumerate((("chosen", CHOSEN), ("rejected", REJECTED))):
         band(axis, result.steps, result.path[:, :, side], colour)
-        end = float(result.path[:, -1, side].mean())
-        axis.annotate(
-            name, (result.steps[-1], end), (0, 4), textcoords="offset points", color=colour, ha="right", va="bottom"
-        )
+        place = (float(result.steps[middle]), float(result.path[:, middle, side].mean()))
+        below = {"ha": "right", "va": "top"} if side else {"ha": "center", "va": "bottom"}
+        axis.annotate(name, place, (-2, -6 if side else 5), textcoords="offset points", color=colour, **below)
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.set(xlabel="training step", ylabel="mean Δ log π (nats)", title="both fall")
 
