@@ -6,22 +6,28 @@ import gc
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from helpers import PAIRS, close, model
 
 import simgrad.theory.entanglement as module
 from simgrad import tree
+from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed, padded
 from simgrad.theory import (
     by_layer,
     by_matrix,
+    displacement,
     entanglement_blocks,
     entanglement_kernel,
     jacobian,
     kernel_plan,
+    optimizer_step,
     pair_kernel,
     pair_kernel_blocks,
+    pair_pushes,
+    responses,
 )
 
 PROBES = [Pair(p.prompt, p.rejected, p.chosen) for p in PAIRS[:3]]
@@ -160,3 +166,16 @@ def test_subsets_of_parameters():
     rows = gradients("plain")
     expected = gram(rows, rows, lambda name: name.startswith("layers/mlp/"))
     close(entanglement_kernel(apply, theta, padded(PAIRS), include=["layers/mlp/*"]), expected)
+
+
+def test_what_pairs_do_to_a_probe_adds_up_to_a_step():
+    apply, theta = model("plain")
+    batch, probes, rate = padded(PAIRS), padded([Pair([1, 5], [9, 9], [3])]), 1e-3
+    step = optimizer_step(apply, theta, batch, DPO(), optax.sgd(rate)).direction
+    logp = responses(apply, theta, batch).logp
+    d = DPO().coefficients(*logp.T, *logp.T, *batch.lengths.T)
+    pushes = pair_pushes(entanglement_kernel(apply, theta, probes, batch), d)
+    assert pushes.shape == (2, len(PAIRS))
+    close(rate * pushes.sum(-1), displacement(apply, theta, probes, step).first[0])
+    with pytest.raises(ValueError, match="8 columns, but 3 pairs need 6"):
+        pair_pushes(entanglement_kernel(apply, theta, probes, batch), jax.tree.map(lambda x: x[:3], d))

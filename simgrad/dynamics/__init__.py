@@ -1,6 +1,6 @@
 """Training: preference tuning, pretraining and sampling as compiled loops; whole sweeps at once."""
 
-from simgrad.dynamics.agreement import Agreement, agreement
+from simgrad.dynamics.agreement import Agreement, agreement, percentile_means, spearman
 from simgrad.dynamics.configs import RunConfig, grid
 from simgrad.dynamics.directional import DirectionalScore, directional_change, directional_score, run_direction
 from simgrad.dynamics.loop import State
@@ -41,10 +41,12 @@ __all__ = [
     "grid",
     "measured",
     "next_token_logp",
+    "percentile_means",
     "predictor_table",
     "pretrain",
     "run_direction",
     "sample",
+    "spearman",
     "spread",
     "sweep",
     "train",

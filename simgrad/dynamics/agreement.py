@@ -9,7 +9,7 @@ from scipy import stats
 
 from simgrad.typing import Float
 
-__all__ = ["Agreement", "agreement", "partial_spearman", "spearman"]
+__all__ = ["Agreement", "agreement", "partial_spearman", "percentile_means", "spearman"]
 
 WORST = 10
 
@@ -97,3 +97,31 @@ def partial_spearman(x: Float[np.ndarray, " B"], y: Float[np.ndarray, " B"], giv
     if min(sizes) < 1e-8 * len(given):
         return float("nan")
     return float(left[0] @ left[1] / (sizes[0] * sizes[1]))
+
+
+def percentile_means(
+    predicted: Float[np.ndarray, " B"],
+    measured: Float[np.ndarray, " B"],
+    percentiles: int = 5,
+    share: float = 0.125,
+) -> Float[np.ndarray, " P"]:
+    """Mean measured change of the pairs around evenly spaced percentiles of a prediction.
+
+    From the pairs predicted to rise most to those predicted to fall most; each mean is over ``share`` of the
+    pairs. Of a prediction that ranks displacement the means fall from entry to entry.
+
+    Source: the percentiles of CHES in Razin et al., arXiv 2410.08847, Sec. 5.
+
+    >>> import numpy as np
+    >>> percentile_means(np.arange(8.0), np.arange(8.0) ** 2, percentiles=3).tolist()
+    [49.0, 9.0, 0.0]
+
+    Raises:
+        ValueError: arrays of different length.
+    """
+    if np.shape(predicted) != np.shape(measured):
+        raise ValueError(f"one measured change a prediction: shapes {np.shape(predicted)} and {np.shape(measured)}")
+    order = np.argsort(-np.asarray(predicted), kind="stable")
+    width = max(1, int(share * len(order)))
+    starts = np.linspace(0, len(order) - width, percentiles).round().astype(int)
+    return np.array([np.asarray(measured)[order[s : s + width]].mean() for s in starts])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +27,7 @@ from simgrad.typing import Float
 if TYPE_CHECKING:
     from simgrad.bridge import Policy
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "inputs", "loaded", "plot"]
+__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "Source", "compute", "inputs", "loaded", "plot"]
 
 TITLE = "A real checkpoint"
 CAPTION = (
@@ -45,24 +46,33 @@ BEARS_ON = (
 
 
 @dataclass(frozen=True)
-class Config:
-    """What is computed.
+class Source:
+    """The checkpoint and the pairs of a figure.
 
     Attributes:
         model: a checkpoint, folder or Hub id (None: the figure is skipped).
         data: preference pairs.
         limit: pairs, those that can be used counted only.
         max_length: longest prompt and response in tokens; longer pairs are left out.
-        learning_rate: of Adam.
-        epochs: of training.
-        batch_size: pairs a step.
-        worst: pairs shown in words.
     """
 
     model: str | None = None
     data: str | None = None
     limit: int = 24
     max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Config(Source):
+    """What is computed, besides.
+
+    Attributes:
+        learning_rate: of Adam.
+        epochs: of training.
+        batch_size: pairs a step.
+        worst: pairs shown in words.
+    """
+
     learning_rate: float = 2e-6
     epochs: int = 1
     batch_size: int = 8
@@ -84,30 +94,6 @@ class Result:
     worst: tuple[int, ...]
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
-
-
-class Source(Protocol):
-    """What a figure of a checkpoint is told."""
-
-    @property
-    def model(self) -> str | None:
-        """Folder or Hub id."""
-        ...
-
-    @property
-    def data(self) -> str | None:
-        """File or Hub data set."""
-        ...
-
-    @property
-    def limit(self) -> int:
-        """Most pairs."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a pair."""
-        ...
 
 
 def inputs(config: Source) -> tuple[Any, ...]:
@@ -177,7 +163,7 @@ def _words(row: Mapping[str, Any], side: str) -> str:
     response = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
     prompt = row.get("prompt")
     response = response[len(prompt) :] if isinstance(prompt, str) and response.startswith(prompt) else response
-    return textwrap.shorten(response, 110, placeholder=" …")
+    return textwrap.shorten(response, 92, placeholder=" …")
 
 
 def plot(result: Result) -> Figure:
@@ -218,18 +204,10 @@ def _against(axis: Axes, x: np.ndarray, measured: np.ndarray, name: str, correla
 def _pairs_in_words(axis: Axes, result: Result) -> None:
     axis.set_axis_off()
     axis.set_title("said to fall most")
-    lines, place = max(1, len(result.worst)), 1.0
-    for k, chosen, rejected in zip(result.worst, result.chosen, result.rejected, strict=True):
+    write = functools.partial(axis.text, transform=axis.transAxes, va="top", in_layout=False)
+    step = 1 / max(1, len(result.worst))
+    for i, (k, chosen, rejected) in enumerate(zip(result.worst, result.chosen, result.rejected, strict=True)):
         change = f"row {result.rows[k]}: {result.predicted[k]:+.2f} → {result.measured[k]:+.2f}".replace("-", "−")
-        axis.text(0, place, change, transform=axis.transAxes, va="top", fontsize=6.5)
-        for text, colour, step in ((chosen, CHOSEN, 0.0), (rejected, REJECTED, 0.42)):
-            axis.text(
-                0.23,
-                place - step / lines,
-                text.replace("$", r"\$"),
-                color=colour,
-                transform=axis.transAxes,
-                va="top",
-                fontsize=6,
-            )
-        place -= 1 / lines
+        write(0, 1 - i * step, change, fontsize=6.5)
+        write(0.23, 1 - i * step, chosen.replace("$", r"\$"), color=CHOSEN, fontsize=6)
+        write(0.23, 1 - (i + 0.42) * step, rejected.replace("$", r"\$"), color=REJECTED, fontsize=6)

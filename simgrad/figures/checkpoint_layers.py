@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simgrad.figures.checkpoint import inputs, loaded
+from simgrad.figures.checkpoint import Source, inputs, loaded
 from simgrad.figures.layers import Result, blocks_of, plot, summary
 from simgrad.pairs import padded
 
@@ -22,20 +22,8 @@ BEARS_ON = (
 
 
 @dataclass(frozen=True)
-class Config:
-    """What is computed.
-
-    Attributes:
-        model: a checkpoint, folder or Hub id (None: the figure is skipped).
-        data: preference pairs.
-        limit: pairs.
-        max_length: longest prompt and response in tokens; longer pairs are left out.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    limit: int = 24
-    max_length: int = 128
+class Config(Source):
+    """What is computed: the checkpoint and the pairs."""
 
 
 def compute(config: Config) -> Result:

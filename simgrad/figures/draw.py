@@ -12,14 +12,14 @@ from matplotlib.ticker import FuncFormatter
 
 from simgrad.figures.style import CHOSEN, GUIDE, REJECTED
 from simgrad.findings import interval
-from simgrad.typing import Bool, Float
+from simgrad.typing import Bool, Float, Int
 
-__all__ = ["band", "direct_labels", "mass_bars", "panel_letters", "regime_plane", "token_heatmap"]
+__all__ = ["band", "direct_labels", "dots", "mass_bars", "panel_letters", "regime_plane", "token_heatmap"]
 
 
 def band(
     axis: Axes,
-    x: Float[np.ndarray, " X"],
+    x: Float[np.ndarray, " X"] | Int[np.ndarray, " X"],
     runs: Float[np.ndarray, "seeds X"],
     colour: str,
     label: str | None = None,
@@ -42,9 +42,11 @@ def direct_labels(axis: Axes, x: float, labels: dict[str, tuple[float, str]], ga
 
     ``gap`` is the least distance between two of them as a share of the axis' height. Set scales and limits before.
     """
+    axis.get_ylim()  # settles limits that follow the data
     inside = axis.transAxes.inverted()
     names = sorted(labels, key=lambda name: labels[name][0])
     heights = np.array([inside.transform(axis.transData.transform((x, labels[name][0])))[1] for name in names])
+    heights = heights.clip(0, 1)
     for _ in range(200):
         close = np.diff(heights) < gap - 1e-9
         if not close.any():
@@ -64,6 +66,28 @@ def direct_labels(axis: Axes, x: float, labels: dict[str, tuple[float, str]], ga
             fontsize=7,
             annotation_clip=False,
         )
+
+
+def dots(
+    axis: Axes,
+    names: Sequence[str],
+    runs: Float[np.ndarray, "seeds names"],
+    colour: str,
+    label: str | None = None,
+    shift: float = 0.0,
+    marker: str = "o",
+) -> None:
+    """One row a name, the first on top: mean over seeds with its 95 % interval of Student's t.
+
+    ``shift`` moves the dots down, in rows, where several sets share the rows.
+    """
+    found = [interval(column) for column in np.asarray(runs, float).T]
+    mean = np.array([i.mean for i in found])
+    reach = np.nan_to_num(np.array([[i.mean - i.low, i.high - i.mean] for i in found]).T)
+    place = np.arange(len(names))
+    axis.errorbar(mean, place + shift, xerr=reach, fmt=marker, color=colour, label=label, elinewidth=0.9)
+    axis.set_yticks(place, names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
 
 
 def panel_letters(axes: Sequence[Axes]) -> None:

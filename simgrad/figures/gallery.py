@@ -21,6 +21,7 @@ from simgrad.figures import (
     features,
     layers,
     optimizers,
+    overview,
     percentiles,
     predicted_vs_measured,
     refusals,
@@ -32,7 +33,7 @@ from simgrad.figures import (
     verdicts,
 )
 from simgrad.figures.stored import NotDrawn, computed, plain, to_json
-from simgrad.figures.style import Venue, paper_style
+from simgrad.figures.style import paper_style
 from simgrad.provenance import provenance
 
 __all__ = ["FIGURES", "FORMATS", "Entry", "Format", "NotDrawn", "render", "require_formats", "write_index"]
@@ -61,6 +62,7 @@ def _entry(module: ModuleType) -> Entry:
 
 
 _MODULES: tuple[ModuleType, ...] = (
+    overview,
     predicted_vs_measured,
     regimes,
     dynamics,
@@ -97,7 +99,7 @@ def render(
     name: str,
     folder: Path,
     config: Any = None,
-    venue: Venue = "neurips",
+    venue: str = "neurips",
     formats: Sequence[Format] = ("pdf", "png"),
     fresh: bool = False,
 ) -> list[Path]:
@@ -162,6 +164,8 @@ def write_index(folder: Path) -> Path:
             f"**What to see.** {record['caption']}\n\n**What it bears on.** {record['bears_on']}\n\n"
             f"`{command(name, record['config'])}`: [numbers]({name}.json){vector}\n"
         )
+    if (folder / "validation" / "validation.html").exists():
+        parts.append("Theory held against measured training steps: [validation](validation/validation.html).\n")
     index = folder / "README.md"
     index.write_text("\n".join(parts), encoding="utf-8")
     return index

@@ -110,7 +110,7 @@ def plot(result: Result) -> Figure:
     """Layers above, matrices below; one column a subject."""
     columns = len(result.subjects)
     figure, axes = plt.subplots(
-        2, columns, figsize=size(2, columns, 0.85 if columns == 2 else 1.15), squeeze=False, layout="constrained"
+        2, columns, figsize=size(2, columns, 0.42 * columns), squeeze=False, layout="constrained"
     )
     for i, subject in enumerate(result.subjects):
         _bars(axes[0, i], list(result.layers[i]), np.array(result.by_layer[i]))
@@ -119,7 +119,7 @@ def plot(result: Result) -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel(r"share of $\|g_w\|^2$")
     for height, text, colour in ((0.97, r"$\|g_w\|^2$", CHOSEN), (0.85, r"$\langle g_w, g_l\rangle$", "black")):
-        axes[1, 0].text(0.03, height, text, color=colour, transform=axes[1, 0].transAxes, va="top", fontsize=7)
+        axes[0, 0].text(0.4, height, text, color=colour, transform=axes[0, 0].transAxes, va="top", fontsize=7)
     panel_letters(list(axes[0]))
     return figure
 

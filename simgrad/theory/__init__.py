@@ -31,6 +31,7 @@ from simgrad.theory.entanglement import (
     entanglement_kernel,
     jacobian,
     kernel_plan,
+    pair_pushes,
 )
 from simgrad.theory.flow import Flow, Run, kernel_flow, linearized_run
 from simgrad.theory.gainers import TokenGains, token_displacement, top_gainers
@@ -133,6 +134,7 @@ __all__ = [
     "own_steps",
     "pair_kernel",
     "pair_kernel_blocks",
+    "pair_pushes",
     "preconditioning",
     "read_group",
     "regime",

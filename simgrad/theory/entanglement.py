@@ -17,11 +17,12 @@ import numpy as np
 
 from simgrad import tree
 from simgrad.models import Apply
+from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
 from simgrad.theory.likelihood import log_probs
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["KernelPlan", "entanglement_blocks", "entanglement_kernel", "jacobian", "kernel_plan"]
+__all__ = ["KernelPlan", "entanglement_blocks", "entanglement_kernel", "jacobian", "kernel_plan", "pair_pushes"]
 
 MEMORY = 2**30
 """Default bound on the bytes of Jacobian rows held at once: 1 GiB."""
@@ -195,6 +196,32 @@ def entanglement_blocks(
         return jnp.asarray(np.concatenate(lines)[:n, :m])
 
     return {name: whole(name) for name in rows[0][0]}
+
+
+def pair_pushes(
+    kernel: Float[Array, "followed U"], coefficients: Coefficients, share: float | None = None
+) -> Float[Array, "followed B"]:
+    """Which pair moves which response: each pair's part of the first-order Δlog π, in nats per unit learning rate.
+
+        push(z, j) = s (d_w^j K(z, w_j) - d_l^j K(z, l_j)),        Δlog π(z) = η Σ_j push(z, j)
+
+    ``kernel`` is :func:`entanglement_kernel` of the followed responses (rows) against the pairs (columns), with
+    the optimizer's ``scale``; ``share`` is s, 1/B of a mean loss unless given.
+
+    Raises:
+        ValueError: a kernel with other than two columns a pair.
+
+    >>> import jax.numpy as jnp
+    >>> one = jnp.ones(2)
+    >>> pair_pushes(jnp.array([[4.0, 1.0, -2.0, 2.0]]), Coefficients(one, one)).tolist()  # one up, one down
+    [[1.5, -2.0]]
+    """
+    b = len(coefficients.chosen)
+    if kernel.shape[-1] != 2 * b:
+        raise ValueError(f"kernel has {kernel.shape[-1]} columns, but {b} pairs need {2 * b}")
+    signed = jnp.stack([coefficients.chosen, -coefficients.rejected], -1)
+    each = (kernel.reshape(-1, b, 2) * signed[None]).sum(-1)
+    return each * (1 / b if share is None else share)
 
 
 def _chunks(batch: Batch, size: int) -> Iterator[tuple[int, Batch]]:

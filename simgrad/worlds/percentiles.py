@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad.dynamics import Corpus, directional_score
-from simgrad.dynamics.agreement import spearman
+from simgrad.dynamics.agreement import percentile_means, spearman
 from simgrad.dynamics.predictors import CAPTION, Comparison, Setting, compare
 from simgrad.findings import Claim, Findings, Table
 from simgrad.models import InitScales, ModelConfig
@@ -194,12 +194,9 @@ def _grouped(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
 
 def _windows(found: Comparison, label: str, seed: int) -> list[dict[str, Any]]:
     """Razin et al.'s picture: the mean change of pairs near five percentiles of a score."""
-    n = len(found.measured)
-    width, rows = max(1, n // 8), []
+    rows = []
     for name in _SCORES:
-        order = np.argsort(-found.predicted[name], kind="stable")  # predicted to rise most first
-        starts = np.linspace(0, n - width, 5).round().astype(int)
-        means = [float(found.measured[order[s : s + width]].mean()) for s in starts]
+        means = percentile_means(found.predicted[name], found.measured).tolist()
         steps = {f"{25 * k} %": mean for k, mean in enumerate(means)}
         ordered = float(np.all(np.diff(means) < 0))
         rows.append({"setting": label, "score": name, "seed": seed, **steps, "ordered": ordered})
