@@ -14,7 +14,13 @@ __all__ = ["Claim", "Findings", "Interval", "Table", "interval", "listing"]
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean over seeds with the 95 % interval of Student's t (nan bounds for a single seed)."""
+    """Mean over seeds with the 95 % interval of Student's t.
+
+    Attributes:
+        mean: over the seeds.
+        low: lower bound; nan for a single seed.
+        high: upper bound; nan for a single seed.
+    """
 
     mean: float
     low: float
@@ -116,7 +122,13 @@ def _commonest(values: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the papers, or of a recipe, and whether these seeds bear it out (None: they cannot tell)."""
+    """A statement of the papers, or of a recipe, and whether these seeds bear it out.
+
+    Attributes:
+        text: the statement.
+        holds: whether it does; None where these seeds cannot tell.
+        numbers: those it was judged by.
+    """
 
     text: str
     holds: bool | None
@@ -125,7 +137,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Findings:
-    """All tables of a world's experiment, and what they say."""
+    """All tables of a world's experiment, and what they say.
+
+    Attributes:
+        world: its name.
+        knobs: their values.
+        seeds: all that were run.
+        tables: one row a seed and setting.
+        claims: statements held against the tables.
+    """
 
     world: str
     knobs: Mapping[str, Any]

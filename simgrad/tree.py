@@ -45,7 +45,11 @@ def is_layered(name: str) -> bool:
 
 
 def selected(name: str, include: Sequence[str] | None, exclude: Sequence[str] = ()) -> bool:
-    """Whether a leaf's path matches ``include`` (None: all) and no pattern of ``exclude``."""
+    """Whether a leaf's path matches ``include`` (None: all) and no pattern of ``exclude``.
+
+    >>> selected("layers/mlp/up/kernel", ["layers/*"]), selected("layers/mlp/up/kernel", None, ["*/kernel"])
+    (True, False)
+    """
     return (include is None or any(fnmatch(name, p) for p in include)) and not any(fnmatch(name, p) for p in exclude)
 
 
@@ -88,7 +92,11 @@ def partition(theta: Theta, include: Sequence[str] | None = None, exclude: Seque
 
 
 def combine(first: Theta, second: Theta) -> Theta:
-    """Undo :func:`partition`."""
+    """Undo :func:`partition`: leaves of ``first``, and where it has None those of ``second``.
+
+    >>> combine({"a": 1, "b": None}, {"a": None, "b": 2})
+    {'a': 1, 'b': 2}
+    """
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
 
 
@@ -103,12 +111,20 @@ def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 
 
 def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``x`` in its accumulator's dtype."""
+    """``x`` in its accumulator's dtype, see :func:`accumulator`.
+
+    >>> widen(jnp.ones(2, "bfloat16")).dtype
+    dtype('float32')
+    """
     return x.astype(accumulator(x.dtype))
 
 
 def dot(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """Sum of products in float32 or better, last axis first so that rounding does not pile up."""
+    """Sum of products in float32 or better, last axis first so that rounding does not pile up.
+
+    >>> dot(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])).item()
+    11.0
+    """
     product = widen(a) * widen(b)
     return product.sum(-1).sum() if product.ndim else product
 

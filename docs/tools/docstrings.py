@@ -155,8 +155,8 @@ class Docstrings(griffe.Extension):
 
     def _meant(self, found: griffe.Object | griffe.Alias) -> griffe.Object | griffe.Alias:
         """Where a package exports a function under the name of its module, the function."""
-        hidden = found.is_module and found.canonical_path not in self.pages
-        return found.members[found.name] if hidden and found.name in found.members else found
+        own = found.members.get(found.name) if found.is_module and found.canonical_path not in self.pages else None
+        return found if own is None or own.is_alias else own
 
     def _walk(self, obj: griffe.Object) -> None:
         if obj.docstring:
@@ -196,7 +196,8 @@ class Docstrings(griffe.Extension):
                 return self._page(self._meant(found))
             except griffe.AliasResolutionError:  # from another library
                 return None
-        return None
+        known = [path for path in self.pages.values() if path.rpartition(".")[2] == name]
+        return known[0] if len(known) == 1 and name[0].isupper() else None
 
     def _page(self, found: griffe.Object | griffe.Alias) -> str | None:
         """Its own path there, or that of a member behind the path of the class that shows it."""

@@ -24,7 +24,15 @@ _FILES = ["*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 @dataclass(frozen=True)
 class Policy:
-    """A language model as data: ``apply(theta, tokens, ...)`` with its configuration and tokenizer."""
+    """A language model as data: ``apply(theta, tokens, ...)`` with its configuration and tokenizer.
+
+    Attributes:
+        apply: the forward pass, a pure function of ``theta``.
+        theta: the parameters, a nested dictionary of arrays.
+        config: shapes and variants of the transformer.
+        tokenizer: of the checkpoint (None: token ids only).
+        name: how reports call it.
+    """
 
     apply: TransformerApply
     theta: Theta

@@ -31,7 +31,12 @@ class PreferenceDataError(ValueError):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that cannot be scored, and why."""
+    """A row that cannot be scored, and why.
+
+    Attributes:
+        index: row number in the data, from 0.
+        reason: one sentence.
+    """
 
     index: int
     reason: str

@@ -174,7 +174,10 @@ def directional_change(
 ) -> Float[Array, "B 2"]:
     """⟨∇log π(y), D⟩ of both responses of every pair: one forward derivative, about two forward passes.
 
-    Any responses will do, trained on or not, in either layout (packed computes prompts once).
+    Any responses will do, trained on or not, in either layout (packed computes prompts once). Unit: nats.
+
+    Raises:
+        ValueError: ``direction`` holds other parameters than ``include`` selects.
 
     >>> import jax
     >>> import jax.numpy as jnp

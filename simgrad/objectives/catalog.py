@@ -76,7 +76,20 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a named objective; with the defaults of its hyperparameters."""
+    """What is known of a named objective; formulas are in the notation of :data:`NOTATION`.
+
+    Attributes:
+        name: for :func:`get`.
+        title: first line of its docstring.
+        family: one of :data:`FAMILIES`.
+        formula: loss of a pair.
+        ratio: d_w/d_l.
+        pushes_chosen_down: when d_w < 0, whatever the kernel; empty: never.
+        uses_reference: whether the loss depends on log π_ref.
+        batch_coupled: whether a pair's d_w, d_l depend on the other pairs of the batch.
+        hyperparameters: with their defaults.
+        source: paper and equation.
+    """
 
     name: str
     title: str

@@ -161,6 +161,9 @@ def entanglement_blocks(
     The blocks sum to the whole kernel; :func:`simgrad.theory.by_layer` and
     :func:`simgrad.theory.by_matrix` group them.
 
+    Raises:
+        ValueError: as :func:`entanglement_kernel`; a ``scale`` that is no tree of the trained parameters.
+
     >>> from simgrad.models import unconstrained_features
     >>> from simgrad.pairs import Pair, padded
     >>> pairs = [Pair([1], [3], [4]), Pair([2], [3], [4])]

@@ -29,6 +29,10 @@ __all__ = ["Preconditioner", "adam", "momentum", "rmsprop", "sgd"]
 class Preconditioner:
     """P and drift of one step, per unit learning rate; trees like the trained parameters.
 
+    Attributes:
+        scale: the diagonal of P, as :func:`simgrad.theory.entanglement_kernel` takes it.
+        drift: what past gradients add to the step, whatever the gradient of this one.
+
     >>> import jax.numpy as jnp
     >>> Preconditioner(jnp.array([2.0]), jnp.array([-1.0])).step(jnp.array([3.0])).item()
     5.0

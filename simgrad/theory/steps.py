@@ -145,6 +145,10 @@ def optimizer_step(
         reference: log π_ref (None: the policy itself).
         include: patterns of the parameters that are trained.
 
+    Raises:
+        ValueError: a name in place of an objective, a number in place of an optimizer; a reference of
+            another shape; a pattern that matches nothing.
+
     >>> import optax
     >>> from simgrad.models import ModelConfig, create
     >>> from simgrad.objectives import DPO

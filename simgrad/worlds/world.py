@@ -32,7 +32,14 @@ __all__ = ["Pretraining", "World", "pretrained"]
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Adam with linear warm-up and cosine decay to 5 % of the peak, gradients clipped to norm 1."""
+    """Adam with linear warm-up and cosine decay to 5 % of the peak, gradients clipped to norm 1.
+
+    Attributes:
+        steps: updates in all.
+        batch_size: sequences of each.
+        peak: highest learning rate.
+        warmup: steps until it is reached.
+    """
 
     steps: int = 400
     batch_size: int = 64
