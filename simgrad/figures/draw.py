@@ -124,27 +124,28 @@ def regime_plane(axis: Axes, ratio: float = 1.0, least: float = 1e-2, most: floa
     """The plane x = ⟨g_w,g_l⟩/‖g_w‖², y = ⟨g_w,g_l⟩/‖g_l‖² for positive inner products, with its regimes.
 
     The chosen rises where x ≤ r and the rejected falls where y ≤ 1/r, r = d_w/d_l; Cauchy-Schwarz forbids
-    xy = cos² > 1 (hatched). Pairs with ⟨g_w,g_l⟩ ≤ 0 are ideal for every r > 0 and not on this plane.
+    xy = cos² > 1 (grey). Blue: the chosen's condition fails, vermilion: the rejected's. Pairs with ⟨g_w,g_l⟩ ≤ 0
+    are ideal for every r > 0 and not on this plane.
 
     Source: Yuan et al., arXiv 2410.13828, Sec. 3.
     """
     corner = float(np.clip(ratio, least, most))
     across = np.geomspace(least, most, 200)
-    axis.fill_between(across[across >= corner], least, 1 / across[across >= corner], color=REJECTED, alpha=0.10, lw=0)
-    low = np.append(across[across <= corner], corner)
-    axis.fill_between(low, 1 / corner, np.maximum(1 / low, 1 / corner), color="#CC79A7", alpha=0.14, lw=0)
-    axis.fill_between([least, corner], least, 1 / corner, color=CHOSEN, alpha=0.10, lw=0)
-    axis.fill_between(across, 1 / across, most, color="white", hatch="////", edgecolor="#DDDDDD", lw=0)
+    right = across[across >= corner]
+    axis.fill_between(right, least, np.minimum(1 / right, 1 / corner), color=CHOSEN, alpha=0.12, lw=0)
+    left = np.append(across[across < corner], corner)
+    axis.fill_between(left, 1 / corner, np.maximum(1 / left, 1 / corner), color=REJECTED, alpha=0.12, lw=0)
+    axis.fill_between(across, 1 / across, most, color="#EEEEEE", lw=0)
     axis.plot(across, 1 / across, color=GUIDE, lw=0.9)
     axis.set(xscale="log", yscale="log", xlim=(least, most), ylim=(least, most))
     for x, y, text, colour in (
-        (np.sqrt(least * corner), least * 1.6, "ideal", CHOSEN),
-        (np.sqrt(corner * most), least * 1.6, "both fall", REJECTED),
-        (least * 1.25, np.sqrt(most / corner), "both rise", "#A04E7C"),
+        (np.sqrt(least * corner), least * 1.6, "ideal", "black"),
+        (np.sqrt(corner * most), least * 1.6, "both fall", CHOSEN),
+        (least * 1.25, np.sqrt(most / corner), "both rise", REJECTED),
+        (most / 1.2, most / 1.5, "impossible", GUIDE),
     ):
-        axis.text(x, y, text, color=colour, ha="left" if text == "both rise" else "center", va="center")
-    axis.text(np.sqrt(most), np.sqrt(most), "impossible", color=GUIDE, ha="center", va="center", fontsize=7,
-              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
+        align = {"both rise": "left", "impossible": "right"}.get(text, "center")
+        axis.text(x, y, text, color=colour, ha=align, va="center")
     axis.set_xlabel(r"$\langle g_w, g_l\rangle / \|g_w\|^2$")
     axis.set_ylabel(r"$\langle g_w, g_l\rangle / \|g_l\|^2$")
 

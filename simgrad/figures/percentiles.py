@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from simgrad.dynamics.agreement import spearman
+from simgrad.dynamics.agreement import percentile_means, spearman
 from simgrad.dynamics.predictors import compare
 from simgrad.figures.draw import band, direct_labels, panel_letters
 from simgrad.figures.style import GUIDE, OTHERS
@@ -80,7 +80,7 @@ def compute(config: Config) -> Result:
             guesses = found.predicted
             row = [spearman(guesses[p], found.measured) if p in guesses else np.nan for p in config.predictors]
             correlation.setdefault(label, []).append(row)
-            windows.setdefault(label, []).append([_windows(guesses[p], found.measured) for p in config.shown])
+            windows.setdefault(label, []).append([percentile_means(guesses[p], found.measured) for p in config.shown])
     correlations = np.array(list(correlation.values())).swapaxes(1, 2)
     return Result(
         tuple(correlation),
@@ -89,13 +89,6 @@ def compute(config: Config) -> Result:
         correlations,
         np.array(list(windows.values())).swapaxes(1, 2),
     )
-
-
-def _windows(guess: np.ndarray, measured: np.ndarray) -> list[float]:
-    width = max(1, len(measured) // 8)
-    order = np.argsort(-guess, kind="stable")
-    starts = np.linspace(0, len(measured) - width, 5).round().astype(int)
-    return [float(measured[order[s : s + width]].mean()) for s in starts]
 
 
 _MARKS = (("alone, SGD", "o", "#000000"), ("together, SGD", "s", OTHERS[0]), ("together, Adam", "D", OTHERS[1]))
