@@ -107,8 +107,9 @@ def _problem(axis: Axes, result: Result) -> None:
     for side, (name, colour) in enumerate((("chosen", CHOSEN), ("rejected", REJECTED))):
         band(axis, result.steps, result.path[:, :, side], colour)
         place = (float(result.steps[middle]), float(result.path[:, middle, side].mean()))
-        below = {"ha": "right", "va": "top"} if side else {"ha": "center", "va": "bottom"}
-        axis.annotate(name, place, (-2, -6 if side else 5), textcoords="offset points", color=colour, **below)
+        shift, at = ((-4, -6), "top") if side else ((-4, 6), "bottom")
+        axis.annotate(name, place, shift, textcoords="offset points", color=colour, ha="right", va=at)
+    axis.set_ylim(top=0.15 * float(np.abs(result.path.mean(0)).max()))
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.set(xlabel="training step", ylabel="mean Δ log π (nats)", title="both fall")
 
