@@ -109,7 +109,7 @@ def _problem(axis: Axes, result: Result) -> None:
         place = (float(result.steps[middle]), float(result.path[:, middle, side].mean()))
         shift, at = ((-4, -6), "top") if side else ((-4, 6), "bottom")
         axis.annotate(name, place, shift, textcoords="offset points", color=colour, ha="right", va=at)
-    axis.set_ylim(top=0.15 * float(np.abs(result.path.mean(0)).max()))
+    axis.set_ylim(top=0.3 * float(np.abs(result.path.mean(0)).max()))
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.set(xlabel="training step", ylabel="mean Δ log π (nats)", title="both fall")
 
