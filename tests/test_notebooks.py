@@ -25,7 +25,7 @@ SMALL = {
     "06_predict_a_run": "SEED, PAIRS, RATES = 0, 32, (0.01,)",
 }
 LONGEST, LARGEST = 15, 400_000
-SOMEWHERE = re.compile(r"/home/|/tmp/|/root/|/Users/|/work/|[A-Z]:\\\\|0x[0-9a-f]{6,}")
+SOMEWHERE = re.compile(rf"{re.escape(str(HERE.parent))}|/home/|/root/|/Users/|[A-Z]:\\\\|0x[0-9a-f]{{6,}}")
 
 
 def named(path):
