@@ -190,7 +190,7 @@ def test_index_says_what_to_see_and_how_to_make_it(tmp_path):
 
 
 def test_clear_refusals(tmp_path):
-    with pytest.raises(ValueError, match="no figure 'nothing'; there are: predicted_vs_measured"):
+    with pytest.raises(ValueError, match="no figure 'nothing'; there are: overview, predicted_vs_measured"):
         render("nothing", tmp_path)
     with pytest.raises(NotDrawn, match="--model FOLDER_OR_ID --data PAIRS"):
         render("checkpoint", tmp_path)
