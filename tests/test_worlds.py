@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -69,6 +70,16 @@ class Tiny(verdicts.Verdicts):
 
     name = "tiny"
     pretraining = Pretraining(steps=2, batch_size=4, warmup=1)
+
+
+def test_a_seed_has_one_policy_whoever_is_trained_with_it(monkeypatch, tmp_path):
+    world = Tiny()
+    found = []
+    for seeds in ([0], [0, 1, 2, 3, 4]):
+        monkeypatch.setenv("SIMGRAD_CACHE", str(tmp_path / str(len(seeds))))
+        found.append(worlds.pretrained(world, seeds)[1])
+    for alone, together in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(alone[0], together[0])
 
 
 def test_pretraining_is_cached_by_configuration_and_seed(monkeypatch, tmp_path):

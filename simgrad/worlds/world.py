@@ -196,14 +196,16 @@ def _train(world: World, config: ModelConfig, seeds: Sequence[int]) -> list[Thet
     corpora = [world.corpus(seed) for seed in seeds]
     count = len(corpora[0].tokens)
     orders = [batch_order(count, settings.batch_size, settings.steps, seed) for seed in seeds]
-    stacked = (jax.tree.map(lambda *xs: jnp.stack(xs), *many) for many in (thetas, corpora, orders))
-    run = _fitting(TransformerApply(config), settings)
-    found = []
-    for theta, losses in spread_in_rounds(run, *stacked, rounds=1):
+    everything = list(zip(thetas, corpora, orders, strict=True))
+    run, width, found = _fitting(TransformerApply(config), settings), jax.local_device_count(), []
+    for start in range(0, len(everything), width):
+        # one seed a device, always: a program for several would round differently, and a seed is to have one policy
+        some = [everything[min(i, len(everything) - 1)] for i in range(start, start + width)]
+        theta, losses = next(spread_in_rounds(run, *jax.tree.map(lambda *xs: jnp.stack(xs), *some), rounds=1))
         if not np.isfinite(losses).all():
             raise FloatingPointError(f"pretraining {world} diverged: lower the peak learning rate")
-        found += [jax.tree.map(lambda x, i=i: x[i], theta) for i in range(len(losses))]
-    return found
+        found += [jax.tree.map(lambda x, i=i: x[i], theta) for i in range(width)]
+    return found[: len(everything)]
 
 
 @functools.lru_cache
