@@ -49,7 +49,7 @@ SMALL = {
     ),
     "squeezing": squeezing.Config(peaks=(0.0, 2.0), draws=4, seeds=(0, 1)),
     "layers": layers.Config(pairs=2, suffix=2),
-    "optimizers": optimizers.Config(pairs=4, suffix=2, steps=2),
+    "optimizers": optimizers.Config(pairs=4, suffix=2, steps=2, seeds=(0, 1)),
     "trust_radius": trust_radius.Config(pairs=8, rates=4, smallest=1e-3, largest=1.0, steps=4, refresh=2),
     "features": features.Config(alignments=(0.0, 0.9), draws=8, seeds=(0, 1)),
     "checkpoint": checkpoint.Config(**WORLD, batch_size=2, learning_rate=1e-4),
@@ -172,7 +172,7 @@ def test_block_shares_add_up():
 
 
 def test_an_optimizer_s_own_kernel_ranks_its_first_step():
-    result = optimizers.compute(optimizers.Config(pairs=4, suffix=2, steps=1, learning_rate=1e-6))
+    result = optimizers.compute(optimizers.Config(pairs=4, suffix=2, steps=1, learning_rate=1e-6, seeds=(0,)))
     np.testing.assert_allclose(result.adam_says * 1e-6, result.measured, atol=0.02 * np.abs(result.measured).max())
     scaled = result.sgd_says * np.abs(result.measured).max() / np.abs(result.sgd_says).max()
     assert np.abs(scaled - result.measured).max() > 0.1 * np.abs(result.measured).max()
@@ -189,6 +189,23 @@ def test_index_says_what_to_see_and_how_to_make_it(tmp_path):
     assert "regimes" not in text.replace("plane of regimes", "")  # not in this folder
 
 
+def test_vector_files_do_not_depend_on_what_is_written_with_them(tmp_path):
+    lists = (("pdf", "png", "svg"), ("svg", "pdf"), ("svg",))
+    files = [render("features", tmp_path / str(i), SMALL["features"], formats=kinds) for i, kinds in enumerate(lists)]
+    svgs = [next(f for f in some if f.suffix == ".svg").read_bytes() for some in files]
+    assert svgs[0] == svgs[1] == svgs[2]
+
+
+def test_a_readme_that_is_no_index_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    with pytest.raises(ValueError, match="README.md is not an index of figures and would be overwritten"):
+        render("features", tmp_path, SMALL["features"])
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: --out takes a folder"):
+        render("features", tmp_path / "file", SMALL["features"])
+
+
 def test_clear_refusals(tmp_path):
     with pytest.raises(ValueError, match="no figure 'nothing'; there are: overview, predicted_vs_measured"):
         render("nothing", tmp_path)
@@ -196,6 +213,8 @@ def test_clear_refusals(tmp_path):
         render("checkpoint", tmp_path)
     with pytest.raises(ValueError, match="no format 'jpg'; there are: pdf, png, svg, pgf"):
         require_formats(["jpg"])
+    with pytest.raises(ValueError, match="no format given"):
+        require_formats([])
     with pytest.raises(ValueError, match="pgf measures its texts with xelatex, which is not installed"):
         _without_tex(tmp_path)
     with pytest.raises(ValueError, match="no venue 'acl'; there are: neurips, icml, iclr"), style.paper_style("acl"):

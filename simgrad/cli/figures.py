@@ -36,6 +36,7 @@ class Figures:
     def run(self) -> int:
         """Render and list what was written."""
         import dataclasses
+        import difflib
         import time
 
         from rich.console import Console
@@ -47,12 +48,15 @@ class Figures:
         import matplotlib as mpl
 
         mpl.use("agg")
-        from simgrad.figures.gallery import FIGURES, NotDrawn, render, require_formats, write_index
+        from simgrad.figures.gallery import FIGURES, NotDrawn, render, require_folder, require_formats, write_index
 
         formats: tuple = tuple(part.strip() for part in self.format.split(",") if part.strip())
         require_formats(formats)
+        require_folder(self.out)
         if unknown := [name for name in self.only if name not in FIGURES]:
-            raise ValueError(f"no figure {', '.join(unknown)}; there are: {', '.join(FIGURES)}")
+            near = difflib.get_close_matches(unknown[0], FIGURES, 1)
+            hint = f" did you mean {near[0]}?" if near else ""
+            raise ValueError(f"no figure {', '.join(unknown)};{hint} there are: {', '.join(FIGURES)}")
         given = {key: value for key in ("model", "data") if (value := getattr(self, key)) is not None}
         for name in self.only or FIGURES:
             config = FIGURES[name].config
@@ -63,6 +67,8 @@ class Figures:
                 with console.status(f"Computing {name}"):
                     files = render(name, self.out, config, self.venue, formats, self.fresh)
             except NotDrawn as reason:
+                if self.only:
+                    raise
                 console.print(f"{name} skipped: {reason}", highlight=False)
                 continue
             console.print(f"{name} ({time.monotonic() - begin:.0f} s)", highlight=False)

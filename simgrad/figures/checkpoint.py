@@ -31,13 +31,12 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "Source", "comput
 
 TITLE = "A real checkpoint"
 CAPTION = (
-    "{model} on the first {limit} usable pairs of {data} (prompt and response of at most {max_length} tokens). (a) "
-    "Cosines of the pairs' gradients. (b) The pairs in the plane of regimes for d_w = d_l, each by itself (not "
-    "shown: negative inner products). Then {epochs} epoch(s) of DPO with Adam, learning rate {learning_rate:g}, "
-    "batches of {batch_size}: measured Δ log π of the chosen responses (c) against CHES and (d) against the "
-    "directional score, both computed before training, with rank correlations. (e) The pairs whose chosen response "
-    "the directional score said would fall most: beginnings of chosen (blue) and rejected (vermilion), predicted → "
-    "measured."
+    "{model} on at most {limit} pairs of {data}, those of at most {max_length} tokens. (a) Cosines of the pairs' "
+    "gradients. (b) The pairs in the plane of regimes for d_w = d_l, each by itself (without those of negative "
+    "inner product). Then DPO with Adam, learning rate {learning_rate:g}, batches of {batch_size}, for {epochs} "
+    "pass(es): measured Δ log π of the chosen responses (c) against CHES and (d) against the directional score, "
+    "both computed before training, with rank correlations (if CHES foretold falls, that of (c) would be negative). "
+    "(e) The pairs of lowest directional score: beginnings of chosen (blue) and rejected (vermilion)."
 )
 BEARS_ON = (
     "Whether what the papers say of one pair foretells a run on many: CHES (Razin et al., arXiv 2410.08847) looks "
@@ -122,6 +121,8 @@ def loaded(config: Source) -> tuple[Policy, list[Any], list[Pair], list[int]]:
     policy = load(config.model)
     rows = read_rows(config.data, 40 * config.limit)
     encoded = encode(rows, policy.tokenizer, policy.config.max_length)
+    if not encoded.pairs:
+        raise ValueError(f"{config.data}: no row can be used; the first: {encoded.skipped[0].reason}")
     long = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in encoded.pairs]
     fits = [k for k, n in enumerate(long) if n <= config.max_length][: config.limit]
     if not fits:
@@ -137,7 +138,7 @@ def compute(config: Config) -> Result:
     size = min(config.batch_size, len(pairs))
     table = score(policy, pairs)
     batch = padded(pairs)
-    steps = config.epochs * len(pairs) // size
+    steps = -(-config.epochs * len(pairs) // size)
     recipe = Recipe(DPO(), optax.adam(config.learning_rate), steps, size)
     predicted = np.asarray(directional_score(policy.apply, policy.theta, batch, recipe).change[:, 0], float)
     measured = np.asarray(train(policy.apply, policy.theta, batch, recipe).trace.change[-1, :, 0], float)
@@ -151,7 +152,7 @@ def compute(config: Config) -> Result:
         ches,
         predicted,
         measured,
-        np.array([spearman(-ches, measured), spearman(predicted, measured)]),
+        np.array([spearman(ches, measured), spearman(predicted, measured)]),
         tuple(int(i) for i in index),
         tuple(int(k) for k in worst),
         *(tuple(side) for side in sides),
@@ -177,11 +178,10 @@ def plot(result: Result) -> Figure:
     cosines.axvline(0, color=GUIDE, lw=0.7)
     cosines.set(xlabel=r"$\cos(g_w, g_l)$", ylabel="pairs", title="entanglement")
     regime_plane(plane, least=1e-2, most=10.0)
-    plane.scatter(
-        result.over_chosen.clip(1.1e-2, 9), result.over_rejected.clip(1.1e-2, 9), s=8, color="#444444", linewidths=0
-    )
+    x, y = (v[result.over_chosen > 0].clip(1.1e-2, 9) for v in (result.over_chosen, result.over_rejected))
+    plane.scatter(x, y, s=8, color="#444444", linewidths=0)
     plane.set_title("regimes")
-    _against(left, result.ches, result.measured, "CHES", -result.correlations[0])
+    _against(left, result.ches, result.measured, "CHES", result.correlations[0])
     _against(right, result.predicted, result.measured, "directional score (nats)", result.correlations[1])
     left.set_ylabel("measured Δ log π(chosen)\n(nats)")
     _pairs_in_words(words, result)
@@ -203,7 +203,7 @@ def _against(axis: Axes, x: np.ndarray, measured: np.ndarray, name: str, correla
 
 def _pairs_in_words(axis: Axes, result: Result) -> None:
     axis.set_axis_off()
-    axis.set_title("said to fall most")
+    axis.set_title("lowest predictions: predicted → measured Δ log π(chosen), nats")
     write = functools.partial(axis.text, transform=axis.transAxes, va="top", in_layout=False)
     step = 1 / max(1, len(result.worst))
     for i, (k, chosen, rejected) in enumerate(zip(result.worst, result.chosen, result.rejected, strict=True)):

@@ -26,9 +26,9 @@ CAPTION = (
     "Mean Δ log π of chosen (blue) and rejected (vermilion) responses while {pairs} pairs of the world “suffix”, "
     "which share their last {suffix} tokens, are trained together: the same policies, pairs and Adam (learning rate "
     "{learning_rate:g}), only the objective differs. Bands: 95 % over {count} seeds. Objectives that differ in the "
-    "shape of the loss only all lower the chosen at first; a stronger pull on it (DPO-Shift, SFT term, DPOP) keeps "
-    "it up. SLiC, CPO and ORPO, whose pull on the chosen is many times stronger at the start, act as fine-tuning "
-    "first: the rejected rises too."
+    "shape of the loss only all lower the chosen at first; an SFT term and DPOP keep it up, DPO-Shift on some seeds "
+    "only. In SLiC, CPO and ORPO d_w exceeds d_l many times at the start (SLiC's d_l is even 0), and under Adam "
+    "only the ratio matters: they act as fine-tuning first, and the rejected rises too."
 )
 BEARS_ON = (
     "“Chosen and rejected log-probs both fall” (Yuan et al., arXiv 2410.13828; Razin et al., arXiv 2410.08847; Pal "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,17 @@ from simgrad.figures.stored import NotDrawn, computed, plain, to_json
 from simgrad.figures.style import paper_style
 from simgrad.provenance import provenance
 
-__all__ = ["FIGURES", "FORMATS", "Entry", "Format", "NotDrawn", "render", "require_formats", "write_index"]
+__all__ = [
+    "FIGURES",
+    "FORMATS",
+    "Entry",
+    "Format",
+    "NotDrawn",
+    "render",
+    "require_folder",
+    "require_formats",
+    "write_index",
+]
 
 Format = Literal["pdf", "png", "svg", "pgf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -89,6 +100,8 @@ def require_formats(formats: Sequence[str]) -> None:
     Raises:
         ValueError: unknown format, or pgf without a TeX program.
     """
+    if not formats:
+        raise ValueError(f"no format given; there are: {', '.join(FORMATS)}")
     if unknown := [kind for kind in formats if kind not in FORMATS]:
         raise ValueError(f"no format {unknown[0]!r}; there are: {', '.join(FORMATS)}")
     if "pgf" in formats and shutil.which(tex := str(mpl.rcParams["pgf.texsystem"])) is None:
@@ -114,7 +127,7 @@ def render(
     require_formats(formats)
     entry = FIGURES[name]
     config = entry.config if config is None else config
-    folder.mkdir(parents=True, exist_ok=True)
+    require_folder(folder)
     result = computed(entry.compute, config, entry.result, fresh, *entry.inputs(config))
     settings, where = dataclasses.asdict(config), provenance()
     record = {
@@ -139,6 +152,8 @@ def render(
     written = [numbers]
     with paper_style(venue):
         figure = entry.plot(result)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # one layout for all formats
         for kind in formats:
             written.append(folder / f"{name}.{kind}")
             figure.savefig(written[-1], metadata=metadata[kind])
@@ -146,23 +161,42 @@ def render(
     return written
 
 
+def require_folder(folder: Path) -> None:
+    """Make a folder for figures, and refuse one whose README.md is something else.
+
+    Raises:
+        ValueError: a file, or a folder that already has a README.md of its own.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: --out takes a folder")
+    index = folder / "README.md"
+    if index.exists() and not index.read_text(encoding="utf-8").startswith(_HEADING):
+        raise ValueError(f"{index} is not an index of figures and would be overwritten: give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+_HEADING = "# Gallery\n"
+
+
 def write_index(folder: Path) -> Path:
     """README.md of a folder of figures: what to see in each, what it bears on, the command that makes it."""
     parts = [
-        "# Gallery\n",
+        _HEADING,
         "Every figure with the numbers in it (JSON), its configuration and versions. All of them: `simgrad figures`. "
         "For a paper: `simgrad figures NAME --venue icml --format pdf`.\n",
     ]
     for name, entry in FIGURES.items():
-        numbers, picture = folder / f"{name}.json", folder / f"{name}.png"
-        if not (numbers.exists() and picture.exists()):
+        numbers = folder / f"{name}.json"
+        if not numbers.exists():
             continue
         record = json.loads(numbers.read_text(encoding="utf-8"))
-        vector = f", [PDF]({name}.pdf)" if (folder / f"{name}.pdf").exists() else ""
+        there = [kind for kind in FORMATS if (folder / f"{name}.{kind}").exists()]
+        shown = next((kind for kind in ("png", "svg") if kind in there), None)
+        picture = f"![{entry.title}]({name}.{shown})\n\n" if shown else ""
+        links = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("json", *there))
         parts.append(
-            f"## {entry.title}\n\n![{entry.title}]({name}.png)\n\n"
-            f"**What to see.** {record['caption']}\n\n**What it bears on.** {record['bears_on']}\n\n"
-            f"`{command(name, record['config'])}`: [numbers]({name}.json){vector}\n"
+            f"## {entry.title}\n\n{picture}**What to see.** {record['caption']}\n\n"
+            f"**What it bears on.** {record['bears_on']}\n\n`{command(name, record['config'])}`: {links}\n"
         )
     if (folder / "validation" / "validation.html").exists():
         parts.append("Theory held against measured training steps: [validation](validation/validation.html).\n")
@@ -173,5 +207,5 @@ def write_index(folder: Path) -> Path:
 
 def command(name: str, config: Mapping[str, Any]) -> str:
     """The command that makes a figure."""
-    files = [f"--{key} {config[key]}" for key in ("model", "data") if config.get(key)]
-    return " ".join(["simgrad figures", name, *files])
+    files = [part for key in ("model", "data") if config.get(key) for part in (f"--{key}", config[key])]
+    return shlex.join(["simgrad", "figures", name, *files])

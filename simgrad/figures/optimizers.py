@@ -12,14 +12,15 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.dynamics import train
+from simgrad.dynamics import Recipe, train
 from simgrad.dynamics.agreement import spearman
 from simgrad.figures.draw import panel_letters
 from simgrad.figures.style import CHOSEN, GUIDE, OTHERS, REJECTED
+from simgrad.models import Apply
 from simgrad.objectives import DPO
-from simgrad.pairs import padded
+from simgrad.pairs import Batch, padded
 from simgrad.theory import entanglement_kernel, loss_gradient, preconditioning, responses
-from simgrad.typing import Float, Int
+from simgrad.typing import Float, Theta
 from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.tuning import recipe_for
 
@@ -28,11 +29,11 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Every optimizer has its own kernel"
 CAPTION = (
     "{pairs} pairs of the world “suffix” (shared ending of {suffix} tokens). (a) J Jᵀ, the kernel that rules SGD, "
-    "and (b) J P Jᵀ with Adam's preconditioner at its first step, both as correlations between responses (chosen "
-    "first, then rejected). Adam, whose first step is a sign, gives small gradients as much weight as large ones "
-    "and so entangles every response with every other. (c) What {steps} steps of Adam did to each chosen response "
-    "against the first order of either kernel (divided by its largest), with rank correlation ρ and share of right "
-    "signs."
+    "and (b) J P Jᵀ with Adam's preconditioner at its first step, both as cosines between responses (chosen first, "
+    "then rejected), first seed. Adam, whose first step is a sign, gives small gradients as much weight as large "
+    "ones and so entangles every response with every other. (c) What {steps} steps of Adam did to each chosen "
+    "response of the first seed against the first order of either kernel (divided by its largest); in words the "
+    "rank correlation ρ within a seed and the share of right signs, lowest and highest of {count} seeds."
 )
 BEARS_ON = (
     "The entanglement of Yuan et al. (arXiv 2410.13828) is stated for SGD; with Adam (Kingma & Ba, arXiv 1412.6980) "
@@ -49,19 +50,22 @@ class Config:
         suffix: tokens that both responses share.
         learning_rate: of Adam.
         steps: of the measured run.
-        seed: of policy and pairs.
+        seeds: of policies and pairs; the first is drawn.
     """
 
     pairs: int = 24
     suffix: int = 8
     learning_rate: float = 1e-4
     steps: int = 10
-    seed: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
 class Result:
-    """Kernels in nats² per unit of θ² (times that of P); changes in nats. Rows: chosen, then rejected."""
+    """Kernels in nats² per unit of θ² (times that of P) and changes in nats of the first seed; rows: chosen, rejected.
+
+    The last two have one row a kernel (SGD's, Adam's) and one column a seed, of the chosen responses only.
+    """
 
     pairs: int
     sgd: Float[np.ndarray, "U U"]
@@ -69,29 +73,39 @@ class Result:
     sgd_says: Float[np.ndarray, " U"]
     adam_says: Float[np.ndarray, " U"]
     measured: Float[np.ndarray, " U"]
-    correlations: Float[np.ndarray, " 2"]
+    correlations: Float[np.ndarray, "2 seeds"]
+    signs: Float[np.ndarray, "2 seeds"]
 
 
 def compute(config: Config) -> Result:
-    """Both kernels at the start, and a run of Adam."""
+    """Both kernels at the start, and a run of Adam, for every seed."""
     world = Suffix(n_pairs=config.pairs)
-    apply, thetas = world.policies([config.seed])
-    theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
-    batch = padded(world.pairs(config.seed, config.suffix))
+    apply, thetas = world.policies(config.seeds)
+    recipe = recipe_for(DPO(), "adam", config.learning_rate, config.steps)
+    found = []
+    for i, seed in enumerate(config.seeds):
+        theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
+        found.append(_seed(apply, theta, padded(world.pairs(seed, config.suffix)), recipe))
+    n = config.pairs
+    ranks = [[spearman(f[2][k][:n], f[3][:n]) for f in found] for k in (0, 1)]
+    signs = [[float((np.sign(f[2][k][:n]) == np.sign(f[3][:n])).mean()) for f in found] for k in (0, 1)]
+    sgd, adam, says, change = found[0]
+    return Result(n, sgd, adam, says[0], says[1], change, np.array(ranks), np.array(signs))
+
+
+def _seed(
+    apply: Apply, theta: Theta, batch: Batch, recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
+    """Both kernels, what each says of every response, and what the run did; chosen first, then rejected."""
     gradient = loss_gradient(apply, theta, batch, DPO())
     scale = preconditioning.adam(optax.adam(1.0).init(theta), gradient).scale
     logp = responses(apply, theta, batch).logp
-    pull = np.asarray(DPO().signed_coefficients(logp, logp, batch.lengths), float).ravel() / config.pairs
-    order: Int[np.ndarray, " U"] = np.concatenate(
-        [np.arange(0, 2 * config.pairs, 2), np.arange(1, 2 * config.pairs, 2)]
-    )
+    pull = np.asarray(DPO().signed_coefficients(logp, logp, batch.lengths), float).ravel() / batch.size
+    order = np.arange(2 * batch.size).reshape(-1, 2).T.ravel()
     sgd, adam = (np.asarray(entanglement_kernel(apply, theta, batch, scale=s), float) for s in (None, scale))
-    says = [(kernel @ pull)[order] for kernel in (sgd, adam)]
-    recipe = recipe_for(DPO(), "adam", config.learning_rate, config.steps)
     change = np.asarray(train(apply, theta, batch, recipe).trace.change[-1], float).ravel()[order]
-    ranks = np.array([spearman(s[: config.pairs], change[: config.pairs]) for s in says])
     square = np.ix_(order, order)
-    return Result(config.pairs, sgd[square], adam[square], says[0], says[1], change, ranks)
+    return sgd[square], adam[square], [(kernel @ pull)[order] for kernel in (sgd, adam)], change
 
 
 def plot(result: Result) -> Figure:
@@ -129,10 +143,12 @@ def _scatter(axis: Axes, result: Result) -> None:
         ((result.sgd_says, "SGD", OTHERS[2], "s"), (result.adam_says, "Adam", OTHERS[0], "o"))
     ):
         mine = says[:n] / np.abs(says[:n]).max()
-        right = (np.sign(mine) == np.sign(measured)).mean()
         axis.scatter(mine, measured, s=9, color=colour, marker=marker, alpha=0.8, linewidths=0)
-        text = f"kernel of {name}: ρ = {result.correlations[k]:.2f}, signs {right:.0%}".replace("-", "−")
-        axis.text(0.0, 1.0 - 0.09 * k, text, color=colour, transform=axis.transAxes, va="top", fontsize=6.5)
+        ranks, signs = result.correlations[k], 100 * result.signs[k]
+        text = f"{name}'s: ρ {ranks.min():.2f} to {ranks.max():.2f}, signs {signs.min():.0f} to {signs.max():.0f} %"
+        axis.text(
+            0.0, 1.0 - 0.09 * k, text.replace("-", "−"), color=colour, transform=axis.transAxes, va="top", fontsize=6.5
+        )
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.axvline(0, color=GUIDE, lw=0.6)
     low, high = axis.get_ylim()

@@ -25,11 +25,11 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Both fall: foretold, and stopped"
 CAPTION = (
     "{pairs} preference pairs that share their last {suffix} tokens (world “suffix”), trained together by DPO and "
-    "Adam, {count} seeds. (a) Mean Δ log π of chosen and rejected responses: both fall (95 % bands). (b) Every "
-    "response of every seed: the run as foretold by two big steps, two passes of gradients before any training, "
-    "against what {steps} steps did. (c) The knob: adding λ times an SFT term raises the pull on the chosen, "
-    "d_w/d_l; where the chosen stops falling can be read off the prediction (lines) before any run (dots: measured "
-    "means)."
+    "Adam, {count} seeds; bands are 95 %. (a) Mean Δ log π of chosen and rejected responses: both fall. (b) Every "
+    "chosen response of every seed, with all weights λ of an SFT term as in (c): the run as foretold by two big "
+    "steps, two passes of gradients before any training, against what {steps} steps did. (c) The knob: the more an "
+    "SFT term adds to the pull on the chosen, d_w/d_l, the fewer chosen responses fall, as read off the prediction "
+    "(line, band) before any run (dots: measured)."
 )
 BEARS_ON = (
     "Both central results, gradient entanglement (Yuan et al., arXiv 2410.13828) and likelihood displacement (Razin "
@@ -115,24 +115,20 @@ def _problem(axis: Axes, result: Result) -> None:
 
 
 def _prediction(axis: Axes, result: Result) -> None:
-    says, does = result.predicted[0], result.measured[0]
+    says, does = result.predicted[..., 0], result.measured[..., 0]
     reach = [float(min(says.min(), does.min())), float(max(says.max(), does.max()))]
     axis.plot(reach, reach, color=GUIDE, lw=0.7)
-    for side, (colour, marker) in enumerate(((REJECTED, "^"), (CHOSEN, "o"))):
-        axis.scatter(
-            says[..., 1 - side], does[..., 1 - side], s=7, color=colour, marker=marker, alpha=0.6, linewidths=0
-        )
-    fallen, foretold = (x[..., 0] < 0 for x in (does, says))
-    axis.text(0.04, 0.96, f"chosen that fall: {fallen.mean():.0%}\nforetold: {foretold.mean():.0%}",
-              transform=axis.transAxes, va="top", fontsize=7)  # fmt: skip
+    axis.scatter(says, does, s=6, color=CHOSEN, alpha=0.5, linewidths=0)
+    axis.axhline(0, color=GUIDE, lw=0.6)
+    axis.axvline(0, color=GUIDE, lw=0.6)
+    right = (np.sign(says) == np.sign(does)).mean()
+    axis.text(0.04, 0.96, f"signs right: {100 * right:.0f} %", transform=axis.transAxes, va="top", fontsize=7)
     axis.set(xlabel="predicted Δ log π (nats)", ylabel="measured (nats)", title="foretold")
 
 
 def _knob(axis: Axes, result: Result) -> None:
     places = np.arange(len(result.weights))
-    for side, colour in ((0, CHOSEN), (1, REJECTED)):
-        axis.plot(places, result.predicted[..., side].mean((1, 2)), color=colour)
-        axis.plot(places, result.measured[..., side].mean((1, 2)), "o", color=colour)
-    axis.axhline(0, color=GUIDE, lw=0.6)
+    band(axis, places, (result.predicted[..., 0] < 0).mean(2).T, CHOSEN)
+    axis.plot(places, (result.measured[..., 0] < 0).mean((1, 2)), "o", color="black")
     axis.set_xticks(places, [f"{w:g}" for w in result.weights])
-    axis.set(xlabel="weight λ of an SFT term", ylabel="mean Δ log π (nats)", title="the knob")
+    axis.set(xlabel="weight λ of an SFT term", ylabel="share of chosen that fall", title="the knob", ylim=(-0.03, 1.05))

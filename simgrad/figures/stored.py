@@ -6,7 +6,9 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,12 @@ def computed(compute: Callable[[Any], Any], config: Any, result: type, fresh: bo
     """``compute(config)``, taken from the cache where the same was computed before.
 
     The key holds the configuration, ``inputs`` (what was read from files), versions and device, the source of
-    the library below the figures, and that of the figure's module from ``class Config`` to ``def plot``:
-    redrawing is free.
+    the library below the figures, and that of the figure's module, with those whose functions it takes, up to
+    ``def plot``: redrawing, and other words, are free.
     ``result`` is a dataclass of arrays and plain values.
     """
-    path = (
-        cache_folder()
-        / "figures"
-        / f"{compute.__module__.rpartition('.')[2]}-{_key(compute, result, config, inputs)}.npz"
-    )
+    name = compute.__module__.rpartition(".")[2]
+    path = cache_folder() / "figures" / f"{name}-{_key(compute, result, config, inputs)}.npz"
     if path.exists() and not fresh:
         arrays, values = load_arrays(path)
         return result(**arrays, **{name: _tuples(value) for name, value in values.items()})
@@ -50,10 +49,18 @@ def _key(compute: Callable[[Any], Any], result: type, config: Any, inputs: tuple
     package = Path(simgrad.__file__).parent
     above = {package / "cli", package / "figures"}
     sources = [p.read_text(encoding="utf-8") for p in sorted(package.rglob("*.py")) if not above & set(p.parents)]
-    modules = dict.fromkeys(Path(inspect.getfile(thing)) for thing in (compute, result))
-    own = [m.read_text(encoding="utf-8").partition("\nclass Config")[2].partition("\ndef plot(")[0] for m in modules]
+    modules = [inspect.getmodule(thing) for thing in (compute, result)]
+    modules += [inspect.getmodule(f) for m in modules for f in vars(m).values() if inspect.isfunction(f)]
+    files = sorted({str(m.__file__) for m in modules if m is not None and "simgrad.figures" in m.__name__})
+    own = [Path(file).read_text(encoding="utf-8").partition("\ndef plot(")[0] for file in files]
+    own = [_CAPTIONS.sub("", text) for text in own]
     where = {name: value for name, value in provenance().items() if name != "git_revision"}
-    return digest(config, list(inputs), where, own, sources)
+    versions = [metadata.version(package) for package in ("jaxlib", "numpy", "optax", "scipy")]
+    return digest(config, list(inputs), where, versions, own, sources)
+
+
+_CAPTIONS = re.compile(r"^(TITLE|CAPTION|BEARS_ON) = (\(.*?^\)|.*?$)", re.MULTILINE | re.DOTALL)
+"""Words about a figure, which do not change its numbers."""
 
 
 def _tuples(value: Any) -> Any:
