@@ -132,6 +132,7 @@ class ReportNumbers:
         scores: in the order of the page.
         not_finite: column to number of values that are no numbers; only columns that have some.
         falling: pairs whose chosen falls, and their share's 95 % interval (Wilson).
+        finite: pairs whose predicted change is a number, of which ``falling`` are counted.
         map: the plane of regimes.
         associations: rank correlations.
         source_field: the rows' field that names data sources, if there is one.
@@ -148,6 +149,7 @@ class ReportNumbers:
     scores: tuple[Score, ...]
     not_finite: Mapping[str, int]
     falling: tuple[int, float, float]
+    finite: int
     map: RegimeMap | None
     associations: tuple[Association, ...]
     source_field: str | None
@@ -177,6 +179,7 @@ def report_numbers(table: ScoreTable, rows: Sequence[Mapping[str, Any]] | None =
         scores=found,
         not_finite={s.name: n for s in found if (n := len(s.values) - len(s.finite))},
         falling=(int((known < 0).sum()), *_wilson(int((known < 0).sum()), len(known))),
+        finite=len(known),
         map=regime_map(table) if usable else None,
         associations=associations(table) if len(table) > 2 else (),
         source_field=source_field,

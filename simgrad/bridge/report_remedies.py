@@ -119,6 +119,8 @@ def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
     """
     with jax.enable_x64(True):
         column = _finite(table)
+        if not len(column["d_chosen"]):
+            return ()
         kernel = _kernel(column)
         logp, lengths = (
             jnp.stack([jnp.asarray(column[f"{kind}_{side}"]) for side in ("chosen", "rejected")], -1)
@@ -151,9 +153,11 @@ def _fate(names: tuple[str, ...], labels: Int[Array, " B"], members: Sequence[Co
     return ObjectiveFate(names, bounds, down, {r.label: int(counts[r]) for r in Regime})
 
 
-def strength(table: ScoreTable) -> Strength:
-    """Shares of pairs against the factor on the scored objective's d_w/d_l, for d_w, d_l of any sign."""
+def strength(table: ScoreTable) -> Strength | None:
+    """Shares of pairs against the factor on the scored objective's d_w/d_l, any signs (None: no pair)."""
     column = _finite(table)
+    if not len(column["d_chosen"]):
+        return None
     d_w, d_l, inner = column["d_chosen"], column["d_rejected"], column["grad_inner"]
     with np.errstate(divide="ignore", invalid="ignore"):
         need = d_l * inner / (d_w * column["grad_sq_chosen"])

@@ -92,5 +92,5 @@ def _advice(table: ScoreTable, ratio: tuple[float, float] | None, exact: bool) -
             f"An SFT term of weight λ on the summed log-prob adds λ to d_w: λ ≈ {(high - 1) * pull:.3g} gives "
             f"{high:.2f}; so does shrinking the push on the rejected (DPO-Shift, λ = {1 / high:.2f})."
         )
-    advice.append("Or drop the worst pairs: filter on predicted_dlogp_chosen < 0.")
+    advice.append("Or drop the worst pairs, those with predicted_dlogp_chosen < 0.")
     return (*advice, shared)

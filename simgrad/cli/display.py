@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -201,6 +202,9 @@ def tidy_table(console: Console, table: TidyTable) -> None:
         view.add_column(name, justify="left" if texts else "right", no_wrap=name in table.by)
     for line in lines:
         view.add_row(*("–" if str(value) == "nan" else str(value) for value in line.values()))
+    whole = Measurement.get(console, console.options.update(max_width=1000), view).maximum
+    if whole > console.width and not console.is_terminal:  # a log keeps every digit; a terminal wraps headers
+        console = Console(file=console.file, width=whole)
     console.print(view)
     console.print(Text(table.caption, style="dim"))
 

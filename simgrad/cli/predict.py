@@ -108,7 +108,7 @@ class Predict:
         write_parquet(self.out, columns, {"run": run, "skipped": skipped, "provenance": provenance()})
         self._show(Console(), columns, len(encoded.skipped), recipe.steps)
         if self.check:
-            self._compare(console, Setting(policy.apply, policy.theta, batch, recipe))
+            self._compare(console, Setting(policy.apply, policy.theta, batch, recipe), columns)
         return 0
 
     def _recipe(self, pairs: int) -> Recipe:
@@ -150,12 +150,20 @@ class Predict:
             table.add_row(*cells, f"{columns['predicted_dlogp_rejected'][i]:.3g}")
         console.print(table)
 
-    def _compare(self, console: Console, setting: Setting) -> None:
+    def _compare(self, console: Console, setting: Setting, columns: dict[str, np.ndarray]) -> None:
         from rich.console import Console as Printer
 
+        from simgrad.bridge.table import write_parquet
         from simgrad.cli.display import loading, tidy_table
-        from simgrad.dynamics import predictor_table
+        from simgrad.dynamics.predictors import CAPTION, compare
+        from simgrad.findings import Table
+        from simgrad.provenance import provenance
 
         with loading(console, "Training, and comparing every predictor with it"):
-            table = predictor_table({f"{self.optimizer}, {setting.recipe.steps} steps": setting})
-        tidy_table(Printer(), table)
+            found = compare(setting)
+        rows = found.rows(f"{self.optimizer}, {setting.recipe.steps} steps")
+        out = self.out.with_name(f"{self.out.stem}.check.parquet")
+        each = {"index": columns["index"], "measured_dlogp_chosen": found.measured, **found.predicted}
+        write_parquet(out, each, {"predictors": rows, "provenance": provenance()})
+        tidy_table(Printer(), Table.of("predictors", CAPTION, ("setting", "predictor"), rows))
+        print(f"Measured and predicted Δ log π(chosen) of every pair → {out}")

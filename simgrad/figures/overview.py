@@ -29,7 +29,7 @@ CAPTION = (
     "chosen response of every seed, with all weights λ of an SFT term as in (c): the run as foretold by two big "
     "steps, two passes of gradients before any training, against what {steps} steps did. (c) The knob: the more an "
     "SFT term adds to the pull on the chosen, d_w/d_l, the fewer chosen responses fall, as read off the prediction "
-    "(line, band) before any run (dots: measured)."
+    "before any run (line: mean of the seeds, which are the thin lines; dots: measured mean)."
 )
 BEARS_ON = (
     "Both central results, gradient entanglement (Yuan et al., arXiv 2410.13828) and likelihood displacement (Razin "
@@ -128,7 +128,9 @@ def _prediction(axis: Axes, result: Result) -> None:
 
 def _knob(axis: Axes, result: Result) -> None:
     places = np.arange(len(result.weights))
-    band(axis, places, (result.predicted[..., 0] < 0).mean(2).T, CHOSEN)
+    says = (result.predicted[..., 0] < 0).mean(2)
+    axis.plot(places, says, color=CHOSEN, lw=0.6, alpha=0.4)
+    axis.plot(places, says.mean(1), color=CHOSEN)
     axis.plot(places, (result.measured[..., 0] < 0).mean((1, 2)), "o", color="black")
     axis.set_xticks(places, [f"{w:g}" for w in result.weights])
     axis.set(xlabel="weight λ of an SFT term", ylabel="share of chosen that fall", title="the knob", ylim=(-0.03, 1.05))

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ from simgrad.bridge.report import ReportNumbers, read_score_table, report_number
 from simgrad.bridge.report_tokens import PairView, ResponseView, pair_views
 from simgrad.bridge.scored import find_scored
 from simgrad.figures import report
-from simgrad.figures.report_text import associations_sentence, headline, noise, objectives_sentence, strength_sentence
+from simgrad.figures.report_text import (
+    associations_sentence,
+    chance,
+    correlation,
+    headline,
+    objectives_sentence,
+    strength_sentence,
+)
 from simgrad.figures.style import paper_style
 from simgrad.provenance import provenance
 
@@ -110,7 +118,7 @@ def write_report(
             worst=_worst(table, numbers),
             views=views,
             asked=tokens and worst > 0,
-            noise=noise(numbers),
+            chance=chance,
             deviation=_deviation(views),
             problems=scored.problems,
             images={image.stem: base64.b64encode(image.read_bytes()).decode() for image in images},
@@ -119,7 +127,7 @@ def write_report(
         )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="replace")
     return WrittenReport(path, images, numbers, scored.problems)
 
 
@@ -153,8 +161,9 @@ def _deviation(views: Sequence[PairView]) -> float | None:
     found = [
         abs(response.change - expected) / max(abs(e) for e in view.expected)
         for view in views
-        if view.expected and max(map(abs, view.expected)) > 0
+        if view.expected and 0 < max(map(abs, view.expected)) < math.inf
         for response, expected in zip((view.chosen, view.rejected), view.expected, strict=True)
+        if math.isfinite(response.change)
     ]
     return max(found, default=None)
 
@@ -166,7 +175,7 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         number=report.number,
         percent=_percent,
-        correlation=_correlation,
+        correlation=correlation,
         colour=_colour,
         visible=_visible,
         words=_words,
@@ -179,10 +188,6 @@ def _environment() -> jinja2.Environment:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "–"
-
-
-def _correlation(x: float) -> str:
-    return "–" if x != x else f"{x:.2f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def _maths(text: str) -> Markup:
@@ -206,12 +211,12 @@ def _visible(text: str) -> str:
 
 
 def _extreme(response: ResponseView) -> float:
-    return max((abs(piece.change) for piece in response.pieces), default=0.0)
+    return max((abs(piece.change) for piece in response.pieces if math.isfinite(piece.change)), default=0.0)
 
 
 def _colour(change: float, most: float) -> str:
     """Tint of a contribution: its strength is √(|change| / most)."""
-    strength = (abs(change) / most) ** 0.5 if most else 0.0
+    strength = (abs(change) / most) ** 0.5 if most and math.isfinite(change) else 0.0
     tint = _LIFT if change > 0 else _LOWER
     return "#" + "".join(f"{round(255 - strength * (255 - c)):02x}" for c in tint)
 

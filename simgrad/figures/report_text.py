@@ -7,10 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy import stats
+
 from simgrad.bridge.report import Association, ReportNumbers
 from simgrad.figures.report import number
 
-__all__ = ["Headline", "associations_sentence", "headline", "noise", "objectives_sentence", "strength_sentence"]
+__all__ = [
+    "Headline",
+    "associations_sentence",
+    "chance",
+    "correlation",
+    "headline",
+    "objectives_sentence",
+    "strength_sentence",
+]
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,17 @@ def headline(numbers: ReportNumbers) -> Headline:
     both_rise = s.regimes.get("both_rise", 0)
     alone = f"when each is trained alone by a small SGD step of {what}"
     if falling:
-        title = f"{falling} of {_pairs(s.scored)} would lose {'its' if falling == 1 else 'their'} chosen response"
+        whose = "its" if falling == 1 else "their"
+        title = f"{falling} of {_pairs(numbers.finite)} would, trained alone, lose {whose} chosen response"
         interval = f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %, were the pairs a random sample)"
-        text = f"That is {100 * falling / s.scored:.0f} %{interval if s.scored > 1 else ''}, {alone}, to first order."
+        known = numbers.finite
+        text = f"That is {100 * falling / known:.0f} %{interval if known > 1 else ''}, {alone}, to first order."
     else:
-        title = f"No pair of {s.scored} would lose its chosen response" if s.scored > 1 else "The chosen response rises"
+        title = (
+            f"No pair of {s.scored}, trained alone, would lose its chosen response"
+            if s.scored > 1
+            else "The chosen response rises"
+        )
         text = f"That is {alone}, to first order."
     if both_rise:
         text += f" In {_pairs(both_rise)} the rejected response rises too."
@@ -59,7 +75,7 @@ def associations_sentence(numbers: ReportNumbers) -> str:
     ]
     if not known:
         return ""
-    limit = noise(numbers)
+    tried = len(known)
     texts = []
 
     def strongest(a: Association) -> tuple[float, str]:
@@ -73,12 +89,12 @@ def associations_sentence(numbers: ReportNumbers) -> str:
         return options[best], best
 
     confounded = [(a, *strongest(a)) for a in known]
-    confounded = [(a, rho, what) for a, rho, what in confounded if abs(rho) > max(0.5, limit)]
+    confounded = [(a, rho, what) for a, rho, what in confounded if abs(rho) > max(0.5, chance(a.pairs, 4 * tried))]
     if confounded:
         a, rho, what = max(confounded, key=lambda item: abs(item[1]))
         others = [b.label for b, _, _ in confounded if b is not a]
         texts.append(
-            f"{a.label} follows {what} most closely (ρ = {_rho(rho)})"
+            f"{a.label} follows {what} most closely (ρ = {correlation(rho)})"
             + (
                 f"; {', '.join(others)} {'follow' if len(others) > 1 else 'follows'} a length with |ρ| > .5 too."
                 if others
@@ -87,25 +103,42 @@ def associations_sentence(numbers: ReportNumbers) -> str:
         )
     else:
         texts.append("No score follows a length with |ρ| > .5.")
-    if ranked := [a for a in known if abs(a.partial) > limit]:
+    if ranked := [a for a in known if abs(a.partial) > chance(a.pairs, tried, 3)]:
         best = max(ranked, key=lambda a: abs(a.partial))
         texts.append(
             f"With lengths partialled out, {best.label} ranks the predicted Δ log π(chosen) best of these "
-            f"(ρ = {_rho(best.partial)}; {_rho(best.change)} before)."
+            f"(ρ = {correlation(best.partial)}; {correlation(best.change)} before)."
         )
     elif numbers.gradients:
         texts.append("With lengths partialled out, none of them ranks the predicted Δ log π(chosen) beyond chance.")
     return " ".join(texts)
 
 
-def noise(numbers: ReportNumbers) -> float:
-    """|ρ| below which a rank correlation cannot be told from none at the 5 % level."""
-    n = numbers.summary.scored
-    return min(1.0, 1.96 / math.sqrt(n - 1)) if n > 1 else 1.0
+def chance(pairs: int, tried: int = 1, given: int = 0) -> float:
+    """|ρ| that the largest of ``tried`` rank correlations of unrelated numbers exceeds in at most 5 % of all tables.
+
+    Student's t with n - 2 - k degrees of freedom, k numbers partialled out, Bonferroni over the tries.
+
+    >>> round(chance(64), 2), round(chance(64, tried=7, given=3), 2)
+    (0.25, 0.34)
+    """
+    free = pairs - 2 - given
+    if free < 1:
+        return 1.0
+    t = float(stats.t.ppf(1 - 0.025 / tried, free))
+    return t / math.sqrt(free + t * t)
 
 
-def _rho(x: float) -> str:
-    return f"{x:.2f}".replace("0.", ".", 1).replace("-", "−")
+def correlation(x: float) -> str:
+    """Two decimals without the leading zero.
+
+    >>> correlation(-0.94), correlation(-0.001), correlation(1.0), correlation(float("nan"))
+    ('−.94', '.00', '1.00', '–')
+    """
+    if math.isnan(x):
+        return "–"
+    text = f"{abs(x):.2f}"
+    return ("−" if x < 0 and float(text) else "") + text.removeprefix("0")
 
 
 def objectives_sentence(numbers: ReportNumbers) -> str:
@@ -114,7 +147,8 @@ def objectives_sentence(numbers: ReportNumbers) -> str:
         return ""
     named = [o for o in numbers.objectives if not o.names[0].startswith("as scored")]
     best, n = named[0], sum(named[0].regimes.values())
-    now = numbers.summary.regimes["ideal"]
+    scored = next(o for o in numbers.objectives if o.names[0].startswith("as scored"))
+    now = scored.regimes["ideal"]
     text = (
         f"Of the library's objectives at their defaults, {_listing(best.names, 'and')} "
         f"{'keep' if len(best.names) > 1 else 'keeps'} most pairs ideal: {best.regimes['ideal']} of {n}; "
