@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simgrad.bridge import Policy, ScoreTable, load, save, score
-    from simgrad.figures.report_page import write_report
+    from simgrad.report.page import write_report
 
 __version__ = "0.1.0"
 __all__ = ["Policy", "ScoreTable", "load", "save", "score", "write_report"]
@@ -29,7 +29,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     """Import the bridge when it is first asked for, so that ``import simgrad`` is quick."""
     if name == "write_report":
-        return importlib.import_module("simgrad.figures.report_page").write_report
+        return importlib.import_module("simgrad.report.page").write_report
     if name in __all__:
         return getattr(importlib.import_module("simgrad.bridge"), name)
     if name in _MODULES:

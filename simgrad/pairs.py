@@ -1,9 +1,9 @@
 """Preference pairs as arrays: one pair, padded batches, packed batches.
 
 A :class:`Batch` holds B pairs, each laid out on S sequences of T positions. ``padded`` uses two
-sequences, prompt + chosen and prompt + rejected. ``packed`` uses one, prompt + chosen + rejected, with
-positions that restart at the rejected response and streams that hide the responses from each other, so
-that the prompt is computed once. Both give the same log-probs and hidden states.
+sequences, prompt + chosen and prompt + rejected. ``packed`` uses one, prompt + chosen + rejected,
+with positions that restart at the rejected response and streams that hide the responses from each
+other, so that the prompt is computed once. Both give the same log-probs and hidden states.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def _ids(name: str, tokens: Any) -> tuple[int, ...]:
     try:
         return tuple(operator.index(t) for t in tokens)
     except TypeError:
-        raise ValueError(f"{name} must hold token ids (whole numbers), got {tokens!r}: tokenize text first") from None
+        raise ValueError(
+            f"{name} must hold token ids (whole numbers), got {tokens!r}: tokenize text first"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Pair:
         'chosen and rejected are identical'
         """
         if not self.prompt:
-            return "empty prompt: no state predicts the first response token (is a BOS token missing?)"
+            return (
+                "empty prompt: no state predicts the first response token (is a BOS token missing?)"
+            )
         if not self.chosen:
             return "empty chosen response"
         if not self.rejected:

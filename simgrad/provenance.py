@@ -19,11 +19,17 @@ def _git_revision() -> str | None:
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]
     try:
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False
+        )
         if tracked.returncode:
             return None
-        revision = subprocess.check_output([*git, "log", "-1", "--format=%H", "--", str(folder)], text=True).strip()
-        changes = subprocess.check_output([*git, "status", "--porcelain", "--", str(folder)], text=True)
+        revision = subprocess.check_output(
+            [*git, "log", "-1", "--format=%H", "--", str(folder)], text=True
+        ).strip()
+        changes = subprocess.check_output(
+            [*git, "status", "--porcelain", "--", str(folder)], text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision + ("+" if changes.strip() else "")

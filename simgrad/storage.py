@@ -56,7 +56,9 @@ def load_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
             arrays = {name: file[name] for name in file.files}
         text = json.loads(str(arrays.pop(_HEADER)))
     except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a file that simgrad wrote, or is damaged: {error}") from None
+        raise ValueError(
+            f"{path} is not a file that simgrad wrote, or is damaged: {error}"
+        ) from None
     for name, dtype in text["narrow"].items():
         arrays[name] = arrays[name].view(jax.numpy.dtype(dtype))
     return arrays, text["header"]

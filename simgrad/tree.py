@@ -50,7 +50,9 @@ def selected(name: str, include: Sequence[str] | None, exclude: Sequence[str] = 
     >>> selected("layers/mlp/up/kernel", ["layers/*"]), selected("layers/mlp/up/kernel", None, ["*/kernel"])
     (True, False)
     """
-    return (include is None or any(fnmatch(name, p) for p in include)) and not any(fnmatch(name, p) for p in exclude)
+    return (include is None or any(fnmatch(name, p) for p in include)) and not any(
+        fnmatch(name, p) for p in exclude
+    )
 
 
 def patterns(include: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -67,10 +69,13 @@ def patterns(include: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if include is None else tuple(include)
 
 
-def partition(theta: Theta, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> tuple[Theta, Theta]:
+def partition(
+    theta: Theta, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> tuple[Theta, Theta]:
     """Split ``theta`` in two trees of the same shape: selected leaves, and the rest (None elsewhere).
 
-    Patterns are ``fnmatch`` patterns over :func:`names`; :func:`combine` puts the trees together again.
+    Patterns are ``fnmatch`` patterns over :func:`names`; :func:`combine` puts the trees together
+    again.
 
     >>> partition({"a": {"kernel": 1, "bias": 2}}, ["*/kernel"])
     ({'a': {'bias': None, 'kernel': 1}}, {'a': {'bias': 2, 'kernel': None}})
@@ -85,7 +90,9 @@ def partition(theta: Theta, include: Sequence[str] | None = None, exclude: Seque
             raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(paths)}")
     keep = [selected(name, include, exclude) for name in paths]
     if not any(keep):
-        raise ValueError(f"no parameter is left: include={include}, exclude (frozen)={tuple(exclude)}")
+        raise ValueError(
+            f"no parameter is left: include={include}, exclude (frozen)={tuple(exclude)}"
+        )
     chosen = treedef.unflatten([x if k else None for x, k in zip(leaves, keep, strict=True)])
     rest = treedef.unflatten([None if k else x for x, k in zip(leaves, keep, strict=True)])
     return chosen, rest
@@ -97,7 +104,9 @@ def combine(first: Theta, second: Theta) -> Theta:
     >>> combine({"a": 1, "b": None}, {"a": None, "b": 2})
     {'a': 1, 'b': 2}
     """
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
+    )
 
 
 def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -129,11 +138,13 @@ def dot(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, ""
     return product.sum(-1).sum() if product.ndim else product
 
 
-def pulled_back(pullback: Callable[[Array], tuple[Theta]], cotangents: Float[Array, "n *shape"]) -> Theta:
+def pulled_back(
+    pullback: Callable[[Array], tuple[Theta]], cotangents: Float[Array, "n *shape"]
+) -> Theta:
     """Gradients of n cotangents, stacked: one backward pass after the other.
 
-    Not ``jax.vmap``: XLA's CPU compiler in jaxlib 0.10.2 gets vmapped backward passes of a norm wrong in float32,
-    without a word, once they hold more than 65,536 numbers.
+    Not ``jax.vmap``: XLA's CPU compiler in jaxlib 0.10.2 gets vmapped backward passes of a norm
+    wrong in float32, without a word, once they hold more than 65,536 numbers.
     """
     return jax.lax.map(lambda cotangent: pullback(cotangent)[0], cotangents)
 

@@ -5,7 +5,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# tests compile much and compute little: the older, quicker emitter of loops, one module, no optimised machine code
+# tests compile much and compute little: the older, quicker emitter of loops, one module, no
+# optimised machine code
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "

@@ -43,8 +43,20 @@ TRANSFORMERS = {
         "mlp_bias": True,
         "attention_output_bias": True,
     },
-    "rope_mqa_gated_tied": {"positions": "rope", "kv_heads": 1, "mlp": "gated", "activation": "silu", "tied": True},
-    "rope_gqa_head_dim": {"positions": "rope", "heads": 4, "kv_heads": 2, "head_dim": 6, "activation": "relu"},
+    "rope_mqa_gated_tied": {
+        "positions": "rope",
+        "kv_heads": 1,
+        "mlp": "gated",
+        "activation": "silu",
+        "tied": True,
+    },
+    "rope_gqa_head_dim": {
+        "positions": "rope",
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 6,
+        "activation": "relu",
+    },
     "no_norm_no_mlp_no_positions": {"norm": "none", "mlp": "none", "positions": "none"},
     "bare_embedding": {"depth": 0},
     "post_norm": {"norm_placement": "post"},
@@ -58,11 +70,20 @@ def model(kind, dtype="float64", pairs=PAIRS, **overrides):
         return linear_softmax(pairs, VOCAB, 8, dtype=dtype)
     if kind == "unconstrained_features":
         return unconstrained_features(pairs, VOCAB, 8, dtype=dtype)
-    base = {"vocab_size": VOCAB, "width": 8, "depth": 2, "heads": 2, "max_length": 32, "dtype": dtype}
+    base = {
+        "vocab_size": VOCAB,
+        "width": 8,
+        "depth": 2,
+        "heads": 2,
+        "max_length": 32,
+        "dtype": dtype,
+    }
     apply, theta = create(ModelConfig(**{**base, **TRANSFORMERS[kind], **overrides}))
     # gains and biases away from their trivial initial values
     keys = iter(jax.random.split(jax.random.key(7), 100))
-    return apply, jax.tree.map(lambda x: x + (0.1 * jax.random.normal(next(keys), x.shape)).astype(x.dtype), theta)
+    return apply, jax.tree.map(
+        lambda x: x + (0.1 * jax.random.normal(next(keys), x.shape)).astype(x.dtype), theta
+    )
 
 
 WORDS = [
@@ -94,7 +115,9 @@ def write_tokenizer(folder, template=True):
 
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     if template:
         tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -103,7 +126,10 @@ def write_tokenizer(folder, template=True):
 
 def write_weights(folder, case, shapes, change=lambda tensors: tensors):
     """model.safetensors of a golden case; ``change`` edits the tensors first."""
-    save_file(change({name: weight(name, shape) for name, shape in shapes.items()}), folder / "model.safetensors")
+    save_file(
+        change({name: weight(name, shape) for name, shape in shapes.items()}),
+        folder / "model.safetensors",
+    )
 
 
 def golden(case):
@@ -114,7 +140,9 @@ def golden(case):
         return file["logits"], file["hidden"], json.loads(str(file["shapes"]))
 
 
-def write_checkpoint(folder, case="llama_gqa_head_dim", tokenizer=True, change=lambda tensors: tensors, **fields):
+def write_checkpoint(
+    folder, case="llama_gqa_head_dim", tokenizer=True, change=lambda tensors: tensors, **fields
+):
     """A whole checkpoint folder; ``fields`` change the configuration."""
     config = {k: v for k, v in {**CASES[case], **fields}.items() if v != "drop"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -26,7 +26,9 @@ SPLIT = {  # of each leaf that is split on (2, 2): the axis
 }
 MODE = sys.argv[1] if __name__ == "__main__" else None
 if MODE == "devices":
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    )
 
 import jax
 import numpy as np
@@ -34,9 +36,10 @@ import pytest
 
 import simgrad
 from simgrad import tree
-from simgrad.bridge import RunMismatchError, device_mesh, weights
-from simgrad.bridge.engine import score
-from simgrad.bridge.mesh import mesh_of
+from simgrad.bridge import RunMismatchError, device_mesh
+from simgrad.bridge.checkpoints import weights
+from simgrad.bridge.checkpoints.mesh import mesh_of
+from simgrad.bridge.engine.score import score
 from simgrad.pairs import Pair
 
 PAIRS = [  # two shapes, and counts that neither 2 nor 4 divides
@@ -81,7 +84,10 @@ def devices(folder):
             assert mesh_of(policy.theta) == mesh
             assert sum(parts) == size  # parts that are on several devices are read once
             for path, one, split in zip(
-                tree.names(whole.theta), jax.tree.leaves(whole.theta), jax.tree.leaves(policy.theta), strict=True
+                tree.names(whole.theta),
+                jax.tree.leaves(whole.theta),
+                jax.tree.leaves(policy.theta),
+                strict=True,
             ):
                 np.testing.assert_array_equal(one, split)
                 if (name, data) == ("gqa", 2):
@@ -102,7 +108,11 @@ def process(folder, port, number):
     jax.distributed.initialize(f"localhost:{port}", 2, number)
     policy, parts = observed(folder / "gqa", device_mesh(model=2))
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(policy.theta))
-    found = {"read": sum(parts), "held": held, "size": sum(x.nbytes for x in jax.tree.leaves(policy.theta))}
+    found = {
+        "read": sum(parts),
+        "held": held,
+        "size": sum(x.nbytes for x in jax.tree.leaves(policy.theta)),
+    }
 
     def failure(*args, **kwargs):
         try:

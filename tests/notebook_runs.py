@@ -5,7 +5,9 @@ import sys
 import warnings
 from pathlib import Path
 
-if __name__ == "__main__":  # collecting doctests imports this file, and must leave the suite's flags alone
+if (
+    __name__ == "__main__"
+):  # collecting doctests imports this file, and must leave the suite's flags alone
     os.environ["XLA_FLAGS"] = (
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -45,8 +45,8 @@ def sequence(apply, theta, prompt, response):
 def gradient(apply, theta, prompt, response):
     """∇ log π(response | prompt) for every leaf, one plain sequence.
 
-    What follows the response does not reach it in a causal model, so sequences end in zeros up to a common length
-    and few programs are compiled; a context table has no such contexts.
+    What follows the response does not reach it in a causal model, so sequences end in zeros up to a
+    common length and few programs are compiled; a context table has no such contexts.
     """
     tokens = [*prompt, *response]
     spare = 0 if hasattr(apply, "contexts") else -len(tokens) % 8
@@ -88,5 +88,7 @@ def edit_distance(a, b):
     table[:, 0], table[0] = range(len(a) + 1), range(len(b) + 1)
     for i, x in enumerate(a, 1):
         for j, y in enumerate(b, 1):
-            table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (x != y))
+            table[i, j] = min(
+                table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (x != y)
+            )
     return int(table[-1, -1])

@@ -11,16 +11,25 @@ from simgrad.validation import bench
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "toy", {"width": 16, "depth": 1, "heads": 2, "vocab_size": 50})
-    return bench.Config(lengths=((5, 4),), token_lengths=(3, 3), pairs=2, repeats=1, shape="toy", sample=2)
+    monkeypatch.setitem(
+        bench.SHAPES, "toy", {"width": 16, "depth": 1, "heads": 2, "vocab_size": 50}
+    )
+    return bench.Config(
+        lengths=((5, 4),), token_lengths=(3, 3), pairs=2, repeats=1, shape="toy", sample=2
+    )
 
 
 def test_without_torch(monkeypatch, tmp_path, toy):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
+    )
     record = bench.bench(toy, tasks=("scoring", "gradients", "routes"))
     assert [m["task"] for m in record["measurements"]] == ["scoring", "gradients"]
-    assert all(m["ratio"] is None and m["seconds"] > 0 and m["achieved"] > 0 for m in record["measurements"])
+    assert all(
+        m["ratio"] is None and m["seconds"] > 0 and m["achieved"] > 0
+        for m in record["measurements"]
+    )
     (row,) = record["routes"]
     assert set(row["predicted"]) == set(row["measured"])
     assert row["predicted"][row["chosen"]] == min(row["predicted"].values())

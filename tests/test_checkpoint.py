@@ -17,7 +17,12 @@ from simgrad.bridge import Policy, UnsupportedCheckpointError, device_mesh
 from simgrad.models import ModelConfig, TransformerApply, init_transformer
 
 LLAMA = "llama_gqa_head_dim"
-LONGROPE = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 2.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
 
 
 def load(folder, case=LLAMA, dtype="float64", **changes):
@@ -27,9 +32,17 @@ def load(folder, case=LLAMA, dtype="float64", **changes):
 @pytest.mark.parametrize(
     ("case", "fields", "text"),
     [
-        (LLAMA, {"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported families: gpt2, llama"),
+        (
+            LLAMA,
+            {"model_type": "gemma2"},
+            "model_type 'gemma2' is not supported; supported families: gpt2, llama",
+        ),
         (LLAMA, {"surprise": 3}, "unknown attribute surprise=3"),
-        (LLAMA, {"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "quantization_config"),
+        (
+            LLAMA,
+            {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
+            "quantization_config",
+        ),
         (LLAMA, {"hidden_act": "tanh"}, "activation 'tanh'"),
         (
             LLAMA,
@@ -38,14 +51,26 @@ def load(folder, case=LLAMA, dtype="float64", **changes):
         ),
         (LLAMA, {"rope_parameters": {**LONGROPE, "rope_theta": 1e4}}, "rope_type 'longrope'"),
         (LLAMA, {"model_type": "no_such_family"}, "cannot read .*no_such_family"),
-        (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": None, "rope_theta": 1e4}}, "'yarn' lack factor"),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "yarn", "factor": None, "rope_theta": 1e4}},
+            "'yarn' lack factor",
+        ),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved=True"),
         (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (LLAMA, {"num_local_experts": 8}, "num_local_experts=8"),
         ("mistral_gqa", {"sliding_window": 16}, "sliding_window=16"),
         ("qwen2_mqa", {"use_sliding_window": True, "sliding_window": 8}, "sliding"),
-        ("qwen2_mqa", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ("gpt2_tied", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        (
+            "qwen2_mqa",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "sliding_attention",
+        ),
+        (
+            "gpt2_tied",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx=True",
+        ),
         ("gpt2_tied", {"scale_attn_weights": False}, "scale_attn_weights=False"),
     ],
 )
@@ -56,7 +81,13 @@ def test_unsupported_configurations_are_named(tmp_path, case, fields, text):
 
 
 def test_harmless_attributes_are_accepted(tmp_path):
-    load(tmp_path, attention_dropout=0.1, torch_dtype="float32", is_llama_config=True, rope_interleaved=False)
+    load(
+        tmp_path,
+        attention_dropout=0.1,
+        torch_dtype="float32",
+        is_llama_config=True,
+        rope_interleaved=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,8 +101,14 @@ def test_harmless_attributes_are_accepted(tmp_path):
             lambda t: t | {"model.layers.0.extra.weight": np.zeros(2, np.float32)},
             "surplus.*model.layers.0.extra.weight",
         ),
-        (lambda t: t | {"model.layers.2.mlp.up_proj.weight": np.zeros(2, np.float32)}, "surplus.*layers.2"),
-        (lambda t: t | {"model.norm.weight": np.zeros(5, np.float32)}, r"model.norm.weight gives shape \(5,\)"),
+        (
+            lambda t: t | {"model.layers.2.mlp.up_proj.weight": np.zeros(2, np.float32)},
+            "surplus.*layers.2",
+        ),
+        (
+            lambda t: t | {"model.norm.weight": np.zeros(5, np.float32)},
+            r"model.norm.weight gives shape \(5,\)",
+        ),
         (lambda t: t | {"model.norm.weight": np.zeros(24, np.int8)}, "dtype int8: quantised"),
         (lambda t: t | {"norm.weight": t["model.norm.weight"]}, "norm.weight is there twice"),
     ],
@@ -86,7 +123,11 @@ def test_tied_head_must_equal_the_embedding(tmp_path):
     same = lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].copy()}  # noqa: E731
     load(tmp_path, case, change=same)
     with pytest.raises(UnsupportedCheckpointError, match="lm_head.weight differs"):
-        load(tmp_path, case, change=lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+        load(
+            tmp_path,
+            case,
+            change=lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1},
+        )
 
 
 def test_missing_head_of_an_untied_model_is_named(tmp_path):
@@ -105,7 +146,12 @@ def test_gpt2_files_without_prefix_and_with_buffers(tmp_path):
         }
 
     policy = load(tmp_path, "gpt2_tied", change=as_on_the_hub)
-    assert np.abs(policy.apply(policy.theta, jnp.asarray(TOKENS)).logits - golden("gpt2_tied")[0]).max() < 1e-10
+    assert (
+        np.abs(
+            policy.apply(policy.theta, jnp.asarray(TOKENS)).logits - golden("gpt2_tied")[0]
+        ).max()
+        < 1e-10
+    )
 
 
 def test_sharded_files(tmp_path):
@@ -129,14 +175,20 @@ def test_sharded_files(tmp_path):
 def test_bfloat16_files_and_dtypes(tmp_path):
     import ml_dtypes
 
-    policy = load(tmp_path, change=lambda t: {k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()}, dtype="bfloat16")
+    policy = load(
+        tmp_path,
+        change=lambda t: {k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()},
+        dtype="bfloat16",
+    )
     assert policy.theta["embedding"]["table"].dtype == jnp.bfloat16
     assert policy.config.dtype == "bfloat16"
 
 
 def test_the_host_holds_one_leaf_at_a_time(tmp_path):
     """Beside what devices hold, which on a CPU may be the arrays that were read themselves."""
-    config = ModelConfig(2048, 256, 4, 4, mlp="gated", positions="rope", activation="silu", mlp_width=1024)
+    config = ModelConfig(
+        2048, 256, 4, 4, mlp="gated", positions="rope", activation="silu", mlp_width=1024
+    )
     abstract = jax.eval_shape(lambda: init_transformer(config))
     theta = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
     simgrad.save(Policy(TransformerApply(config), theta, config), tmp_path)
@@ -159,7 +211,9 @@ def test_errors_before_reading(tmp_path, monkeypatch):
         simgrad.load("nobody/nothing")
     write_checkpoint(tmp_path, tokenizer=False)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UnsupportedCheckpointError, match=r"pytorch_model\.bin: convert to safetensors"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"pytorch_model\.bin: convert to safetensors"
+    ):
         simgrad.load(tmp_path)
 
 

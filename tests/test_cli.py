@@ -16,14 +16,26 @@ from simgrad.bridge import ScoreTable
 
 COMMAND = [sys.executable, "-c", "from simgrad.cli import main; main()"]
 ROWS = [
-    {"prompt": "is it", "chosen": f" {a} so", "rejected": f" {b} so"} for a in ("yes", "good") for b in ("no", "never")
+    {"prompt": "is it", "chosen": f" {a} so", "rejected": f" {b} so"}
+    for a in ("yes", "good")
+    for b in ("no", "never")
 ]
 
 
 def simgrad(*arguments, cache, check=True):
-    environment = {**os.environ, "SIMGRAD_CACHE": str(cache), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "SIMGRAD_CACHE": str(cache),
+        "COLUMNS": "100",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=240, check=False
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -31,10 +43,17 @@ def simgrad(*arguments, cache, check=True):
 
 def in_one_process(*calls, cache):
     """What :func:`simgrad` returns of each call, with ``check=False``."""
-    environment = {**os.environ, "SIMGRAD_CACHE": str(cache), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "SIMGRAD_CACHE": str(cache),
+        "COLUMNS": "100",
+        "HF_HUB_OFFLINE": "1",
+    }
     given = json.dumps([[str(x) for x in call] for call in calls])
     code = [sys.executable, str(Path(__file__).parent / "commands.py"), given]
-    done = subprocess.run(code, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    done = subprocess.run(
+        code, capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     return [SimpleNamespace(**found) for found in json.loads(done.stdout)]
 
@@ -89,7 +108,18 @@ def test_objectives_lists_them_all_with_what_they_do(tmp_path):
 
 def test_score_writes_a_table_and_a_summary(checkpoint, data, tmp_path):
     out = tmp_path / "scores.parquet"
-    done = simgrad("score", "--model", checkpoint, "--data", data, "--out", out, "--lr", "1e-4", cache=tmp_path / "c")
+    done = simgrad(
+        "score",
+        "--model",
+        checkpoint,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--lr",
+        "1e-4",
+        cache=tmp_path / "c",
+    )
     table = ScoreTable.load(out)
     assert table["index"].tolist() == [0, 1, 2, 3]
     assert "4 pairs scored, 1 skipped" in done.stdout
@@ -103,7 +133,16 @@ def test_score_writes_a_table_and_a_summary(checkpoint, data, tmp_path):
 
 
 def test_killed_with_signal_nine_it_continues(checkpoint, data, tmp_path):
-    arguments = ("score", "--model", checkpoint, "--data", data, "--batch-tokens", "1", "--no-gradients")
+    arguments = (
+        "score",
+        "--model",
+        checkpoint,
+        "--data",
+        data,
+        "--batch-tokens",
+        "1",
+        "--no-gradients",
+    )
     whole, part = tmp_path / "whole.parquet", tmp_path / "part.parquet"
     simgrad(*arguments, "--out", whole, cache=tmp_path / "c")
     environment = {**os.environ, "SIMGRAD_CACHE": str(tmp_path / "other")}
@@ -143,7 +182,9 @@ def test_mistakes_end_in_one_line(checkpoint, data, tmp_path):
     usual = {"--model": checkpoint, "--data": data, "--out": tmp_path / "s.parquet"}
     given = [usual | dict(zip(change[::2], change[1::2], strict=True)) for change in MISTAKES]
     calls = [("score", *(x for item in arguments.items() for x in item)) for arguments in given]
-    for message, found in zip(MISTAKES.values(), in_one_process(*calls, cache=tmp_path), strict=True):
+    for message, found in zip(
+        MISTAKES.values(), in_one_process(*calls, cache=tmp_path), strict=True
+    ):
         assert found.returncode == 2, message
         assert message in found.stderr
         assert "Traceback" not in found.stderr
@@ -152,9 +193,13 @@ def test_mistakes_end_in_one_line(checkpoint, data, tmp_path):
 
 def test_float64_is_float64(checkpoint, data, tmp_path):
     some = ("score", "--model", checkpoint, "--data", data, "--no-gradients")
-    calls = [(*some, "--out", tmp_path / f"{d}.parquet", "--dtype", d) for d in ("float64", "float32")]
+    calls = [
+        (*some, "--out", tmp_path / f"{d}.parquet", "--dtype", d) for d in ("float64", "float32")
+    ]
     assert [found.returncode for found in in_one_process(*calls, cache=tmp_path / "c")] == [0, 0]
-    a, b = (ScoreTable.load(tmp_path / f"{d}.parquet")["logp_chosen"] for d in ("float64", "float32"))
+    a, b = (
+        ScoreTable.load(tmp_path / f"{d}.parquet")["logp_chosen"] for d in ("float64", "float32")
+    )
     assert 0 < np.abs(a - b).max() < 1e-5
 
 

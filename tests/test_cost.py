@@ -8,7 +8,7 @@ import pytest
 from simgrad.models import ModelConfig, create
 from simgrad.pairs import Pair, packed, padded
 from simgrad.theory import pair_kernel, token_kernel
-from simgrad.theory.cost import Shapes, kernel_flops, packing_pays, token_flops
+from simgrad.theory.kernel.cost import Shapes, kernel_flops, packing_pays, token_flops
 
 ROUTES = list(itertools.product((padded, packed), ("ghost", "explicit")))
 
@@ -16,7 +16,9 @@ ROUTES = list(itertools.product((padded, packed), ("ghost", "explicit")))
 @pytest.fixture(scope="module")
 def one_layer():
     """XLA counts the body of a loop over layers once."""
-    apply, theta = create(ModelConfig(vocab_size=32, width=64, depth=1, heads=4, max_length=128, dtype="float32"))
+    apply, theta = create(
+        ModelConfig(vocab_size=32, width=64, depth=1, heads=4, max_length=128, dtype="float32")
+    )
     return apply, theta, Shapes.of(apply, theta)
 
 
@@ -32,10 +34,16 @@ def test_what_the_formula_calls_cheapest_is_what_xla_counts_least_for(one_layer,
     predicted, found = {}, {}
     for layout, method in ROUTES:
         batch, name = layout(pairs), (layout.__name__, method)
-        cost = kernel_flops(shapes, batch.tokens.shape[-1], response, layout is packed, method == "ghost")
+        cost = kernel_flops(
+            shapes, batch.tokens.shape[-1], response, layout is packed, method == "ghost"
+        )
         predicted[name] = cost.total
-        found[name] = counted(lambda theta, b=batch, m=method: pair_kernel(apply, theta, b, method=m), theta)
-        assert predicted[name] < found[name] < 1.2 * predicted[name]  # the rest is norms and activations
+        found[name] = counted(
+            lambda theta, b=batch, m=method: pair_kernel(apply, theta, b, method=m), theta
+        )
+        assert (
+            predicted[name] < found[name] < 1.2 * predicted[name]
+        )  # the rest is norms and activations
     assert min(predicted, key=predicted.get) == min(found, key=found.get)
     layout = packed if packing_pays(shapes, prompt, response, response) else padded
     automatic = counted(lambda theta: pair_kernel(apply, theta, layout(pairs)), theta)

@@ -16,11 +16,23 @@ DOCS = ROOT / "docs"
 PUBLIC = (
     *(
         f"simgrad.{name}"
-        for name in ("objectives", "theory", "dynamics", "worlds", "bridge", "models", "pairs", "tree")
+        for name in (
+            "objectives",
+            "theory",
+            "dynamics",
+            "worlds",
+            "bridge",
+            "models",
+            "pairs",
+            "tree",
+        )
     ),
     *(f"simgrad.figures.{name}" for name in ("gallery", "draw", "style", "report_page")),
-    *(f"simgrad.theory.{name}" for name in ("linear_softmax", "unconstrained", "learning_dynamics", "preconditioning")),
-    "simgrad.findings",
+    *(
+        f"simgrad.theory.{name}"
+        for name in ("linear_softmax", "unconstrained", "learning_dynamics", "preconditioning")
+    ),
+    "simgrad.experiments.findings",
     "simgrad",
 )
 BUILT = importlib.util.find_spec("mkdocs") is not None
@@ -30,9 +42,14 @@ def shown() -> set[str]:
     """Paths on the reference pages, a module's listed members included."""
     paths = set()
     for page in (DOCS / "reference").glob("*.md"):
-        for path, options in re.findall(r"^::: (\S+)((?:\n {4}.*)*)", page.read_text("utf-8"), re.MULTILINE):
+        for path, options in re.findall(
+            r"^::: (\S+)((?:\n {4}.*)*)", page.read_text("utf-8"), re.MULTILINE
+        ):
             members = re.search(r"members: \[(.+)\]", options)
-            paths |= {path, *(f"{path}.{name}" for name in (members[1].split(", ") if members else ()))}
+            paths |= {
+                path,
+                *(f"{path}.{name}" for name in (members[1].split(", ") if members else ())),
+            }
     return paths
 
 
@@ -43,7 +60,11 @@ def test_every_public_name_is_on_a_reference_page(module):
     def homes(name):
         """Where it is exported, where it is written, and under another public module, for what is exported twice."""
         value = getattr(public, name)
-        twice = [m for m in PUBLIC if callable(value) and getattr(importlib.import_module(m), name, None) is value]
+        twice = [
+            m
+            for m in PUBLIC
+            if callable(value) and getattr(importlib.import_module(m), name, None) is value
+        ]
         return {f"{home}.{name}" for home in (module, getattr(value, "__module__", module), *twice)}
 
     assert not [name for name in public.__all__ if not homes(name) & there]
@@ -67,14 +88,20 @@ def test_navigation_names_files_that_exist():
     assert sorted(named) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda path: path.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize(
+    "page", sorted(DOCS.rglob("*.md")), ids=lambda path: path.relative_to(DOCS).as_posix()
+)
 def test_relative_links_point_to_something(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text("utf-8"))
     # figures and notebooks stand beside docs/ and are brought in when the site is built
-    assert not [link for link in links if not ((page.parent / link).exists() or (ROOT / link).exists())]
+    assert not [
+        link for link in links if not ((page.parent / link).exists() or (ROOT / link).exists())
+    ]
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda path: path.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize(
+    "page", sorted(DOCS.rglob("*.md")), ids=lambda path: path.relative_to(DOCS).as_posix()
+)
 def test_cross_references_are_documented_names(page):
     there = shown()
     named = re.findall(r"\]\[(simgrad[\w.]*)\]", page.read_text("utf-8"))
@@ -88,7 +115,10 @@ TO_MARKDOWN = [
     ("Like this:\n\n    a_w * b_l\n      + c", "Like this:\n\n```text\na_w * b_l\n  + c\n```"),
     (">>> 1 + 1  # doctest: +SKIP\n2", "```pycon\n>>> 1 + 1\n2\n```"),
     ("arXiv 2410.08847, Sec. 5", "[arXiv 2410.08847](https://arxiv.org/abs/2410.08847), Sec. 5"),
-    ("=== ===\na   b\n    c\nd   e|f\n=== ===", "|  |  |\n| --- | --- |\n| a | b c |\n| d | e&#124;f |"),
+    (
+        "=== ===\na   b\n    c\nd   e|f\n=== ===",
+        "|  |  |\n| --- | --- |\n| a | b c |\n| d | e&#124;f |",
+    ),
     ("=== ===\nh   i\n=== ===\na   b\n=== ===", "| h | i |\n| --- | --- |\n| a | b |"),
 ]
 
@@ -111,15 +141,30 @@ def test_formulas_that_cannot_be_drawn_are_refused():
 
 @pytest.mark.skipif(not BUILT, reason="needs the docs extra")
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pages = [path.read_text("utf-8") for path in tmp_path.rglob("*.html") if "figures" not in path.parts]
+    pages = [
+        path.read_text("utf-8") for path in tmp_path.rglob("*.html") if "figures" not in path.parts
+    ]
     sources = [
-        source for page in pages for source in re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?([^\" >]+)", page)
+        source
+        for page in pages
+        for source in re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?([^\" >]+)", page)
     ]
     assert sources
     assert not [source for source in sources if source.startswith(("http", "//"))]
     prose = [re.sub(r"<details.*?</details>", "", page, flags=re.DOTALL) for page in pages]
-    assert not [role for page in prose for role in re.findall(r":(?:func|class|mod|meth|attr|data):`", page)]
+    assert not [
+        role for page in prose for role in re.findall(r":(?:func|class|mod|meth|attr|data):`", page)
+    ]

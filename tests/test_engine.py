@@ -12,12 +12,13 @@ from helpers import close
 
 import simgrad
 from simgrad import objectives
-from simgrad.bridge import Encoded, Policy, RunMismatchError, ScoreTable, encode, engine
-from simgrad.bridge.plan import kernel_works, plan
-from simgrad.bridge.summary import summarise
+from simgrad.bridge import Encoded, Policy, RunMismatchError, ScoreTable, encode
+from simgrad.bridge.engine import score as engine
+from simgrad.bridge.engine.plan import kernel_works, plan
 from simgrad.pairs import Pair
+from simgrad.report.summary import summarise
 from simgrad.theory import Regime
-from simgrad.theory.cost import Shapes
+from simgrad.theory.kernel.cost import Shapes
 
 RNG = np.random.default_rng(3)
 WORDS = ["yes", "no", "never", "maybe", "is", "it", "so", "?", "good"]
@@ -27,7 +28,10 @@ def sentence(low, high):
     return " ".join(RNG.choice(WORDS, RNG.integers(low, high)))
 
 
-ROWS = [{"prompt": sentence(1, 8), "chosen": " " + sentence(1, 9), "rejected": " " + sentence(1, 9)} for _ in range(14)]
+ROWS = [
+    {"prompt": sentence(1, 8), "chosen": " " + sentence(1, 9), "rejected": " " + sentence(1, 9)}
+    for _ in range(14)
+]
 ROWS[4] = {"prompt": "is it", "chosen": " so", "rejected": " so"}
 ROWS[9] = {"prompt": "is it", "chosen": "", "rejected": " so"}
 
@@ -47,10 +51,12 @@ def test_every_column_against_its_definition(policy, table):
     objective = objectives.get("simpo")
     for k, pair in enumerate(pairs[:5]):
         (logp_w, logits_w, w, last_w), (logp_l, logits_l, l, last_l) = (  # noqa: E741
-            reference.sequence(policy.apply, policy.theta, pair.prompt, r) for r in (pair.chosen, pair.rejected)
+            reference.sequence(policy.apply, policy.theta, pair.prompt, r)
+            for r in (pair.chosen, pair.rejected)
         )
         g_w, g_l = (
-            reference.gradient(policy.apply, policy.theta, pair.prompt, r) for r in (pair.chosen, pair.rejected)
+            reference.gradient(policy.apply, policy.theta, pair.prompt, r)
+            for r in (pair.chosen, pair.rejected)
         )
         ww, wl, ll = reference.dot(g_w, g_w), reference.dot(g_w, g_l), reference.dot(g_l, g_l)
         h_w = reference.head_gradient(logits_w, w, pair.chosen)
@@ -72,7 +78,10 @@ def test_every_column_against_its_definition(policy, table):
             "last_hidden_inner": last_w @ last_l,
             "edit_distance": reference.edit_distance(pair.chosen, pair.rejected)
             / max(len(pair.chosen), len(pair.rejected)),
-            "embedding_cosine": w.sum(0) @ l.sum(0) / np.linalg.norm(w.sum(0)) / np.linalg.norm(l.sum(0)),
+            "embedding_cosine": w.sum(0)
+            @ l.sum(0)
+            / np.linalg.norm(w.sum(0))
+            / np.linalg.norm(l.sum(0)),
             "head_gap": (h_w * h_l).sum() - (h_w * h_w).sum(),
             "grad_inner": wl,
             "grad_sq_chosen": ww,
@@ -116,14 +125,20 @@ def test_batching_and_gradients_do_not_change_the_numbers(policy, table):
 
 def test_objectives_that_couple_pairs_see_each_pair_alone(policy):
     """TRL's SFT term divides by the tokens of the batch; scores must not depend on how pairs were batched."""
-    coupled, plain = (simgrad.score(policy, ROWS, objective=name, gradients=False) for name in ("trl:sft", "sft"))
-    np.testing.assert_allclose(coupled["d_chosen"] * coupled["n_chosen"], plain["d_chosen"], rtol=1e-6)
+    coupled, plain = (
+        simgrad.score(policy, ROWS, objective=name, gradients=False) for name in ("trl:sft", "sft")
+    )
+    np.testing.assert_allclose(
+        coupled["d_chosen"] * coupled["n_chosen"], plain["d_chosen"], rtol=1e-6
+    )
 
 
 def test_limit_and_pairs_from_python(policy, table):
     pairs = encode(ROWS, policy.tokenizer).pairs
     bare = Policy(policy.apply, policy.theta, policy.config)
-    again = simgrad.score(bare, [*pairs[:3], Pair([1], [2], [2])], objective="simpo", learning_rate=1e-3)
+    again = simgrad.score(
+        bare, [*pairs[:3], Pair([1], [2], [2])], objective="simpo", learning_rate=1e-3
+    )
     close(again["grad_inner"], table["grad_inner"][:3])
     assert again.skipped[0].index == 3
     assert len(simgrad.score(policy, ROWS, limit=2, gradients=False)) == 2
@@ -168,7 +183,13 @@ def test_killed_runs_continue_and_end_up_equal(policy, tmp_path, torn):
     if torn:
         journal.write_bytes(kept + b'{"pair": 11, "row": {"n_pro')
     seen = []
-    simgrad.score(policy, ROWS, out=part, batch_tokens=1, progress=lambda done, total: seen.append((done, total)))
+    simgrad.score(
+        policy,
+        ROWS,
+        out=part,
+        batch_tokens=1,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen[-1] == (12, 12)
     assert part.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -194,7 +215,9 @@ def test_other_arguments_refuse_to_mix(policy, tmp_path):
 
     with pytest.raises(_Killed):
         simgrad.score(policy, ROWS, out=out, progress=kill)
-    with pytest.raises(RunMismatchError, match=r"objective: 'DPO\(beta=0.1\)' there, 'IPO\(beta=0.1\)' now"):
+    with pytest.raises(
+        RunMismatchError, match=r"objective: 'DPO\(beta=0.1\)' there, 'IPO\(beta=0.1\)' now"
+    ):
         simgrad.score(policy, ROWS, out=out, objective="ipo")
     assert [p.name for p in tmp_path.iterdir()] == ["scores.parquet.partial.jsonl"]
     simgrad.score(policy, ROWS, out=out)
@@ -206,7 +229,9 @@ def test_other_arguments_refuse_to_mix(policy, tmp_path):
     with pytest.raises(RunMismatchError, match="weights"):
         simgrad.score(other, ROWS, out=out)
     (tmp_path / "alien.parquet").write_text("not ours")
-    with pytest.raises(RunMismatchError, match="is not a score table of simgrad: choose another --out"):
+    with pytest.raises(
+        RunMismatchError, match="is not a score table of simgrad: choose another --out"
+    ):
         simgrad.score(policy, ROWS, out=tmp_path / "alien.parquet")
 
 
@@ -259,7 +284,9 @@ def test_plan_covers_every_pair_once_and_fits(packed):
     works = plan(pairs, packed, 2048)
     assert sorted(i for work in works for i in work.members) == list(range(200))
     for work in works:
-        assert len(work.members) == 1 or len(work.members) * work.length * (1 if packed else 2) <= 2048
+        assert (
+            len(work.members) == 1 or len(work.members) * work.length * (1 if packed else 2) <= 2048
+        )
         for i in work.members:
             p = pairs[i]
             sizes = (len(p.chosen), len(p.rejected))
@@ -272,7 +299,13 @@ def test_plan_covers_every_pair_once_and_fits(packed):
 def test_layouts_give_the_same_scores_and_are_chosen_by_cost(policy, table):
     for layout in ("packed", "padded"):
         again = simgrad.score(policy, ROWS, objective="simpo", learning_rate=1e-3, layout=layout)
-        for name in ("logp_chosen", "grad_inner", "grad_sq_chosen", "grad_sq_rejected", "predicted_dlogp_rejected"):
+        for name in (
+            "logp_chosen",
+            "grad_inner",
+            "grad_sq_chosen",
+            "grad_sq_rejected",
+            "predicted_dlogp_rejected",
+        ):
             np.testing.assert_allclose(again.columns[name], table.columns[name], rtol=1e-10)
 
 

@@ -11,7 +11,7 @@ import pytest
 import reference
 from helpers import PAIRS, close, model
 
-import simgrad.theory.entanglement as module
+import simgrad.theory.kernel.dataset as module
 from simgrad import tree
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed, padded
@@ -40,7 +40,9 @@ KINDS = ["plain", "rope_mqa_gated_tied", "linear_softmax", "unconstrained_featur
 def gradients(kind, probes=False):
     apply, theta = model(kind)
     pairs = PROBES if probes else PAIRS
-    return [reference.gradient(apply, theta, p.prompt, r) for p in pairs for r in (p.chosen, p.rejected)]
+    return [
+        reference.gradient(apply, theta, p.prompt, r) for p in pairs for r in (p.chosen, p.rejected)
+    ]
 
 
 def trainable(apply):
@@ -72,7 +74,10 @@ def test_diagonal_blocks_are_the_pair_kernels_and_the_rest_is_not_zero():
     kernel = np.asarray(entanglement_kernel(apply, theta, padded(PAIRS))).reshape(4, 2, 4, 2)
     own = pair_kernel(apply, theta, padded(PAIRS))
     for i in range(4):
-        close(kernel[i, :, i, :], np.array([[own.sq_chosen[i], own.inner[i]], [own.inner[i], own.sq_rejected[i]]]))
+        close(
+            kernel[i, :, i, :],
+            np.array([[own.sq_chosen[i], own.inner[i]], [own.inner[i], own.sq_rejected[i]]]),
+        )
     others = np.delete(kernel[0], 0, axis=1)
     assert np.abs(others).max() > 0.1 * np.abs(kernel[0, :, 0]).max()
 
@@ -123,7 +128,9 @@ def test_invariant_to_padding_packing_and_batch_order(kind):
     kernel = entanglement_kernel(apply, theta, padded(PAIRS))
     close(entanglement_kernel(apply, theta, padded(PAIRS, length=27, rows=11)), kernel)
     close(entanglement_kernel(apply, theta, packed(PAIRS)), kernel)
-    backwards = np.asarray(entanglement_kernel(apply, theta, padded(PAIRS[::-1]))).reshape(4, 2, 4, 2)
+    backwards = np.asarray(entanglement_kernel(apply, theta, padded(PAIRS[::-1]))).reshape(
+        4, 2, 4, 2
+    )
     close(backwards[::-1, :, ::-1], np.asarray(kernel).reshape(4, 2, 4, 2))
 
 
@@ -132,7 +139,10 @@ def test_probes_get_a_rectangular_kernel():
     expected = gram(gradients("rope_mqa_gated_tied", probes=True), gradients("rope_mqa_gated_tied"))
     row = row_bytes(apply, theta)
     for memory in (2**30, 4 * row, 8 * row):
-        close(entanglement_kernel(apply, theta, padded(PROBES), packed(PAIRS), memory=memory), expected)
+        close(
+            entanglement_kernel(apply, theta, padded(PROBES), packed(PAIRS), memory=memory),
+            expected,
+        )
 
 
 def test_blocks_sum_to_the_whole_and_group_by_layer_and_matrix():
@@ -142,7 +152,14 @@ def test_blocks_sum_to_the_whole_and_group_by_layer_and_matrix():
     whole = entanglement_kernel(apply, theta, batch)
     for groups in (by_layer(blocks), by_matrix(blocks)):
         close(sum(groups.values()), whole)
-    assert set(by_layer(blocks)) == {"embedding", "positions", "layer 0", "layer 1", "final_norm", "unembedding"}
+    assert set(by_layer(blocks)) == {
+        "embedding",
+        "positions",
+        "layer 0",
+        "layer 1",
+        "final_norm",
+        "unembedding",
+    }
     query = gram(rows, rows, lambda name: name.startswith("layers/attention/query/"))
     close(by_matrix(blocks)["attention/query"], query)
     first = [jax.tree.map(lambda x: x[:1], g["layers"]) for g in rows]
@@ -150,7 +167,11 @@ def test_blocks_sum_to_the_whole_and_group_by_layer_and_matrix():
     for grouping in (by_layer, by_matrix):  # the same groups of pair kernels
         pairs = grouping(pair_kernel_blocks(apply, theta, batch))
         for name, block in grouping(blocks).items():
-            close(pairs[name].inner, np.asarray(block).reshape(4, 2, 4, 2)[range(4), 0, range(4), 1], scale=10)
+            close(
+                pairs[name].inner,
+                np.asarray(block).reshape(4, 2, 4, 2)[range(4), 0, range(4), 1],
+                scale=10,
+            )
 
 
 def test_a_scale_acts_on_the_coordinates():
@@ -178,4 +199,6 @@ def test_what_pairs_do_to_a_probe_adds_up_to_a_step():
     assert pushes.shape == (2, len(PAIRS))
     close(rate * pushes.sum(-1), displacement(apply, theta, probes, step).first[0])
     with pytest.raises(ValueError, match="8 columns, but 3 pairs need 6"):
-        pair_pushes(entanglement_kernel(apply, theta, probes, batch), jax.tree.map(lambda x: x[:3], d))
+        pair_pushes(
+            entanglement_kernel(apply, theta, probes, batch), jax.tree.map(lambda x: x[:3], d)
+        )

@@ -20,28 +20,61 @@ from safetensors.numpy import load_file
 import simgrad
 from simgrad import tree
 from simgrad.bridge import Policy, UnsupportedCheckpointError, encode, save, word_tokenizer
-from simgrad.bridge.families import FAMILIES
-from simgrad.models import InitScales, ModelConfig, Rope, TransformerApply, add_lora, create, merge_lora
+from simgrad.bridge.checkpoints.families import FAMILIES
+from simgrad.models import (
+    InitScales,
+    ModelConfig,
+    Rope,
+    TransformerApply,
+    add_lora,
+    create,
+    merge_lora,
+)
 
 BASE = {"vocab_size": 37, "width": 24, "depth": 2, "heads": 4, "max_length": 32}
 LLAMA = {**BASE, "positions": "rope", "mlp": "gated", "activation": "silu", "mlp_width": 40}
-GPT2 = {**BASE, "norm": "layernorm", "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+GPT2 = {
+    **BASE,
+    "norm": "layernorm",
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+}
 BIASES = {"qkv_bias": True, "attention_output_bias": True}
 KINDS = {
     "gpt2": (GPT2, "gpt2"),
-    "gpt2_tied_narrow_relu": ({**GPT2, "tied": True, "mlp_width": 20, "activation": "relu"}, "gpt2"),
-    "gpt2_gelu_three_layers": ({**GPT2, "depth": 3, "heads": 2, "activation": "gelu", "norm_eps": 1e-3}, "gpt2"),
+    "gpt2_tied_narrow_relu": (
+        {**GPT2, "tied": True, "mlp_width": 20, "activation": "relu"},
+        "gpt2",
+    ),
+    "gpt2_gelu_three_layers": (
+        {**GPT2, "depth": 3, "heads": 2, "activation": "gelu", "norm_eps": 1e-3},
+        "gpt2",
+    ),
     "llama_mha_tied": ({**LLAMA, "tied": True}, "llama"),
     "llama_gqa_head_dim": ({**LLAMA, "kv_heads": 2, "head_dim": 8}, "llama"),
-    "llama_mqa_biases": ({**LLAMA, **BIASES, "kv_heads": 1, "mlp_bias": True, "activation": "gelu_tanh"}, "llama"),
-    "llama_mlp_bias": ({**LLAMA, "mlp_bias": True, "mlp_width": None, "activation": "gelu"}, "llama"),
+    "llama_mqa_biases": (
+        {**LLAMA, **BIASES, "kv_heads": 1, "mlp_bias": True, "activation": "gelu_tanh"},
+        "llama",
+    ),
+    "llama_mlp_bias": (
+        {**LLAMA, "mlp_bias": True, "mlp_width": None, "activation": "gelu"},
+        "llama",
+    ),
     "llama_linear": ({**LLAMA, "rope": Rope(kind="linear", factor=4.0)}, "llama"),
     "llama_dynamic": ({**LLAMA, "rope": Rope(theta=500.0, kind="dynamic", factor=2.0)}, "llama"),
     "llama_llama3": (
-        {**LLAMA, "rope": Rope(theta=500.0, kind="llama3", factor=8.0, original_max_length=16), "head_dim": 16},
+        {
+            **LLAMA,
+            "rope": Rope(theta=500.0, kind="llama3", factor=8.0, original_max_length=16),
+            "head_dim": 16,
+        },
         "llama",
     ),
-    "llama_yarn": ({**LLAMA, "rope": Rope(kind="yarn", factor=4.0, original_max_length=8), "head_dim": 16}, "llama"),
+    "llama_yarn": (
+        {**LLAMA, "rope": Rope(kind="yarn", factor=4.0, original_max_length=8), "head_dim": 16},
+        "llama",
+    ),
     "llama_yarn_all": (
         {
             **LLAMA,
@@ -59,10 +92,16 @@ KINDS = {
         },
         "llama",
     ),
-    "llama_yarn_attention": ({**LLAMA, "rope": Rope(kind="yarn", factor=2.0, attention_factor=1.3)}, "llama"),
+    "llama_yarn_attention": (
+        {**LLAMA, "rope": Rope(kind="yarn", factor=2.0, attention_factor=1.3)},
+        "llama",
+    ),
     "mistral": ({**LLAMA, "heads": 5, "kv_heads": 1, "head_dim": 8}, "mistral"),
     "qwen2": ({**LLAMA, "qkv_bias": True, "kv_heads": 2}, "qwen2"),
-    "qwen2_head_dim_tied": ({**LLAMA, "qkv_bias": True, "heads": 5, "head_dim": 6, "tied": True}, "qwen2"),
+    "qwen2_head_dim_tied": (
+        {**LLAMA, "qkv_bias": True, "heads": 5, "head_dim": 6, "tied": True},
+        "qwen2",
+    ),
     "llama_without_layers": ({**LLAMA, "depth": 0}, "llama"),
     "gpt2_without_layers": ({**GPT2, "depth": 0}, "gpt2"),
 }
@@ -96,10 +135,16 @@ def resolved(config):
     elif rope.kind == "dynamic":
         rope = Rope(rope.theta, "dynamic", rope.factor, rope.original_max_length)
     else:
-        rope = dataclasses.replace(rope, original_max_length=rope.original_max_length or config.max_length)
+        rope = dataclasses.replace(
+            rope, original_max_length=rope.original_max_length or config.max_length
+        )
         unused = ("low_freq_factor", "high_freq_factor") if rope.kind == "yarn" else _YARN
         rope = dataclasses.replace(rope, **{name: getattr(Rope(), name) for name in unused})
-    explicit = {"kv_heads": config.n_kv_heads, "head_dim": config.head_features, "mlp_width": config.mlp_features}
+    explicit = {
+        "kv_heads": config.n_kv_heads,
+        "head_dim": config.head_features,
+        "mlp_width": config.mlp_features,
+    }
     return dataclasses.replace(config, **explicit, rope=rope, init=InitScales(), frozen=())
 
 
@@ -115,7 +160,11 @@ def assert_same(policy, again):
         np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
 
 
-OTHER_DTYPES = [(kind, dtype) for kind in ("gpt2", "llama_mqa_biases") for dtype in ("bfloat16", "float16", "float64")]
+OTHER_DTYPES = [
+    (kind, dtype)
+    for kind in ("gpt2", "llama_mqa_biases")
+    for dtype in ("bfloat16", "float16", "float64")
+]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in KINDS), *OTHER_DTYPES])
@@ -139,13 +188,17 @@ def test_loaded_checkpoints_are_saved(tmp_path, case):
     assert_same(policy, again)
     apply = [jax.jit(p.apply)(p.theta, jnp.asarray(TOKENS)) for p in (policy, again)]
     np.testing.assert_array_equal(apply[0].logits, apply[1].logits)
-    assert (attributes(tmp_path / "again")["model_type"] == "llama") == case.startswith(("llama", "mistral"))
+    assert (attributes(tmp_path / "again")["model_type"] == "llama") == case.startswith(
+        ("llama", "mistral")
+    )
 
 
 @pytest.mark.parametrize("case", ["gpt2_untied_wide", "llama_mqa_biases", "qwen2_mqa"])
 def test_tensors_have_the_names_and_shapes_of_the_file_that_was_loaded(tmp_path, case):
     policy = simgrad.load(write_checkpoint(tmp_path, case, tokenizer=False))
-    before, after = (load_file(p / "model.safetensors") for p in (tmp_path, save(policy, tmp_path / "again")))
+    before, after = (
+        load_file(p / "model.safetensors") for p in (tmp_path, save(policy, tmp_path / "again"))
+    )
     assert set(before) == set(after)
     for name, tensor in before.items():
         np.testing.assert_array_equal(tensor, after[name])
@@ -160,7 +213,9 @@ def test_transformers_itself_says_the_same(tmp_path, kind, caplog):
     folder = save(policy, tmp_path)
     transformers.utils.logging.enable_propagation()
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True
+        )
     finally:
         transformers.utils.logging.disable_propagation()
     assert not any(info.values())
@@ -213,7 +268,11 @@ NEEDED = re.compile(r"(\w+)=([^ ]+) instead of ([^ ,]+)")
 @given(st.sampled_from(NEAR), st.fixed_dictionaries({}, optional=CHANGES))
 def test_every_configuration_is_saved_or_refused_by_its_attributes(near, changes):
     """What a refusal asks for is enough: with it the model can be saved."""
-    changes = {**changes, "rope": Rope(**changes.get("rope", {})), "init": InitScales(embedding=1.0)}
+    changes = {
+        **changes,
+        "rope": Rope(**changes.get("rope", {})),
+        "init": InitScales(embedding=1.0),
+    }
     config = ModelConfig(**{**near, "vocab_size": 5, "width": 16, **changes})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "checkpoint"
@@ -225,7 +284,9 @@ def test_every_configuration_is_saved_or_refused_by_its_attributes(near, changes
             assert needed
             for attribute, _, ours in needed:
                 assert repr(getattr(resolved(config), attribute)) == ours
-            config = dataclasses.replace(config, **{a: ast.literal_eval(theirs) for a, theirs, _ in needed})
+            config = dataclasses.replace(
+                config, **{a: ast.literal_eval(theirs) for a, theirs, _ in needed}
+            )
             save(policy_of(vars(config)), folder)
         assert resolved(simgrad.load(folder).config) == resolved(config)
 
@@ -238,13 +299,34 @@ def test_every_configuration_is_saved_or_refused_by_its_attributes(near, changes
         ({"mlp": "none"}, "mlp='gated' instead of 'none'$"),
         ({"positions": "none"}, "positions='rope' instead of 'none'$"),
         ({"attention_output_bias": True}, "attention_output_bias=False instead of True$"),
-        ({**GPT2, "qkv_bias": False}, "nearest is gpt2, which needs qkv_bias=True instead of False$"),
-        ({**GPT2, "kv_heads": 2, "head_dim": 8}, "gpt2, which needs kv_heads=4 instead of 2, head_dim=6 instead of 8$"),
-        ({**GPT2, "heads": 5, "head_dim": 4}, r"nearest is gpt2, which needs head_dim=4\.8 instead of 4$"),
-        ({**GPT2, "positions": "rope", "mlp": "plain"}, "gpt2, which needs positions='learned' instead of 'rope'$"),
-        ({"heads": 5, "head_dim": 8, "mlp_bias": True}, "nearest is mistral, which needs mlp_bias=False"),
-        ({"vocab_size": 37, "norm": "none", "mlp": "none"}, "norm='rmsnorm' .*, mlp='gated' instead"),
-        ({"head_dim": 2, "rope": Rope(kind="dynamic", factor=2.0)}, r"llama.*transformers to accept .*head_dim - 2"),
+        (
+            {**GPT2, "qkv_bias": False},
+            "nearest is gpt2, which needs qkv_bias=True instead of False$",
+        ),
+        (
+            {**GPT2, "kv_heads": 2, "head_dim": 8},
+            "gpt2, which needs kv_heads=4 instead of 2, head_dim=6 instead of 8$",
+        ),
+        (
+            {**GPT2, "heads": 5, "head_dim": 4},
+            r"nearest is gpt2, which needs head_dim=4\.8 instead of 4$",
+        ),
+        (
+            {**GPT2, "positions": "rope", "mlp": "plain"},
+            "gpt2, which needs positions='learned' instead of 'rope'$",
+        ),
+        (
+            {"heads": 5, "head_dim": 8, "mlp_bias": True},
+            "nearest is mistral, which needs mlp_bias=False",
+        ),
+        (
+            {"vocab_size": 37, "norm": "none", "mlp": "none"},
+            "norm='rmsnorm' .*, mlp='gated' instead",
+        ),
+        (
+            {"head_dim": 2, "rope": Rope(kind="dynamic", factor=2.0)},
+            r"llama.*transformers to accept .*head_dim - 2",
+        ),
     ],
 )
 def test_refusals_name_every_attribute_and_write_nothing(tmp_path, fields, text):
@@ -277,9 +359,21 @@ def change(theta, path, leaf):
     ("path", "leaf", "text"),
     [
         ("final_norm/scale", None, "final_norm/scale is missing"),
-        ("layers/mlp/up/bias", np.zeros((2, 40), np.float32), "layers/mlp/up/bias has no place in the model"),
-        ("final_norm/scale", np.zeros(23, np.float32), r"final_norm/scale has shape \(23,\) where .* \(24,\)"),
-        ("final_norm/scale", np.zeros(24, np.float16), "final_norm/scale is float16 where .* float32"),
+        (
+            "layers/mlp/up/bias",
+            np.zeros((2, 40), np.float32),
+            "layers/mlp/up/bias has no place in the model",
+        ),
+        (
+            "final_norm/scale",
+            np.zeros(23, np.float32),
+            r"final_norm/scale has shape \(23,\) where .* \(24,\)",
+        ),
+        (
+            "final_norm/scale",
+            np.zeros(24, np.float16),
+            "final_norm/scale is float16 where .* float32",
+        ),
     ],
 )
 def test_parameters_that_do_not_fit_are_named(tmp_path, path, leaf, text):
@@ -309,14 +403,19 @@ def test_apply_and_config_must_agree(tmp_path):
 
 
 def test_a_sharded_checkpoint_is_replaced_as_a_whole(tmp_path):
-    first, second = policy_of({**LLAMA, "depth": 3}, tokenizer=write_tokenizer(tmp_path)), policy_of(GPT2)
+    first, second = (
+        policy_of({**LLAMA, "depth": 3}, tokenizer=write_tokenizer(tmp_path)),
+        policy_of(GPT2),
+    )
     save(first, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     index = {"weight_map": dict.fromkeys(["model.norm.weight"], "model-00001-of-00001.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     for name in ("generation_config.json", "merges.txt", "notes.txt"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(FileExistsError, match=r"holds a tokenizer \(.*tokenizer\.json.*\) but the policy has none"):
+    with pytest.raises(
+        FileExistsError, match=r"holds a tokenizer \(.*tokenizer\.json.*\) but the policy has none"
+    ):
         save(second, tmp_path)
     assert_same(first, simgrad.load(tmp_path))
     words = word_tokenizer(["a", "b"], bos="a")
@@ -324,7 +423,13 @@ def test_a_sharded_checkpoint_is_replaced_as_a_whole(tmp_path):
     again = simgrad.load(tmp_path)
     assert_same(second, again)
     assert again.tokenizer.chat_template is None
-    there = ["config.json", "model.safetensors", "notes.txt", "tokenizer.json", "tokenizer_config.json"]
+    there = [
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
@@ -359,7 +464,9 @@ def test_a_failure_on_the_way_leaves_the_checkpoint_that_was_there(tmp_path, mon
 WORDS = ["<s>", "</s>", "<unk>", "yes", "no", "nö", "?", "it's", ",", "日本", "a.b"]
 
 
-@pytest.mark.parametrize("fields", [LLAMA, GPT2, KINDS["mistral"][0]], ids=["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "fields", [LLAMA, GPT2, KINDS["mistral"][0]], ids=["llama", "gpt2", "mistral"]
+)
 def test_words_stay_words_through_a_checkpoint(tmp_path, fields):
     words = word_tokenizer(WORDS, bos="<s>", eos="</s>", unk="<unk>", pad="</s>")
     folder = save(policy_of(fields, tokenizer=words), tmp_path)
@@ -373,9 +480,15 @@ def test_words_stay_words_through_a_checkpoint(tmp_path, fields):
         assert tokenizer("maybe no", add_special_tokens=False)["input_ids"] == [2, 4]
         assert tokenizer.decode([0, 4, 8, 7, 6, 1]) == "<s> no , it's ? </s>"
         assert tokenizer.decode([0, 4, 8, 7, 6, 1], skip_special_tokens=True) == "no , it's ?"
-        assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
+        assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+            "<s>",
+            "</s>",
+            "</s>",
+        )
         assert len(tokenizer) == len(WORDS)
-        (pair,) = encode([{"prompt": "no ,", "chosen": " yes", "rejected": " nö ?"}], tokenizer).pairs
+        (pair,) = encode(
+            [{"prompt": "no ,", "chosen": " yes", "rejected": " nö ?"}], tokenizer
+        ).pairs
         assert (pair.prompt, pair.chosen, pair.rejected) == ((0, 4, 8), (3, 1), (5, 6, 1))
 
 
@@ -385,7 +498,11 @@ def test_words_without_special_tokens(tmp_path):
     assert (attributes(folder)["bos_token_id"], attributes(folder)["eos_token_id"]) == (None, None)
     for tokenizer in (words, simgrad.load(folder).tokenizer):
         assert tokenizer("x x <unk>")["input_ids"] == [1, 1, 0]
-        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (None, None, None)
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (
+            None,
+            None,
+            None,
+        )
         with pytest.raises(Exception, match="UNK"):
             tokenizer("x y")
 
@@ -416,7 +533,9 @@ def test_token_ids_that_the_model_does_not_have_are_left_out(tmp_path):
 def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path):
     """Under model_type qwen2 every tokenizer is read as Qwen2Tokenizer; one of that class is saved."""
     fields = KINDS["qwen2"][0]
-    with pytest.raises(UnsupportedCheckpointError, match="tokenizer of a qwen2 checkpoint as Qwen2Tokenizer"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match="tokenizer of a qwen2 checkpoint as Qwen2Tokenizer"
+    ):
         save(policy_of(fields, tokenizer=word_tokenizer(WORDS)), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     from transformers import Qwen2Tokenizer
@@ -431,5 +550,9 @@ def test_every_leaf_has_one_source_in_the_family_that_is_chosen(kind):
     """The mapping is total: the leaves of the model are the leaves that the family knows."""
     fields, family = KINDS[kind]
     config = ModelConfig(**fields)
-    known = {leaf for leaf in FAMILIES[family].sources(config) if config.depth or not leaf.startswith("layers/")}
+    known = {
+        leaf
+        for leaf in FAMILIES[family].sources(config)
+        if config.depth or not leaf.startswith("layers/")
+    }
     assert known == set(tree.names(jax.eval_shape(lambda: create(config)[1])))

@@ -37,9 +37,13 @@ from simgrad.worlds.world import Pretraining
 WORLD = {"model": "world:percentiles", "data": "world:percentiles", "limit": 4}
 SMALL = {
     "overview": overview.Config(suffix=2, pairs=4, steps=2, weights=(0.0, 0.05), seeds=(0,)),
-    "predicted_vs_measured": predicted_vs_measured.Config(pairs=3, rates=9, largest=(1.0, 1.0, 0.01)),
+    "predicted_vs_measured": predicted_vs_measured.Config(
+        pairs=3, rates=9, largest=(1.0, 1.0, 0.01)
+    ),
     "regimes": regimes.Config(suffixes=(2,), pairs=4),
-    "dynamics": dynamics.Config(objectives=("dpo",), suffix=2, pairs=4, steps=2, record=1, seeds=(0,)),
+    "dynamics": dynamics.Config(
+        objectives=("dpo",), suffix=2, pairs=4, steps=2, record=1, seeds=(0,)
+    ),
     "token_kernel": token_kernel.Config(suffix=2),
     "suffix": suffix.Config(lengths=(0, 2), seeds=(0,)),
     "verdicts": verdicts.Config(seeds=(0,), steps=2),
@@ -50,7 +54,9 @@ SMALL = {
     "squeezing": squeezing.Config(peaks=(0.0, 2.0), draws=4, seeds=(0, 1)),
     "layers": layers.Config(pairs=2, suffix=2),
     "optimizers": optimizers.Config(pairs=4, suffix=2, steps=2, seeds=(0, 1)),
-    "trust_radius": trust_radius.Config(pairs=8, rates=4, smallest=1e-3, largest=1.0, steps=4, refresh=2),
+    "trust_radius": trust_radius.Config(
+        pairs=8, rates=4, smallest=1e-3, largest=1.0, steps=4, refresh=2
+    ),
     "features": features.Config(alignments=(0.0, 0.9), draws=8, seeds=(0, 1)),
     "checkpoint": checkpoint.Config(**WORLD, batch_size=2, learning_rate=1e-4),
     "checkpoint_layers": checkpoint_layers.Config(**WORLD),
@@ -67,7 +73,9 @@ def hasty(monkeypatch, cache):
     """Worlds that hardly pretrain, in a cache of their own."""
     monkeypatch.setenv("SIMGRAD_CACHE", str(cache))
     for name in worlds.names():
-        monkeypatch.setattr(type(worlds.get(name)), "pretraining", Pretraining(steps=2, batch_size=4, warmup=1))
+        monkeypatch.setattr(
+            type(worlds.get(name)), "pretraining", Pretraining(steps=2, batch_size=4, warmup=1)
+        )
 
 
 def test_every_figure_has_a_smoke_size():
@@ -126,7 +134,9 @@ def test_predictions_hold_and_slopes_are_two():
     result = predicted_vs_measured.compute(SMALL["predicted_vs_measured"])
     np.testing.assert_allclose(result.slopes, 2.0, atol=0.1)
     small = np.abs(result.predicted[:, 0])
-    np.testing.assert_allclose(result.measured[:, 0], result.predicted[:, 0], atol=0.01 * small.max())
+    np.testing.assert_allclose(
+        result.measured[:, 0], result.predicted[:, 0], atol=0.01 * small.max()
+    )
     assert np.isfinite(result.measured).all()
 
 
@@ -172,8 +182,12 @@ def test_block_shares_add_up():
 
 
 def test_an_optimizer_s_own_kernel_ranks_its_first_step():
-    result = optimizers.compute(optimizers.Config(pairs=4, suffix=2, steps=1, learning_rate=1e-6, seeds=(0,)))
-    np.testing.assert_allclose(result.adam_says * 1e-6, result.measured, atol=0.02 * np.abs(result.measured).max())
+    result = optimizers.compute(
+        optimizers.Config(pairs=4, suffix=2, steps=1, learning_rate=1e-6, seeds=(0,))
+    )
+    np.testing.assert_allclose(
+        result.adam_says * 1e-6, result.measured, atol=0.02 * np.abs(result.measured).max()
+    )
     scaled = result.sgd_says * np.abs(result.measured).max() / np.abs(result.sgd_says).max()
     assert np.abs(scaled - result.measured).max() > 0.1 * np.abs(result.measured).max()
 
@@ -184,21 +198,29 @@ def test_index_says_what_to_see_and_how_to_make_it(tmp_path):
         render(name, tmp_path, config if name == "checkpoint_layers" else SMALL[name])
     text = write_index(tmp_path).read_text()
     assert "simgrad figures features`" in text
-    assert "simgrad figures checkpoint_layers --model world:percentiles --data world:percentiles`" in text
+    assert (
+        "simgrad figures checkpoint_layers --model world:percentiles --data world:percentiles`"
+        in text
+    )
     assert "![Frozen or free features](features.png)" in text
     assert "regimes" not in text.replace("plane of regimes", "")  # not in this folder
 
 
 def test_vector_files_do_not_depend_on_what_is_written_with_them(tmp_path):
     lists = (("pdf", "png", "svg"), ("svg", "pdf"), ("svg",))
-    files = [render("features", tmp_path / str(i), SMALL["features"], formats=kinds) for i, kinds in enumerate(lists)]
+    files = [
+        render("features", tmp_path / str(i), SMALL["features"], formats=kinds)
+        for i, kinds in enumerate(lists)
+    ]
     svgs = [next(f for f in some if f.suffix == ".svg").read_bytes() for some in files]
     assert svgs[0] == svgs[1] == svgs[2]
 
 
 def test_a_readme_that_is_no_index_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("# My project\n")
-    with pytest.raises(ValueError, match="README.md is not an index of figures and would be overwritten"):
+    with pytest.raises(
+        ValueError, match="README.md is not an index of figures and would be overwritten"
+    ):
         render("features", tmp_path, SMALL["features"])
     assert (tmp_path / "README.md").read_text() == "# My project\n"
     (tmp_path / "file").write_text("")
@@ -207,7 +229,9 @@ def test_a_readme_that_is_no_index_is_kept(tmp_path):
 
 
 def test_clear_refusals(tmp_path):
-    with pytest.raises(ValueError, match="no figure 'nothing'; there are: overview, predicted_vs_measured"):
+    with pytest.raises(
+        ValueError, match="no figure 'nothing'; there are: overview, predicted_vs_measured"
+    ):
         render("nothing", tmp_path)
     with pytest.raises(NotDrawn, match="--model FOLDER_OR_ID --data PAIRS"):
         render("checkpoint", tmp_path)
@@ -215,9 +239,14 @@ def test_clear_refusals(tmp_path):
         require_formats(["jpg"])
     with pytest.raises(ValueError, match="no format given"):
         require_formats([])
-    with pytest.raises(ValueError, match="pgf measures its texts with xelatex, which is not installed"):
+    with pytest.raises(
+        ValueError, match="pgf measures its texts with xelatex, which is not installed"
+    ):
         _without_tex(tmp_path)
-    with pytest.raises(ValueError, match="no venue 'acl'; there are: neurips, icml, iclr"), style.paper_style("acl"):
+    with (
+        pytest.raises(ValueError, match="no venue 'acl'; there are: neurips, icml, iclr"),
+        style.paper_style("acl"),
+    ):
         pass
     short = dataclasses.replace(SMALL["checkpoint"], max_length=2)
     with pytest.raises(ValueError, match="no pair of at most 2 tokens; the shortest has"):

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from simgrad.dynamics import spread
-from simgrad.findings import Table, interval
+from simgrad.experiments.findings import Table, interval
 from simgrad.storage import digest, load_arrays, save_arrays
 
 
@@ -21,7 +21,11 @@ def test_the_interval_is_students():
 
 
 def test_tables_know_their_settings():
-    rows = [{"arm": a, "seed": s, "x": float(s), "word": w} for a in "ba" for s, w in enumerate(("u", "v", "v"))]
+    rows = [
+        {"arm": a, "seed": s, "x": float(s), "word": w}
+        for a in "ba"
+        for s, w in enumerate(("u", "v", "v"))
+    ]
     table = Table.of("t", "caption", ("arm",), rows)
     assert table.settings() == [{"arm": "b"}, {"arm": "a"}]
     assert table.measured == ("x", "word")
@@ -33,7 +37,14 @@ def test_tables_know_their_settings():
 @pytest.mark.parametrize(("at_once", "rounds"), [(1, 8), (1, 2), (3, 1), (4, 2)])
 def test_runs_come_back_in_order_however_they_are_cut(at_once, rounds):
     x, y = np.arange(11.0), np.arange(22.0).reshape(11, 2)
-    found = spread(lambda x, y, c: (x + c, (x * y).sum()), x, y, shared=jnp.ones(()), at_once=at_once, rounds=rounds)
+    found = spread(
+        lambda x, y, c: (x + c, (x * y).sum()),
+        x,
+        y,
+        shared=jnp.ones(()),
+        at_once=at_once,
+        rounds=rounds,
+    )
     np.testing.assert_array_equal(found[0], x + 1)
     np.testing.assert_allclose(found[1], (x[:, None] * y).sum(1))
     with pytest.raises(ValueError, match=r"common leading length"):

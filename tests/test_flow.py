@@ -11,8 +11,14 @@ from helpers import PAIRS, close, model
 from simgrad import tree
 from simgrad.objectives import DPO, IPO, AOTUnpaired
 from simgrad.pairs import Pair, padded
-from simgrad.theory import entanglement_kernel, kernel_flow, linearized_run, loss_gradient, responses
-from simgrad.theory.steps import updated
+from simgrad.theory import (
+    entanglement_kernel,
+    kernel_flow,
+    linearized_run,
+    loss_gradient,
+    responses,
+)
+from simgrad.theory.prediction.steps import updated
 
 PROBES = [Pair([1, 5, 3], [9, 9], [7, 2, 3])]
 ORDER = jnp.array([[0, 1], [2, 3], [1, 3], [0, 2], [3, 0]])
@@ -31,7 +37,9 @@ def train(apply, theta, batch, objective, optimizer, order, reference):
     state, path = optimizer.init(trained), []
     for chosen in order:
         some = jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
-        gradient = loss_gradient(apply, tree.combine(trained, rest), some, objective, reference[chosen])
+        gradient = loss_gradient(
+            apply, tree.combine(trained, rest), some, objective, reference[chosen]
+        )
         update, state = updated(optimizer, gradient, state, trained)
         trained = jax.tree.map(jnp.add, trained, update)
         path.append(responses(apply, tree.combine(trained, rest), batch).logp)
@@ -42,7 +50,9 @@ def test_flow_of_gradient_descent_is_the_recursion_in_the_log_probs():
     """u ← u + η K c(u) with DPO's c written out in numpy, for minibatches."""
     apply, theta, batch, start, reference = setting()
     kernel = entanglement_kernel(apply, theta, batch)
-    flow = kernel_flow(kernel, start, batch.lengths, DPO(beta=0.5), optax.sgd(1e-3), 5, reference, ORDER)
+    flow = kernel_flow(
+        kernel, start, batch.lengths, DPO(beta=0.5), optax.sgd(1e-3), 5, reference, ORDER
+    )
     u, ref = np.asarray(start).copy(), np.asarray(reference)
     for t, chosen in enumerate(np.asarray(ORDER)):
         c = np.zeros_like(u)
@@ -66,10 +76,14 @@ def test_flow_of_gradient_descent_is_the_recursion_in_the_log_probs():
 def test_linear_optimizers_give_the_same_run_in_log_probs_and_in_parameters(kind, optimizer):
     apply, theta, batch, start, reference = setting(kind)
     kernel = entanglement_kernel(apply, theta, batch)
-    probes = PROBES if kind == "plain" else [Pair(p.prompt, p.rejected, p.chosen) for p in PAIRS[:1]]
+    probes = (
+        PROBES if kind == "plain" else [Pair(p.prompt, p.rejected, p.chosen) for p in PAIRS[:1]]
+    )
     rows = entanglement_kernel(apply, theta, padded(probes), batch)
     flow = kernel_flow(kernel, start, batch.lengths, IPO(), optimizer, 5, reference, ORDER, rows)
-    run = linearized_run(apply, theta, batch, IPO(), optimizer, 5, reference, ORDER, probes=padded(probes), record=1)
+    run = linearized_run(
+        apply, theta, batch, IPO(), optimizer, 5, reference, ORDER, probes=padded(probes), record=1
+    )
     close(flow.logp, run.logp)
     close(flow.probe_change.reshape(6, -1, 2), run.probes - run.probes[:1], scale=100)
 
@@ -89,7 +103,9 @@ def test_linear_optimizers_give_the_same_run_in_log_probs_and_in_parameters(kind
 def test_refreshed_at_every_step_it_is_training_itself(optimizer):
     apply, theta, batch, start, reference = setting()
     expected, trained = train(apply, theta, batch, DPO(), optimizer, ORDER, reference)
-    run = linearized_run(apply, theta, batch, DPO(), optimizer, 5, reference, ORDER, refresh=1, read="ray", record=1)
+    run = linearized_run(
+        apply, theta, batch, DPO(), optimizer, 5, reference, ORDER, refresh=1, read="ray", record=1
+    )
     close(run.logp[1:], expected)
     close(run.trained, trained)
     close(run.logp[0], start)
@@ -100,10 +116,14 @@ def test_a_frozen_preconditioner_turns_the_kernel_into_j_p_j():
     scale = jax.tree.map(lambda x: 1 / (jnp.abs(x) + 0.1), theta)
     kernel = entanglement_kernel(apply, theta, batch, scale=scale)
     flow = kernel_flow(kernel, start, batch.lengths, DPO(), optax.sgd(1e-4), 5, reference, ORDER)
-    scaled = optax.chain(optax.stateless(lambda g, _: jax.tree.map(jnp.multiply, scale, g)), optax.sgd(1e-4))
+    scaled = optax.chain(
+        optax.stateless(lambda g, _: jax.tree.map(jnp.multiply, scale, g)), optax.sgd(1e-4)
+    )
     run = linearized_run(apply, theta, batch, DPO(), scaled, 5, reference, ORDER, record=1)
     close(flow.logp, run.logp)
-    plain = linearized_run(apply, theta, batch, DPO(), optax.sgd(1e-4), 5, reference, ORDER, record=1)
+    plain = linearized_run(
+        apply, theta, batch, DPO(), optax.sgd(1e-4), 5, reference, ORDER, record=1
+    )
     assert np.abs(plain.logp[-1] - run.logp[-1]).max() > 1e-3
 
 
@@ -115,7 +135,9 @@ def test_error_of_a_frozen_run_is_of_second_order_and_refreshing_reduces_it():
         optimizer = optax.sgd(float(rate), momentum=0.5)
         actual, _ = train(apply, theta, batch, DPO(), optimizer, ORDER, reference)
         for refresh, errors in ((None, frozen), (3, once)):
-            run = linearized_run(apply, theta, batch, DPO(), optimizer, 5, reference, ORDER, refresh=refresh)
+            run = linearized_run(
+                apply, theta, batch, DPO(), optimizer, 5, reference, ORDER, refresh=refresh
+            )
             errors.append(np.abs(run.logp[-1] - actual[-1]).max())
     assert np.polyfit(np.log(rates), np.log(frozen), 1)[0] == pytest.approx(2.0, abs=0.05)
     assert (np.array(once) < 0.7 * np.array(frozen)).all()
@@ -131,7 +153,9 @@ def test_own_pair_kernels_mispredict_a_joint_run():
     for rate in rates:
         actual, _ = train(apply, theta, batch, DPO(), optax.sgd(float(rate)), ORDER[:2], reference)
         for name, k in (("whole", kernel), ("own", own)):
-            flow = kernel_flow(k, start, batch.lengths, DPO(), optax.sgd(float(rate)), 2, reference, ORDER[:2])
+            flow = kernel_flow(
+                k, start, batch.lengths, DPO(), optax.sgd(float(rate)), 2, reference, ORDER[:2]
+            )
             errors[name].append(np.abs(flow.logp[-1] - actual[-1]).max())
     assert np.polyfit(np.log(rates), np.log(errors["whole"]), 1)[0] == pytest.approx(2.0, abs=0.05)
     assert np.polyfit(np.log(rates), np.log(errors["own"]), 1)[0] == pytest.approx(1.0, abs=0.05)
@@ -166,7 +190,9 @@ def test_bad_orders_and_counts_are_refused_by_name():
     apply, theta, batch, *_ = setting()
     with pytest.raises(ValueError, match=r"order names pair 4, but there are 4 pairs"):
         linearized_run(apply, theta, batch, DPO(), optax.sgd(0.1), 1, order=jnp.array([[4]]))
-    with pytest.raises(ValueError, match=r"order has shape \(5, 2\): it needs one row of pairs a step, and steps=4"):
+    with pytest.raises(
+        ValueError, match=r"order has shape \(5, 2\): it needs one row of pairs a step, and steps=4"
+    ):
         linearized_run(apply, theta, batch, DPO(), optax.sgd(0.1), 4, order=ORDER)
     with pytest.raises(ValueError, match=r"order names pair -1, but there are 4 pairs"):
         linearized_run(apply, theta, batch, DPO(), optax.sgd(0.1), 1, order=jnp.array([[0, -1]]))
@@ -209,7 +235,10 @@ def test_learning_rates_in_the_state_are_swept_by_one_program():
     rates = jnp.array([1e-3, 1e-2])
     both = jax.vmap(end)(rates)
     for rate, got in zip(rates, both, strict=True):
-        close(got, kernel_flow(kernel, start, batch.lengths, DPO(), optax.sgd(float(rate)), 3).logp[-1])
+        close(
+            got,
+            kernel_flow(kernel, start, batch.lengths, DPO(), optax.sgd(float(rate)), 3).logp[-1],
+        )
 
 
 def test_frozen_adam_against_a_dense_jacobian_in_numpy():
@@ -217,7 +246,16 @@ def test_frozen_adam_against_a_dense_jacobian_in_numpy():
     apply, theta, batch, _, reference = setting("unconstrained_features")
     steps, refresh, rate, b1, b2, eps = 5, 3, 1e-2, 0.9, 0.999, 1e-8
     run = linearized_run(
-        apply, theta, batch, DPO(0.5), optax.adam(rate), steps, reference, ORDER, refresh=refresh, record=1
+        apply,
+        theta,
+        batch,
+        DPO(0.5),
+        optax.adam(rate),
+        steps,
+        reference,
+        ORDER,
+        refresh=refresh,
+        record=1,
     )
     flat, unflatten = jax.flatten_util.ravel_pytree(theta)
 
@@ -234,7 +272,9 @@ def test_frozen_adam_against_a_dense_jacobian_in_numpy():
         u, c = u0 + j @ delta, np.zeros(len(ref))
         for i in np.asarray(ORDER[t]):
             margin = (u - ref)[2 * i] - (u - ref)[2 * i + 1]
-            c[2 * i : 2 * i + 2] = 0.5 / (1 + np.exp(0.5 * margin)) * np.array([1, -1]) / ORDER.shape[1]
+            c[2 * i : 2 * i + 2] = (
+                0.5 / (1 + np.exp(0.5 * margin)) * np.array([1, -1]) / ORDER.shape[1]
+            )
         g = -j.T @ c
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         delta = delta - rate * (m / (1 - b1 ** (t + 1))) / (np.sqrt(v / (1 - b2 ** (t + 1))) + eps)
@@ -246,7 +286,9 @@ def test_gradient_of_a_large_batch_is_that_of_the_mean_loss(objective):
     """More pairs than are held at once; with an objective that couples them, too."""
     apply, theta = model("unconstrained_features")
     batch = padded(PAIRS * 5)
-    reference = responses(apply, theta, batch).logp - jnp.asarray(np.random.default_rng(0).uniform(size=(20, 2)))
+    reference = responses(apply, theta, batch).logp - jnp.asarray(
+        np.random.default_rng(0).uniform(size=(20, 2))
+    )
 
     @jax.jit
     def loss(t):
@@ -259,5 +301,7 @@ def test_gradient_of_a_large_batch_is_that_of_the_mean_loss(objective):
 
 def test_half_precision_parameters_are_refused():
     apply, theta = model("plain", "bfloat16")
-    with pytest.raises(ValueError, match="parameters are bfloat16: small steps would be rounded away"):
+    with pytest.raises(
+        ValueError, match="parameters are bfloat16: small steps would be rounded away"
+    ):
         linearized_run(apply, theta, padded(PAIRS), DPO(), optax.sgd(0.1), 1)

@@ -16,7 +16,12 @@ SINGLE = [Pair([1, 5], [7], [8])]
 def step_of(kind, pairs, optimizer=None):
     apply, theta = model(kind, pairs=pairs)
     batch = padded(pairs)
-    return apply, theta, batch, optimizer_step(apply, theta, batch, DPO(), optimizer or optax.sgd(1.0)).direction
+    return (
+        apply,
+        theta,
+        batch,
+        optimizer_step(apply, theta, batch, DPO(), optimizer or optax.sgd(1.0)).direction,
+    )
 
 
 def table(apply, theta, batch):
@@ -26,7 +31,10 @@ def table(apply, theta, batch):
 @pytest.mark.parametrize("optimizer", [optax.sgd(1.0), optax.adam(1.0)], ids=["sgd", "adam"])
 def test_every_tokens_change_is_right_to_first_order(optimizer):
     apply, theta, batch, direction = step_of("plain", PAIRS, optimizer)
-    predicted, start = np.asarray(token_displacement(apply, theta, batch, direction)), table(apply, theta, batch)
+    predicted, start = (
+        np.asarray(token_displacement(apply, theta, batch, direction)),
+        table(apply, theta, batch),
+    )
     factors = np.geomspace(1e-5, 1e-3, 4) / np.abs(predicted).max()
     valid = np.asarray(batch.valid)
     miss = []

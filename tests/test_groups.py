@@ -65,7 +65,10 @@ def test_kernel_and_rates_against_autodiff(seed):
     close(group_kernel(group), np.einsum("ivd,jvd->ij", g, g))
     weights = np.random.default_rng(seed).normal(size=5)
     step = jnp.asarray(np.einsum("j,jvd->vd", weights, g))
-    close(group_rates(group, jnp.asarray(weights)), jax.jvp(lambda w: log_probs(w, group), (w,), (step,))[1])
+    close(
+        group_rates(group, jnp.asarray(weights)),
+        jax.jvp(lambda w: log_probs(w, group), (w,), (step,))[1],
+    )
 
 
 def test_nthr_is_its_double_sum():
@@ -146,7 +149,10 @@ def test_a_pair_is_a_group_of_two():
     for i in (0, 1):
         group = read_group(apply, theta, PAIRS[i].prompt, [PAIRS[i].chosen, PAIRS[i].rejected])
         k = group_kernel(group)
-        close([k[0, 0], k[0, 1], k[1, 1]], [kernel.sq_chosen[i], kernel.inner[i], kernel.sq_rejected[i]])
+        close(
+            [k[0, 0], k[0, 1], k[1, 1]],
+            [kernel.sq_chosen[i], kernel.inner[i], kernel.sq_rejected[i]],
+        )
         close(gwhes(group, pair, jnp.array([1.0, -1.0])), np.array([gap[i], 0.0]))
         close(nthr(group, pair).sum(), kernel.inner[i])
 
@@ -159,13 +165,19 @@ def test_reading_a_group_of_unequal_lengths():
     np.testing.assert_array_equal(group.valid.sum(1), [4, 1, 3])
 
     def alone(table, answer):
-        logits = apply({**theta, "unembedding": {"table": table}}, jnp.array([(*prompt, *answer)])).logits[0]
+        logits = apply(
+            {**theta, "unembedding": {"table": table}}, jnp.array([(*prompt, *answer)])
+        ).logits[0]
         every = jax.nn.log_softmax(logits[len(prompt) - 1 : -1])
         return sum(every[k, y] for k, y in enumerate(answer))
 
     table = theta["unembedding"]["table"]
     values, g = zip(
-        *(jax.jit(jax.value_and_grad(alone), static_argnums=1)(table, answer) for answer in answers), strict=True
+        *(
+            jax.jit(jax.value_and_grad(alone), static_argnums=1)(table, answer)
+            for answer in answers
+        ),
+        strict=True,
     )
     close(log_probs(table, group), np.array(values))
     close(group_kernel(group), np.array([[(a * b).sum() for b in g] for a in g]))

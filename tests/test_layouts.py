@@ -53,7 +53,9 @@ def test_positions_restart_at_the_rejected_response():
     apply, theta = model("plain")
     batch = packed(PAIRS)
     right = responses(apply, theta, batch).logp
-    running = jnp.broadcast_to(jnp.arange(batch.tokens.shape[-1], dtype=jnp.int32)[None, None], batch.positions.shape)
+    running = jnp.broadcast_to(
+        jnp.arange(batch.tokens.shape[-1], dtype=jnp.int32)[None, None], batch.positions.shape
+    )
     wrong = responses(apply, theta, dataclasses.replace(batch, positions=running)).logp
     assert np.abs(wrong[:, 1] - right[:, 1]).min() > 1e-6
 
@@ -96,7 +98,9 @@ def test_sizes_that_are_too_small_are_refused():
 
 
 def test_what_is_no_token_id_is_refused():
-    with pytest.raises(ValueError, match="pair 0: token id -3 is outside any vocabulary: ids count from 0"):
+    with pytest.raises(
+        ValueError, match="pair 0: token id -3 is outside any vocabulary: ids count from 0"
+    ):
         padded([Pair([1], [4, -3], [2])])
     for alien in ("hello", [1.5], [None]):
         with pytest.raises(ValueError, match=r"prompt must hold token ids .* tokenize text first"):

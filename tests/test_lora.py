@@ -9,7 +9,14 @@ from helpers import PAIRS, close, model
 
 from simgrad.models import add_lora, merge_lora
 from simgrad.pairs import padded
-from simgrad.theory import by_layer, by_matrix, entanglement_kernel, pair_kernel, pair_kernel_blocks, responses
+from simgrad.theory import (
+    by_layer,
+    by_matrix,
+    entanglement_kernel,
+    pair_kernel,
+    pair_kernel_blocks,
+    responses,
+)
 
 TARGETS = ["layers/attention/query/kernel", "layers/mlp/*/kernel"]
 
@@ -19,7 +26,9 @@ def adapted(rank=2, trained=True, alpha=3.0):
     lora, parameters = add_lora(apply, theta, TARGETS, rank, alpha)
     if trained:  # adapters some way into training
         noise = np.random.default_rng(0)
-        parameters["lora"] = jax.tree.map(lambda x: x + 0.2 * noise.normal(size=x.shape), parameters["lora"])
+        parameters["lora"] = jax.tree.map(
+            lambda x: x + 0.2 * noise.normal(size=x.shape), parameters["lora"]
+        )
     return apply, theta, lora, parameters
 
 
@@ -36,12 +45,19 @@ def test_kernel_is_the_projection_of_the_full_one():
     """s² (⟨G Bᵀ, G' Bᵀ⟩ + ⟨Aᵀ G, Aᵀ G'⟩) with G the full gradient at the merged parameters."""
     apply, _, lora, parameters = adapted()
     merged = merge_lora(lora, parameters)
-    rows = [reference.gradient(apply, merged, p.prompt, r) for p in PAIRS for r in (p.chosen, p.rejected)]
+    rows = [
+        reference.gradient(apply, merged, p.prompt, r)
+        for p in PAIRS
+        for r in (p.chosen, p.rejected)
+    ]
     projected = []
     for g in rows:
         leaves = {
             "layers/attention/query/kernel": g["layers"]["attention"]["query"]["kernel"],
-            **{f"layers/mlp/{n}/kernel": g["layers"]["mlp"][n]["kernel"] for n in g["layers"]["mlp"]},
+            **{
+                f"layers/mlp/{n}/kernel": g["layers"]["mlp"][n]["kernel"]
+                for n in g["layers"]["mlp"]
+            },
         }
         parts = []
         for name, factors in parameters["lora"].items():
@@ -74,7 +90,11 @@ def test_layers_and_matrices_can_be_asked_for():
     blocks = pair_kernel_blocks(lora, parameters, padded(PAIRS))
     layers, matrices = by_layer(blocks), by_matrix(blocks)
     assert set(layers) == {"layer 0", "layer 1"}
-    assert set(matrices) == {"lora/attention/query/kernel", "lora/mlp/up/kernel", "lora/mlp/down/kernel"}
+    assert set(matrices) == {
+        "lora/attention/query/kernel",
+        "lora/mlp/up/kernel",
+        "lora/mlp/down/kernel",
+    }
     whole = pair_kernel(lora, parameters, padded(PAIRS)).inner
     for groups in (layers, matrices):
         close(sum(k.inner for k in groups.values()), whole)
@@ -83,22 +103,30 @@ def test_layers_and_matrices_can_be_asked_for():
 
     def split(first, rest):
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
-        return responses(lora, {"base": parameters["base"], "lora": both}, padded(PAIRS[:1])).logp[0]
+        return responses(lora, {"base": parameters["base"], "lora": both}, padded(PAIRS[:1])).logp[
+            0
+        ]
 
     w, l = (jax.grad(lambda f, s=s: split(f, rest)[s])(first) for s in (0, 1))  # noqa: E741
-    inner = sum(float((a * b).sum()) for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(l), strict=True))
+    inner = sum(
+        float((a * b).sum()) for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(l), strict=True)
+    )
     np.testing.assert_allclose(layers["layer 0"].inner[0], inner, rtol=1e-9)
 
 
 def test_refuses_targets_that_are_not_there():
     apply, theta = model("plain")
-    with pytest.raises(ValueError, match="no matrix matches 'q_proj'; there are: layers/attention/key/kernel"):
+    with pytest.raises(
+        ValueError, match="no matrix matches 'q_proj'; there are: layers/attention/key/kernel"
+    ):
         add_lora(apply, theta, ["q_proj"])
     with pytest.raises(ValueError, match="no matrix matches 'final_norm/scale'"):
         add_lora(apply, theta, ["final_norm/scale"])
     with pytest.raises(ValueError, match="no matrix matches 'unembedding/table'"):
         add_lora(apply, theta, ["unembedding/table"])
-    with pytest.raises(ValueError, match="targets takes a list of one or more patterns, got 'layers/"):
+    with pytest.raises(
+        ValueError, match="targets takes a list of one or more patterns, got 'layers/"
+    ):
         add_lora(apply, theta, "layers/*")
     with pytest.raises(ValueError, match="include takes a list of patterns"):
         pair_kernel(apply, theta, padded(PAIRS), "layers/*")

@@ -15,9 +15,10 @@ from helpers import close, write_checkpoint
 from mesh_runs import CHECKPOINTS, MESHES
 
 import simgrad
-from simgrad.bridge import Policy, ScoreTable, checkpoint, device_mesh
-from simgrad.bridge.fingerprint import fingerprint
-from simgrad.bridge.mesh import spec
+from simgrad.bridge import Policy, ScoreTable, device_mesh
+from simgrad.bridge.checkpoints import policy as checkpoint
+from simgrad.bridge.checkpoints.mesh import spec
+from simgrad.bridge.engine.fingerprint import fingerprint
 from simgrad.cli.parsing import mesh_axes
 from simgrad.cli.runtime import connect
 from simgrad.models import ModelConfig, create
@@ -32,7 +33,11 @@ def run(*commands, cache, seconds=150):
     environment = {**os.environ, "XLA_FLAGS": flags, "SIMGRAD_CACHE": str(cache), "COLUMNS": "100"}
     started = [
         subprocess.Popen(
-            [str(x) for x in command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [str(x) for x in command],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for command in commands
     ]
@@ -81,12 +86,17 @@ def table(folder, name):
     return ScoreTable.load(folder / f"{name}.parquet")
 
 
-@pytest.mark.parametrize(("name", "data", "model"), [(n, *mesh) for n in CHECKPOINTS for mesh in MESHES[n]])
+@pytest.mark.parametrize(
+    ("name", "data", "model"), [(n, *mesh) for n in CHECKPOINTS for mesh in MESHES[n]]
+)
 def test_a_mesh_gives_the_table_of_one_device(folder, name, data, model):
     one, many = table(folder, name), table(folder, f"{name}-{data}-{model}")
     assert len(one) == 7
     same(many, one)
-    assert (one.metadata["run"]["mesh"], many.metadata["run"]["mesh"]) == (None, f"data={data},model={model}")
+    assert (one.metadata["run"]["mesh"], many.metadata["run"]["mesh"]) == (
+        None,
+        f"data={data},model={model}",
+    )
     runs = [{k: v for k, v in t.metadata["run"].items() if k != "mesh"} for t in (one, many)]
     assert runs[0] == runs[1]
 
@@ -99,7 +109,10 @@ def test_without_gradients_too(folder):
 def two_processes(folder):
     (folder / "alien.parquet").write_text("not ours")
     port = free_port()
-    run(*([*PROGRAM, "process", folder, port, number] for number in range(2)), cache=folder / "cache")
+    run(
+        *([*PROGRAM, "process", folder, port, number] for number in range(2)),
+        cache=folder / "cache",
+    )
     return [json.loads((folder / f"found-{number}.json").read_text()) for number in range(2)]
 
 
@@ -107,7 +120,13 @@ def test_two_processes_give_the_same_table_interrupted_or_not(folder, two_proces
     for found in two_processes:
         assert found["interrupted"] == "Interrupted: "
         assert found["seen"] == [3, 3, 3, 4, 5, 6, 7]  # three were there already
-    for name in ("two", "two-of-process-0", "two-of-process-1", "again-of-process-0", "again-of-process-1"):
+    for name in (
+        "two",
+        "two-of-process-0",
+        "two-of-process-1",
+        "again-of-process-0",
+        "again-of-process-1",
+    ):
         same(table(folder, name), table(folder, "gqa"))
     assert not list(folder.glob("*.partial.jsonl*"))
 
@@ -120,23 +139,52 @@ def test_each_process_reads_only_what_its_devices_hold(two_processes):
 
 def test_what_fails_on_one_process_fails_on_all(two_processes):
     for found in two_processes:
-        assert "different arguments (learning_rate: 0.1 on process 0, 1.1 on process 1)" in found["arguments"]
+        assert (
+            "different arguments (learning_rate: 0.1 on process 0, 1.1 on process 1)"
+            in found["arguments"]
+        )
         assert "none.jsonl: no such file" in found["data"]
         assert "alien.parquet is not a score table of simgrad" in found["out"]
 
 
 def test_the_command_in_two_processes(folder, tmp_path):
-    rows = [{"prompt": "is it", "chosen": f" {a}", "rejected": f" {b} so"} for a in ("yes", "good") for b in ("no",)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"chosen": " so"}])))
-    score = [*COMMAND, "score", "--model", folder / "gqa", "--data", tmp_path / "pairs.jsonl", "--no-gradients"]
+    rows = [
+        {"prompt": "is it", "chosen": f" {a}", "rejected": f" {b} so"}
+        for a in ("yes", "good")
+        for b in ("no",)
+    ]
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(map(json.dumps, [*rows, rows[0] | {"chosen": " so"}]))
+    )
+    score = [
+        *COMMAND,
+        "score",
+        "--model",
+        folder / "gqa",
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--no-gradients",
+    ]
     score += ["--out", tmp_path / "two.parquet", "--dtype", "float64"]
-    many = ["--mesh", "data=2,model=2", "--coordinator", f"localhost:{free_port()}", "--processes", 2]
+    many = [
+        "--mesh",
+        "data=2,model=2",
+        "--coordinator",
+        f"localhost:{free_port()}",
+        "--processes",
+        2,
+    ]
     out = run(*([*score, *many, "--process", i] for i in range(2)), cache=folder / "cache")
     assert "3 pairs scored" in out[0]
     assert "scored" not in out[1]
     two = ScoreTable.load(tmp_path / "two.parquet")
     assert two.metadata["run"]["mesh"] == "data=2,model=2"
-    same(two, simgrad.score(simgrad.load(folder / "gqa", "float64"), tmp_path / "pairs.jsonl", gradients=False))
+    same(
+        two,
+        simgrad.score(
+            simgrad.load(folder / "gqa", "float64"), tmp_path / "pairs.jsonl", gradients=False
+        ),
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +210,10 @@ def test_meshes_that_cannot_be_are_named(text, message):
         ((None, "auto", 2, None), "--processes and --process go with --coordinator HOST:PORT"),
         ((None, "host:1", 2, None), "needs --processes N, and --process I from 0 to N - 1"),
         ((None, "host:1", 2, 2), "needs --processes N, and --process I from 0 to N - 1"),
-        (({"data": 3, "model": 1}, "host:1", 2, 0), "3 devices, which 2 processes cannot share equally"),
+        (
+            ({"data": 3, "model": 1}, "host:1", 2, 0),
+            "3 devices, which 2 processes cannot share equally",
+        ),
     ],
 )
 def test_process_arguments_that_do_not_go_together_are_named(arguments, message):
@@ -171,15 +222,30 @@ def test_process_arguments_that_do_not_go_together_are_named(arguments, message)
 
 
 def test_without_a_cluster_the_coordinator_must_be_named(tmp_path):
-    score = [*COMMAND, "score", "--model", "m", "--data", "d", "--out", "o.parquet", "--coordinator", "auto"]
-    done = subprocess.run(score, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    score = [
+        *COMMAND,
+        "score",
+        "--model",
+        "m",
+        "--data",
+        "d",
+        "--out",
+        "o.parquet",
+        "--coordinator",
+        "auto",
+    ]
+    done = subprocess.run(
+        score, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False
+    )
     assert done.returncode == 2
     assert "--coordinator auto: JAX finds no processes" in done.stderr
     assert "give --coordinator HOST:PORT --processes N --process I" in done.stderr
 
 
 def test_a_mesh_has_as_many_devices_as_there_are():
-    with pytest.raises(ValueError, match=r"takes 6 devices, but JAX has 1 \(cpu\): .*device_count=6"):
+    with pytest.raises(
+        ValueError, match=r"takes 6 devices, but JAX has 1 \(cpu\): .*device_count=6"
+    ):
         device_mesh(2, 3)
     with pytest.raises(ValueError, match="both axes must be at least 1"):
         device_mesh(0)
@@ -187,7 +253,9 @@ def test_a_mesh_has_as_many_devices_as_there_are():
 
 def test_heads_are_never_cut():
     """24 features of three heads divide by 4 and by 2; the heads do not."""
-    config = ModelConfig(vocab_size=33, width=18, heads=3, head_dim=8, mlp_width=20, qkv_bias=True, tied=True)
+    config = ModelConfig(
+        vocab_size=33, width=18, heads=3, head_dim=8, mlp_width=20, qkv_bias=True, tied=True
+    )
     _, theta = create(config)
     specs = {path: spec(path, config, 4) for path in simgrad.tree.names(theta)}
     assert {path: tuple(s) for path, s in specs.items() if len(s)} == {
@@ -199,8 +267,16 @@ def test_heads_are_never_cut():
 def test_parameters_of_a_world_go_on_a_mesh(monkeypatch):
     config = ModelConfig(vocab_size=9, width=8, depth=1, heads=2)
     apply, theta = create(config)
-    monkeypatch.setattr(checkpoint, "world_policy", lambda source, dtype: (apply, theta, config, None))
+    monkeypatch.setattr(
+        checkpoint, "world_policy", lambda source, dtype: (apply, theta, config, None)
+    )
     policy = simgrad.load("world:verdicts", mesh=device_mesh())
     jax.tree.map(np.testing.assert_array_equal, policy.theta, theta)
-    assert {leaf.sharding.mesh.axis_names for leaf in jax.tree.leaves(policy.theta)} == {("data", "model")}
-    assert fingerprint(policy.theta) == fingerprint(theta) == fingerprint(jax.tree.map(np.asarray, theta))
+    assert {leaf.sharding.mesh.axis_names for leaf in jax.tree.leaves(policy.theta)} == {
+        ("data", "model")
+    }
+    assert (
+        fingerprint(policy.theta)
+        == fingerprint(theta)
+        == fingerprint(jax.tree.map(np.asarray, theta))
+    )

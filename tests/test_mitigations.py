@@ -87,7 +87,9 @@ def test_projection_spares_the_chosen_but_not_always_the_rejected():
     close(change.rejected, (step * l).sum(-1))
     assert (change.chosen > 0).all()
     np.testing.assert_allclose(
-        np.asarray(change.chosen)[conflict], np.asarray(d.chosen * kernel.sq_chosen)[conflict], rtol=1e-9
+        np.asarray(change.chosen)[conflict],
+        np.asarray(d.chosen * kernel.sq_chosen)[conflict],
+        rtol=1e-9,
     )
     assert (regime(kernel, projected) == Regime.BOTH_RISE).any()
 
@@ -96,7 +98,11 @@ def test_projection_spares_the_chosen_but_not_always_the_rejected():
 def test_a_vanishing_gradient_leaves_the_coefficients_alone(remedy):
     """A model that is certain of a response in float32 has no gradient left; nothing becomes nan."""
     zero, one = jnp.zeros(1), jnp.ones(1)
-    for kernel in (PairKernel(zero, zero, one), PairKernel(one, zero, zero), PairKernel(zero, zero, zero)):
+    for kernel in (
+        PairKernel(zero, zero, one),
+        PairKernel(one, zero, zero),
+        PairKernel(zero, zero, zero),
+    ):
         d = Coefficients(2 * one, 3 * one)
         close(remedy(d, kernel), d)
         assert band(kernel, d).inside.all()
@@ -122,7 +128,9 @@ def test_training_on_the_surrogate_does_what_theory_says(remedy):
     rates = np.geomspace(1e-5, 1e-3, 3) / np.abs(predicted).max()
     miss = []
     for r in rates:
-        moved = responses(apply, jax.tree.map(lambda t, g, r=r: t - r * g, theta, gradient), batch).logp
+        moved = responses(
+            apply, jax.tree.map(lambda t, g, r=r: t - r * g, theta, gradient), batch
+        ).logp
         miss.append(np.abs(np.asarray(moved - start)[0] - r * predicted))
     np.testing.assert_allclose(np.polyfit(np.log(rates), np.log(miss), 1)[0], 2.0, atol=0.1)
 
@@ -201,7 +209,9 @@ def test_sparse_mask_closes_tokens_as_its_penalty_grows():
             parameters = jax.tree.map(lambda p, g: p - 0.1 * g, parameters, gradient(parameters))
         return float(mask.weights(parameters, result.hidden, batch.valid).sum())
 
-    start = float(SparseMask().weights(SparseMask().init(8, "float64"), result.hidden, batch.valid).sum())
+    start = float(
+        SparseMask().weights(SparseMask().init(8, "float64"), result.hidden, batch.valid).sum()
+    )
     assert start == pytest.approx(int(batch.valid.sum()) / (1 + np.exp(-2.0)))
     light, heavy = trained(0.01), trained(1.0)
     assert heavy < 0.3 * start < light

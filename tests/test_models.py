@@ -26,7 +26,9 @@ def test_impossible_shapes_are_refused(fields, text):
 
 
 def test_initial_scales():
-    scales = InitScales(embedding=0.5, positions=0.2, matrices=2.0, unembedding=0.05, final_norm=0.3)
+    scales = InitScales(
+        embedding=0.5, positions=0.2, matrices=2.0, unembedding=0.05, final_norm=0.3
+    )
     _, theta = create(ModelConfig(vocab_size=2000, width=64, depth=3, max_length=2000, init=scales))
     expected = {
         ("embedding", "table"): 0.5,
@@ -88,13 +90,17 @@ def test_scaled_rope_frequencies():
     linear, _ = rope_frequencies(Rope(theta=1e4, kind="linear", factor=4.0), 64, 2048)
     close(linear, base / 4)
     llama3, _ = rope_frequencies(
-        Rope(theta=1e4, kind="llama3", factor=8.0, original_max_length=2048, low_freq_factor=1.0), 64, 8192
+        Rope(theta=1e4, kind="llama3", factor=8.0, original_max_length=2048, low_freq_factor=1.0),
+        64,
+        8192,
     )
     wavelength = 2 * np.pi / base
     close(llama3[wavelength < 2048 / 4], base[wavelength < 2048 / 4])
     close(llama3[wavelength > 2048], base[wavelength > 2048] / 8)
     assert (np.diff(llama3) < 0).all()
-    yarn, factor = rope_frequencies(Rope(theta=1e4, kind="yarn", factor=4.0, original_max_length=2048), 64, 8192)
+    yarn, factor = rope_frequencies(
+        Rope(theta=1e4, kind="yarn", factor=4.0, original_max_length=2048), 64, 8192
+    )
     close(yarn[0], base[0])
     close(yarn[-1], base[-1] / 4)
     assert factor == pytest.approx(0.1 * math.log(4) + 1)
@@ -111,4 +117,8 @@ def test_padding_reads_padding_and_nothing_reads_padding():
 def test_linear_softmax_freezes_features_and_keeps_contexts():
     apply, theta = linear_softmax(PAIRS, 13)
     assert apply.frozen == ("features/*",)
-    assert len(contexts_of(PAIRS)) == theta["features"]["table"].shape[0] == len(set(contexts_of(PAIRS)))
+    assert (
+        len(contexts_of(PAIRS))
+        == theta["features"]["table"].shape[0]
+        == len(set(contexts_of(PAIRS)))
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from simgrad.figures import notebook as sliders
+from simgrad.drawing import notebook as sliders
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'simgrad[notebooks]'")
 
@@ -25,7 +25,9 @@ SMALL = {
     "06_predict_a_run": "SEED, PAIRS, RATES = 0, 32, (0.01,)",
 }
 LONGEST, LARGEST = 15, 400_000
-SOMEWHERE = re.compile(rf"{re.escape(str(HERE.parent))}|/home/|/root/|/Users/|[A-Z]:\\\\|0x[0-9a-f]{{6,}}")
+SOMEWHERE = re.compile(
+    rf"{re.escape(str(HERE.parent))}|/home/|/root/|/Users/|[A-Z]:\\\\|0x[0-9a-f]{{6,}}"
+)
 
 
 def named(path):
@@ -42,7 +44,9 @@ def test_all_notebooks_are_known():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
 def test_cells_are_short_and_one_holds_the_parameters(path):
-    lines = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code_cells(path)]
+    lines = [
+        sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code_cells(path)
+    ]
     assert max(lines) <= LONGEST
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code_cells(path)) == 1
 
@@ -52,7 +56,11 @@ def test_outputs_are_those_of_one_run_from_start_to_end(path):
     cells = code_cells(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
-    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert {output.output_type for output in outputs} <= {
+        "stream",
+        "display_data",
+        "execute_result",
+    }
     assert all(output.name == "stdout" for output in outputs if output.output_type == "stream")
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
     assert all("widget" not in kind for output in outputs for kind in output.get("data", {}))
@@ -66,13 +74,19 @@ def test_files_are_small_and_say_nothing_of_where_and_when(path):
     assert [cell.id for cell in whole.cells] == [f"cell-{i:02d}" for i in range(len(whole.cells))]
     for cell in whole.cells:
         for output in cell.get("outputs", []):
-            text = output.get("text", "") + json.dumps({k: v for k, v in output.get("data", {}).items() if "text" in k})
+            text = output.get("text", "") + json.dumps(
+                {k: v for k, v in output.get("data", {}).items() if "text" in k}
+            )
             assert not SOMEWHERE.search(text)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
 def test_links_between_notebooks_lead_somewhere(path):
-    text = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    text = "".join(
+        cell.source
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "markdown"
+    )
     for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
         assert (path.parent / target).exists(), target
 
@@ -88,7 +102,9 @@ def environment(tmp_path_factory):
 def test_it_runs_at_reduced_size(path, environment):
     pytest.importorskip("IPython", reason="pip install 'simgrad[notebooks]'")
     command = [sys.executable, str(HERE / "notebook_runs.py"), path.stem, SMALL[path.stem]]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -103,7 +119,9 @@ def test_a_kernel_executes_to_the_same_bytes_twice(tmp_path, environment):
     for _ in range(2):
         nbformat.write(whole, tmp_path / "few.ipynb")
         command = [sys.executable, str(tmp_path / "execute.py"), "few"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr
         found.append((tmp_path / "few.ipynb").read_bytes())
     assert found[0] == found[1]

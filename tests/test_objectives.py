@@ -99,7 +99,9 @@ def test_divergences_are_finite_at_extremes(divergence):
     one = (jnp.ones(grid.shape[1], int),) * 2
     objective = FDivergence(DPO(), divergence, alpha=-1.5)
     d = objective.coefficients(*grid, *one)
-    assert all(bool(jnp.isfinite(x).all()) for x in (objective.loss(*grid, *one), d.chosen, d.rejected))
+    assert all(
+        bool(jnp.isfinite(x).all()) for x in (objective.loss(*grid, *one), d.chosen, d.rejected)
+    )
 
 
 # modifiers
@@ -138,7 +140,11 @@ def test_no_smoothing_is_no_change_and_some_is_one(wrap):
 
 @pytest.mark.parametrize("objective", [*map(objectives.get, NAMES)], ids=repr)
 def test_swapping_twice_is_no_change_and_once_exchanges_the_coefficients(objective):
-    once, twice, d = Swapped(objective), Swapped(Swapped(objective)), objective.coefficients(*swap(ARGS))
+    once, twice, d = (
+        Swapped(objective),
+        Swapped(Swapped(objective)),
+        objective.coefficients(*swap(ARGS)),
+    )
     close(twice.loss(*ARGS), objective.loss(*ARGS))
     close(once.coefficients(*ARGS).chosen, -d.rejected)
     close(once.coefficients(*ARGS).rejected, -d.chosen)
@@ -149,9 +155,14 @@ def test_length_normalization():
     for inner in (DPO(B), IPO(B), SimPO()):
         normalized = LengthNormalized(inner)
         close(normalized.loss(*ARGS[:4], one, one), inner.loss(*ARGS[:4], one, one))
-    per_token = [jnp.asarray(x / n) for x, n in zip((W, L, REF_W, REF_L), (LEN_W, LEN_L) * 2, strict=True)]
+    per_token = [
+        jnp.asarray(x / n) for x, n in zip((W, L, REF_W, REF_L), (LEN_W, LEN_L) * 2, strict=True)
+    ]
     close(LengthNormalized(IPO(B)).loss(*ARGS), IPO(B).loss(*per_token, one, one))
-    d, inner = LengthNormalized(IPO(B)).coefficients(*ARGS), IPO(B).coefficients(*per_token, one, one)
+    d, inner = (
+        LengthNormalized(IPO(B)).coefficients(*ARGS),
+        IPO(B).coefficients(*per_token, one, one),
+    )
     close(np.asarray(d.chosen) * LEN_W, inner.chosen)
     close(np.asarray(d.rejected) * LEN_L, inner.rejected)
 
@@ -199,7 +210,11 @@ def test_alphapo_tends_to_simpo():
     simpo = SimPO(2.0, 0.5).loss(*ARGS)
     close(objectives.get("alphapo", beta=2.0, gamma=0.5, alpha=0.0).loss(*ARGS), simpo)
     misses = [
-        float(jnp.abs(objectives.get("alphapo", beta=2.0, gamma=0.5, alpha=a).loss(*ARGS) - simpo).max())
+        float(
+            jnp.abs(
+                objectives.get("alphapo", beta=2.0, gamma=0.5, alpha=a).loss(*ARGS) - simpo
+            ).max()
+        )
         for a in (2e-4, 1e-4)
     ]
     assert 1.9 < misses[0] / misses[1] < 2.1
@@ -223,7 +238,10 @@ def test_sums_are_linear():
     close(combined.coefficients(*ARGS).chosen, 2 * dpo.coefficients(*ARGS).chosen + 0.5)
     assert 2 * (dpo + 0.5 * sft) + IPO() == Combined((dpo, sft, IPO()), (2.0, 1.0, 1.0))
     assert repr(dpo + 0.5 * sft) == "DPO(beta=0.3) + 0.5 * SFT(normalization='sum')"
-    close((dpo + 0.5 * SFT("length")).loss(*ARGS), objectives.get("dpo_sft", beta=B, sft_weight=0.5).loss(*ARGS))
+    close(
+        (dpo + 0.5 * SFT("length")).loss(*ARGS),
+        objectives.get("dpo_sft", beta=B, sft_weight=0.5).loss(*ARGS),
+    )
 
 
 def test_normalizations_of_sft():
@@ -247,14 +265,18 @@ def test_sorting_couples_through_values_while_reference_points_are_detached():
     moved = [ARGS[0].at[1:].add(3.0), *ARGS[1:]]
     for objective in (AOT(B), objectives.get("aot_unpaired", beta=B), BCO(B), KTOPair(B)):
         change = objective.coefficients(*moved).chosen[0] - objective.coefficients(*ARGS).chosen[0]
-        other = objective.coefficients(*moved).rejected[0] - objective.coefficients(*ARGS).rejected[0]
+        other = (
+            objective.coefficients(*moved).rejected[0] - objective.coefficients(*ARGS).rejected[0]
+        )
         assert max(abs(change), abs(other)) > 1e-4
     # were z_0 and δ differentiated, the loss of one pair would pull on the others
     for objective in (BCO(B), KTOPair(B)):
         first = jax.grad(lambda w, o=objective: o.loss(w, *ARGS[1:])[0])(ARGS[0])
         assert first[0] != 0
         np.testing.assert_array_equal(first[1:], 0)
-    pulled = jax.grad(lambda x: objectives.get("aot_unpaired").loss(ARGS[0], x, *ARGS[2:])[0])(ARGS[1])
+    pulled = jax.grad(lambda x: objectives.get("aot_unpaired").loss(ARGS[0], x, *ARGS[2:])[0])(
+        ARGS[1]
+    )
     assert np.flatnonzero(pulled).tolist() == np.flatnonzero(MATCHED_L[0] == Q.dl).tolist()
 
 
@@ -277,7 +299,9 @@ def test_a_single_pair_is_its_own_batch():
 
 
 def at(objective, w, l, ref_w=0.0, ref_l=0.0, n=(1, 1)):  # noqa: E741
-    d = objective.coefficients(*(jnp.array([float(x)]) for x in (w, l, ref_w, ref_l)), *(jnp.array([k]) for k in n))
+    d = objective.coefficients(
+        *(jnp.array([float(x)]) for x in (w, l, ref_w, ref_l)), *(jnp.array([k]) for k in n)
+    )
     return float(d.chosen[0]), float(d.rejected[0])
 
 
@@ -324,19 +348,31 @@ def test_orpo_meets_certainty_with_its_limit():
         (lambda: objectives.get("dpoo"), "unknown objective 'dpoo'; did you mean 'dpo'"),
         (lambda: objectives.get("sigmoid"), "did you mean 'trl:sigmoid'"),
         (lambda: objectives.get("apo_zero_unpaired"), "did you mean 'trl:kto/apo_zero_unpaired'"),
-        (lambda: objectives.get("xyz"), "there are: alphapo, aot, .*sppo_hard; TRL's loss types as trl:"),
+        (
+            lambda: objectives.get("xyz"),
+            "there are: alphapo, aot, .*sppo_hard; TRL's loss types as trl:",
+        ),
         (lambda: objectives.describe("xyz"), "unknown objective 'xyz'"),
-        (lambda: objectives.get("dpo", gamma=1.0), "dpo has no hyperparameter gamma; it takes: beta"),
+        (
+            lambda: objectives.get("dpo", gamma=1.0),
+            "dpo has no hyperparameter gamma; it takes: beta",
+        ),
         (lambda: objectives.get("ipo", beta=0.0), "ipo: beta must be positive, got 0.0"),
         (lambda: objectives.get("simpo", beta=float("nan")), "beta must be positive"),
         (lambda: objectives.get("simpo", gamma=float("inf")), "gamma must be finite"),
         (lambda: objectives.get("cdpo", beta=-1.0), "beta must be positive, got -1.0"),
         (lambda: objectives.get("cdpo", epsilon=1.0), r"epsilon must lie in \[0, 1\), got 1.0"),
-        (lambda: objectives.get("robust_dpo", epsilon=0.5), r"epsilon must lie in \[0, 0.5\), got 0.5"),
+        (
+            lambda: objectives.get("robust_dpo", epsilon=0.5),
+            r"epsilon must lie in \[0, 0.5\), got 0.5",
+        ),
         (lambda: EXO(0.1, 0.0), r"epsilon must lie in \(0, 1\), got 0.0"),
         (lambda: objectives.get("dpop", penalty=-1.0), "penalty must be non-negative"),
         (lambda: objectives.get("bco", delta=float("nan")), "delta must be finite"),
-        (lambda: objectives.get("dpo_sft", sft_weight=-1.0), "dpo_sft: sft_weight must be non-negative"),
+        (
+            lambda: objectives.get("dpo_sft", sft_weight=-1.0),
+            "dpo_sft: sft_weight must be non-negative",
+        ),
         (lambda: objectives.get("alphapo", alpha=float("nan")), "alphapo: alpha must be finite"),
         (lambda: Gated(DPO(), 0.0, 0.0), "temperature must be positive"),
         (lambda: Combined((DPO(),), ()), "a weight for each objective"),

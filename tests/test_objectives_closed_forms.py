@@ -34,7 +34,9 @@ def ls(x):
 
 def quantities(w, l, ref_w, ref_l, n_w, n_l):  # noqa: E741
     """All that closed forms need, from the definitions."""
-    q = SimpleNamespace(w=w, l=l, n_w=n_w, n_l=n_l, dw=w - ref_w, dl=l - ref_l, mw=w / n_w, ml=l / n_l)
+    q = SimpleNamespace(
+        w=w, l=l, n_w=n_w, n_l=n_l, dw=w - ref_w, dl=l - ref_l, mw=w / n_w, ml=l / n_l
+    )
     q.m = q.dw - q.dl
     q.pw, q.pl = np.exp(q.mw), np.exp(q.ml)
     q.ow, q.ol = np.log(q.pw / (1 - q.pw)), np.log(q.pl / (1 - q.pl))
@@ -70,7 +72,9 @@ def _discopop(tau=0.05):
     z = B * Q.m
     k = s(z / tau)
     loss = (1 - k) * np.log1p(np.exp(-z)) + k * np.exp(-z)
-    slope = -(1 - k) * s(-z) - k * np.exp(-z) + ds(z / tau) / tau * (np.exp(-z) - np.log1p(np.exp(-z)))
+    slope = (
+        -(1 - k) * s(-z) - k * np.exp(-z) + ds(z / tau) / tau * (np.exp(-z) - np.log1p(np.exp(-z)))
+    )
     return {"beta": B, "tau": tau}, loss, both(-B * slope)
 
 
@@ -108,7 +112,10 @@ CLOSED = {  # hyperparameters, loss, (d_w, d_l)
         (-(1 - E) * np.log(s(B * Q.m)) + E * np.log(s(-B * Q.m))) / (1 - 2 * E),
         both(B * ((1 - E) * s(-B * Q.m) + E * s(B * Q.m)) / (1 - 2 * E)),
     ),
-    "simpo": ({"beta": 2.5, "gamma": G}, *_logit(2.5 * (Q.mw - Q.ml) - G, 2.5 / Q.n_w, 2.5 / Q.n_l)),
+    "simpo": (
+        {"beta": 2.5, "gamma": G},
+        *_logit(2.5 * (Q.mw - Q.ml) - G, 2.5 / Q.n_w, 2.5 / Q.n_l),
+    ),
     "alphapo": _alphapo(),
     "sigmoid_norm": ({"beta": B}, *_logit(B * (Q.dw / Q.n_w - Q.dl / Q.n_l), B / Q.n_w, B / Q.n_l)),
     "rrhf": (
@@ -132,7 +139,10 @@ CLOSED = {  # hyperparameters, loss, (d_w, d_l)
         {"beta": B, "penalty": LAM},
         *_logit(B * (Q.m - LAM * np.maximum(0, -Q.dw)), B * (1 + LAM * (Q.dw < 0)), B),
     ),
-    "dpo_shift": ({"beta": B, "rejected_weight": 0.6}, *_logit(B * (Q.dw - 0.6 * Q.dl), B, 0.6 * B)),
+    "dpo_shift": (
+        {"beta": B, "rejected_weight": 0.6},
+        *_logit(B * (Q.dw - 0.6 * Q.dl), B, 0.6 * B),
+    ),
     "cal_dpo": (
         {"beta": B},
         -np.log(s(Q.m)) + ((Q.dw - SMALL) ** 2 + (Q.dl + SMALL) ** 2) / 2,
@@ -143,8 +153,16 @@ CLOSED = {  # hyperparameters, loss, (d_w, d_l)
         1.3 * (1 - s(B * (Q.dw - 0.9))) + 0.8 * (1 - s(B * (0.9 - Q.dl))),
         (1.3 * B * ds(B * (Q.dw - 0.9)), 0.8 * B * ds(B * (0.9 - Q.dl))),
     ),
-    "sppo_hard": ({"beta": B}, (Q.dw - SMALL) ** 2 + (Q.dl + SMALL) ** 2, (2 * (SMALL - Q.dw), 2 * (Q.dl + SMALL))),
-    "bco_pair": ({"beta": B}, -np.log(s(B * Q.dw) * s(-B * Q.dl)), (B * s(-B * Q.dw), B * s(B * Q.dl))),
+    "sppo_hard": (
+        {"beta": B},
+        (Q.dw - SMALL) ** 2 + (Q.dl + SMALL) ** 2,
+        (2 * (SMALL - Q.dw), 2 * (Q.dl + SMALL)),
+    ),
+    "bco_pair": (
+        {"beta": B},
+        -np.log(s(B * Q.dw) * s(-B * Q.dl)),
+        (B * s(-B * Q.dw), B * s(B * Q.dl)),
+    ),
     "nca_pair": (
         {"beta": B},
         -np.log(s(B * Q.dw)) - np.log(s(-B * Q.dw) * s(-B * Q.dl)) / 2,
@@ -227,7 +245,9 @@ def test_coefficients_are_what_the_gradient_of_the_loss_pulls_with(name):
     a, b, h = RNG.normal(size=N), RNG.normal(size=N), 1e-6
     up = objective.loss(ARGS[0] + h * a, ARGS[1] + h * b, *ARGS[2:]).sum()
     down = objective.loss(ARGS[0] - h * a, ARGS[1] - h * b, *ARGS[2:]).sum()
-    np.testing.assert_allclose((up - down) / (2 * h), (d.rejected * b - d.chosen * a).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        (up - down) / (2 * h), (d.rejected * b - d.chosen * a).sum(), rtol=1e-5
+    )
 
 
 # what is printed
@@ -238,16 +258,47 @@ def evaluate(text, objective):
     starred = {"Δ_l*": MATCHED_L, "Δ_w*": MATCHED_W, "h*": MATCHED_REF, "z_w*": Q.zw, "z_l*": Q.zl}
     starred["δ*"] = getattr(objective, "beta", 0) * MEAN_REWARD / B
     names = {
-        **{"σ": s, "logσ": ls, "dσ": ds, "log": np.log, "exp": np.exp, "max": np.maximum, "I": lambda x: 1.0 * x},
-        **{"logπ_w": Q.w, "logπ_l": Q.l, "n_w": Q.n_w, "n_l": Q.n_l, "Δ_w": Q.dw, "Δ_l": Q.dl, "m": Q.m},
-        **{"μ_w": Q.mw, "μ_l": Q.ml, "p_w": Q.pw, "p_l": Q.pl, "o_w": Q.ow, "o_l": Q.ol, "inf": np.inf},
+        **{
+            "σ": s,
+            "logσ": ls,
+            "dσ": ds,
+            "log": np.log,
+            "exp": np.exp,
+            "max": np.maximum,
+            "I": lambda x: 1.0 * x,
+        },
+        **{
+            "logπ_w": Q.w,
+            "logπ_l": Q.l,
+            "n_w": Q.n_w,
+            "n_l": Q.n_l,
+            "Δ_w": Q.dw,
+            "Δ_l": Q.dl,
+            "m": Q.m,
+        },
+        **{
+            "μ_w": Q.mw,
+            "μ_l": Q.ml,
+            "p_w": Q.pw,
+            "p_l": Q.pl,
+            "o_w": Q.ow,
+            "o_l": Q.ol,
+            "inf": np.inf,
+        },
     }
     for field in dataclasses.fields(objective):
         names[objectives.SYMBOLS.get(field.name, field.name)] = getattr(objective, field.name)
     for k, symbol in enumerate(starred):
         text = text.replace(symbol, f"star_{k}")
         names[f"star_{k}"] = starred[symbol]
-    for printed, python in (("·", "*"), ("²", "**2"), ("|y_w|", "n_w"), ("|y_l|", "n_l"), ("σ'", "dσ"), ("∞", "inf")):
+    for printed, python in (
+        ("·", "*"),
+        ("²", "**2"),
+        ("|y_w|", "n_w"),
+        ("|y_l|", "n_l"),
+        ("σ'", "dσ"),
+        ("∞", "inf"),
+    ):
         text = text.replace(printed, python)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.broadcast_to(eval(text, {"__builtins__": {}}, names), N)
@@ -287,11 +338,21 @@ def test_the_catalog_agrees_with_what_the_objective_does(description):
     objective = objectives.get(description.name)
     d = objective.coefficients(*ARGS)
     assert description.uses_reference == objectives.uses_reference(objective)
-    assert description.batch_coupled == objectives.batch_coupled(objective) == (description.name in COUPLED)
+    assert (
+        description.batch_coupled
+        == objectives.batch_coupled(objective)
+        == (description.name in COUPLED)
+    )
     equal = bool(jnp.allclose(d.chosen, d.rejected, rtol=1e-12, atol=0))
     assert equal == (description.ratio == "1")
-    assert description.hyperparameters == {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
-    assert {f.name for f in dataclasses.fields(objective)} <= {*objectives.SYMBOLS, "normalization", "divergence"}
+    assert description.hyperparameters == {
+        f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)
+    }
+    assert {f.name for f in dataclasses.fields(objective)} <= {
+        *objectives.SYMBOLS,
+        "normalization",
+        "divergence",
+    }
     for text in (description.formula, description.ratio, description.source):
         assert text in type(objective).__doc__
 
@@ -299,6 +360,10 @@ def test_the_catalog_agrees_with_what_the_objective_does(description):
 def test_catalog_functions_work_inside_a_compiled_function():
     @jax.jit
     def f(x):
-        return x if objectives.uses_reference(IPO(0.11)) and not objectives.batch_coupled(IPO(0.11)) else -x
+        return (
+            x
+            if objectives.uses_reference(IPO(0.11)) and not objectives.batch_coupled(IPO(0.11))
+            else -x
+        )
 
     assert f(2.0) == 2.0

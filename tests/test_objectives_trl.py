@@ -37,7 +37,11 @@ REFERENCE = LOG_PROBS.sum(1) + RNG.normal(size=2 * PAIRS)
 
 def ours(objective, dtype="float64"):
     """Mean loss, and minus its gradient with respect to the 2n log-probs (chosen first)."""
-    columns = [jnp.asarray(x, dtype) for total in (LOG_PROBS.sum(1), REFERENCE) for x in (total[:PAIRS], total[PAIRS:])]
+    columns = [
+        jnp.asarray(x, dtype)
+        for total in (LOG_PROBS.sum(1), REFERENCE)
+        for x in (total[:PAIRS], total[PAIRS:])
+    ]
     lengths = [jnp.asarray(n) for n in LENGTHS]
     d = objective.coefficients(*columns, *lengths)
     force = np.concatenate([d.chosen, -d.rejected]) / PAIRS
@@ -56,7 +60,9 @@ def fake_model(log_probs):
     """What a model returns to TRL's trainers, a token ahead of the mask: the prompt has log-prob zero."""
     whole = torch.nn.functional.pad(log_probs, (PROMPT - 1, 0))
     zeros = torch.zeros_like(whole)
-    outputs = SimpleNamespace(log_probs=whole, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    outputs = SimpleNamespace(
+        log_probs=whole, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+    )
     return lambda **_: outputs
 
 
@@ -90,7 +96,14 @@ def default_dtype(dtype):
 
 
 def trl_dpo(loss_types, dtype, **config):
-    fields = ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "ld_alpha")
+    fields = (
+        "beta",
+        "label_smoothing",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "use_weighting",
+        "ld_alpha",
+    )
     options = defaults(DPOConfig, *fields, "loss_weights", "discopop_tau") | config
     self = trainer(
         loss_types=loss_types,
@@ -115,17 +128,23 @@ def value_and_force(loss, log_probs):
     """A sequence's log-prob is the sum of its tokens': each token must feel the same force."""
     (gradient,) = torch.autograd.grad(loss, log_probs)
     gradient = -gradient.numpy()
-    np.testing.assert_allclose(np.where(MASK, gradient, gradient[:, :1]), np.repeat(gradient[:, :1], LONGEST, 1))
+    np.testing.assert_allclose(
+        np.where(MASK, gradient, gradient[:, :1]), np.repeat(gradient[:, :1], LONGEST, 1)
+    )
     return loss.item(), gradient[:, 0]
 
 
 def same(got, expected, rtol=1e-10):
     np.testing.assert_allclose(got[0], expected[0], rtol=rtol)
-    np.testing.assert_allclose(got[1], expected[1], rtol=rtol, atol=rtol * np.abs(expected[1]).max())
+    np.testing.assert_allclose(
+        got[1], expected[1], rtol=rtol, atol=rtol * np.abs(expected[1]).max()
+    )
 
 
 DPO_CASES = [
-    *itertools.product([[name] for name in TRL_LOSS_TYPES["dpo"]], [{"label_smoothing": 0.13, "beta": 0.7}]),
+    *itertools.product(
+        [[name] for name in TRL_LOSS_TYPES["dpo"]], [{"label_smoothing": 0.13, "beta": 0.7}]
+    ),
     *([[name], {}] for name in TRL_LOSS_TYPES["dpo"] if name != "exo_pair"),
     (["discopop"], {"discopop_tau": 0.6}),
     (["sigmoid", "bco_pair", "sft"], {"loss_weights": [0.8, 0.2, 1.0]}),
@@ -146,7 +165,11 @@ SCORED = ["sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "s
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("loss_type", SCORED)
 def test_divergences_of_the_dpo_trainer(loss_type, divergence):
-    config = {"f_divergence_type": divergence, "label_smoothing": 0.1, "f_alpha_divergence_coef": 0.3}
+    config = {
+        "f_divergence_type": divergence,
+        "label_smoothing": 0.1,
+        "f_alpha_divergence_coef": 0.3,
+    }
     objective = from_trl(loss_type, **config)
     if divergence == "alpha_divergence":  # TRL knows it in single precision only
         same(ours(objective, "float32"), trl_dpo([loss_type], torch.float32, **config), 2e-5)
@@ -159,7 +182,11 @@ def test_divergences_of_the_dpo_trainer(loss_type, divergence):
 @pytest.mark.parametrize("alpha", [1.0, 1.0 + 1e-7, 0.0, 2.5])
 def test_alpha_divergence_at_its_limits(alpha):
     config = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}
-    same(ours(from_trl("sigmoid", **config), "float32"), trl_dpo(["sigmoid"], torch.float32, **config), 2e-5)
+    same(
+        ours(from_trl("sigmoid", **config), "float32"),
+        trl_dpo(["sigmoid"], torch.float32, **config),
+        2e-5,
+    )
 
 
 def trl_cpo(loss_type, **config):
@@ -168,7 +195,9 @@ def trl_cpo(loss_type, **config):
     stub = SimpleNamespace(loss_type=loss_type, **options)
     if loss_type == "alphapo":
         stub.loss_type, stub.cpo_alpha = "simpo", 0.0
-    self = SimpleNamespace(accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x), **vars(stub))
+    self = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x), **vars(stub)
+    )
     self.aux_loss_enabled = False
     log_probs = per_token(torch.float64)
     totals = log_probs.sum(1)
@@ -211,7 +240,12 @@ def test_cpo_and_orpo_take_their_log_probs_as_assumed():
     }
     log_probs = torch.log_softmax(logits, -1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     response = log_probs[:, 1:]
-    for kind, loss_type in ((CPOTrainer, "sigmoid"), (CPOTrainer, "simpo"), (CPOTrainer, "ipo"), (ORPOTrainer, "")):
+    for kind, loss_type in (
+        (CPOTrainer, "sigmoid"),
+        (CPOTrainer, "simpo"),
+        (CPOTrainer, "ipo"),
+        (ORPOTrainer, ""),
+    ):
         self = SimpleNamespace(
             concatenated_inputs=lambda *_, **__: {k: v.clone() for k, v in shared.items()},
             accelerator=SimpleNamespace(device="cpu"),
@@ -224,7 +258,9 @@ def test_cpo_and_orpo_take_their_log_probs_as_assumed():
             get_batch_logps=kind.get_batch_logps,
         )
         model = lambda *_, **__: SimpleNamespace(logits=logits)  # noqa: E731
-        chosen, rejected, _, _, nll = kind.concatenated_forward(self, model, {"chosen_labels": labels[:batch]})
+        chosen, rejected, _, _, nll = kind.concatenated_forward(
+            self, model, {"chosen_labels": labels[:batch]}
+        )
         total = response.mean(1) if loss_type != "sigmoid" else response.sum(1)
         np.testing.assert_allclose(torch.cat([chosen, rejected]), total)
         trained = response[:batch] if kind is CPOTrainer else log_probs[:batch]
@@ -267,13 +303,17 @@ def trl_kto(loss_type, kl_logps, ref_kl, **config):
         "ref_logps": torch.tensor(REFERENCE)[order],
         "ref_KL_logps": ref_kl,
     }
-    loss = KTOTrainer._compute_loss(self, fake_model(log_probs[order]), inputs, return_outputs=False)
+    loss = KTOTrainer._compute_loss(
+        self, fake_model(log_probs[order]), inputs, return_outputs=False
+    )
     return value_and_force(loss, log_probs)
 
 
 @pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES["kto"])
 @pytest.mark.parametrize("shift", [0.8, -0.8])
-@pytest.mark.parametrize("config", [{}, {"beta": 0.6, "desirable_weight": 1.4, "undesirable_weight": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"beta": 0.6, "desirable_weight": 1.4, "undesirable_weight": 0.3}], ids=str
+)
 def test_kto_trainer(loss_type, shift, config):
     ref_kl = torch.tensor(RNG.normal(size=2 * PAIRS))
     expected = trl_kto(loss_type, ref_kl + shift, ref_kl, **config)
@@ -281,7 +321,8 @@ def test_kto_trainer(loss_type, shift, config):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "config"), [("dpo", DPOConfig), ("cpo", CPOConfig), ("orpo", ORPOConfig), ("kto", KTOConfig)]
+    ("trainer", "config"),
+    [("dpo", DPOConfig), ("cpo", CPOConfig), ("orpo", ORPOConfig), ("kto", KTOConfig)],
 )
 def test_defaults_and_loss_types_are_those_of_trl(trainer, config):
     from simgrad.objectives.trl import _DEFAULTS
@@ -309,14 +350,32 @@ def test_names_with_a_prefix_are_trls():
     ("call", "text"),
     [
         (lambda: from_trl("sigmoid", trainer="ppo"), "trainer"),
-        (lambda: from_trl("simpo"), "unknown loss type 'simpo' of TRL's dpo trainer; did you mean 'trl:cpo/simpo'\\?"),
-        (lambda: from_trl("sigmoid", lr=1.0), "TRL's dpo loss has no option lr; it takes: beta, label_smoothing"),
+        (
+            lambda: from_trl("simpo"),
+            "unknown loss type 'simpo' of TRL's dpo trainer; did you mean 'trl:cpo/simpo'\\?",
+        ),
+        (
+            lambda: from_trl("sigmoid", lr=1.0),
+            "TRL's dpo loss has no option lr; it takes: beta, label_smoothing",
+        ),
         (lambda: from_trl("sigmoid", cpo_alpha=1.0), "no option cpo_alpha"),
-        (lambda: from_trl("sigmoid", use_weighting=True), "use_weighting .WPO. needs whole next-token distributions"),
+        (
+            lambda: from_trl("sigmoid", use_weighting=True),
+            "use_weighting .WPO. needs whole next-token distributions",
+        ),
         (lambda: from_trl("sigmoid", ld_alpha=0.5), "ld_alpha .LD-DPO. splits responses"),
-        (lambda: from_trl("sigmoid", f_divergence_type="js"), "unknown f_divergence_type 'js'; there are: reverse_kl"),
-        (lambda: from_trl("nca_pair", f_divergence_type="forward_kl"), "f_divergence_type is only for"),
-        (lambda: from_trl(["sigmoid", "sft"], loss_weights=[1.0]), "loss_weights: 1 for 2 loss types"),
+        (
+            lambda: from_trl("sigmoid", f_divergence_type="js"),
+            "unknown f_divergence_type 'js'; there are: reverse_kl",
+        ),
+        (
+            lambda: from_trl("nca_pair", f_divergence_type="forward_kl"),
+            "f_divergence_type is only for",
+        ),
+        (
+            lambda: from_trl(["sigmoid", "sft"], loss_weights=[1.0]),
+            "loss_weights: 1 for 2 loss types",
+        ),
         (lambda: from_trl(["sigmoid", "ipo"], trainer="cpo"), "takes one loss type, got 2"),
         (lambda: from_trl([]), "no loss type"),
         (lambda: from_trl("exo_pair"), "epsilon must lie in"),

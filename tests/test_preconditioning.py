@@ -10,13 +10,16 @@ from helpers import PAIRS, close, model
 from simgrad.objectives import DPO
 from simgrad.pairs import padded
 from simgrad.theory import entanglement_kernel, loss_gradient, responses
-from simgrad.theory import preconditioning as pre
-from simgrad.theory.steps import updated
+from simgrad.theory.kernel import preconditioning as pre
+from simgrad.theory.prediction.steps import updated
 
 OPTIMIZERS = {
     "sgd": (optax.sgd(1.0), lambda s, g: pre.sgd(g)),
     "momentum": (optax.sgd(1.0, momentum=0.9), lambda s, g: pre.momentum(s, g, 0.9)),
-    "nesterov": (optax.sgd(1.0, momentum=0.8, nesterov=True), lambda s, g: pre.momentum(s, g, 0.8, nesterov=True)),
+    "nesterov": (
+        optax.sgd(1.0, momentum=0.8, nesterov=True),
+        lambda s, g: pre.momentum(s, g, 0.8, nesterov=True),
+    ),
     "rmsprop": (optax.rmsprop(1.0), lambda s, g: pre.rmsprop(s, g)),
     "rmsprop_outside": (
         optax.rmsprop(1.0, decay=0.95, eps=1e-3, eps_in_sqrt=False),
@@ -72,17 +75,24 @@ def test_preconditioned_kernel_predicts_an_adam_step_and_the_plain_one_does_not(
     optimizer = optax.adam(1e-3)
     state = optimizer.init(theta)
     for _ in range(3):
-        update, state = updated(optimizer, loss_gradient(apply, theta, batch, objective, reference), state)
+        update, state = updated(
+            optimizer, loss_gradient(apply, theta, batch, objective, reference), state
+        )
         theta = optax.apply_updates(theta, update)
     gradient = loss_gradient(apply, theta, batch, objective, reference)
     p = pre.adam(state, gradient)
     start = responses(apply, theta, batch).logp
     pull = objective.signed_coefficients(start, reference, batch.lengths).reshape(-1) / len(PAIRS)
     _, along_drift = jax.jvp(lambda t: responses(apply, t, batch).logp, (theta,), (p.drift,))
-    predicted = entanglement_kernel(apply, theta, batch, scale=p.scale) @ pull + along_drift.reshape(-1)
+    predicted = entanglement_kernel(
+        apply, theta, batch, scale=p.scale
+    ) @ pull + along_drift.reshape(-1)
     rates = np.geomspace(1e-6, 1e-4, 4)
     direction = p.step(jax.tree.map(jnp.negative, gradient))
-    moved = [responses(apply, jax.tree.map(lambda t, d, r=r: t + r * d, theta, direction), batch).logp for r in rates]
+    moved = [
+        responses(apply, jax.tree.map(lambda t, d, r=r: t + r * d, theta, direction), batch).logp
+        for r in rates
+    ]
     measured = np.stack([np.asarray(m - start).reshape(-1) for m in moved])
     miss = np.abs(measured - rates[:, None] * np.asarray(predicted))
     slopes = np.polyfit(np.log(rates), np.log(miss), 1)[0]

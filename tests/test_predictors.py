@@ -12,11 +12,19 @@ from simgrad import tree
 from simgrad.dynamics import Recipe
 from simgrad.dynamics.agreement import agreement, partial_spearman
 from simgrad.dynamics.directional import directional_change, directional_score, run_direction
-from simgrad.dynamics.predictors import PREDICTORS, Setting, measured, predictor_table
+from simgrad.dynamics.predictors import PREDICTORS, Setting, measured
+from simgrad.experiments.comparison import predictor_table
 from simgrad.models import linear_softmax
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed, padded
-from simgrad.theory import Calibrated, ches, displacement, entanglement_kernel, loss_gradient, responses
+from simgrad.theory import (
+    Calibrated,
+    ches,
+    displacement,
+    entanglement_kernel,
+    loss_gradient,
+    responses,
+)
 
 BATCH = padded(PAIRS)
 KIND = "rope_gqa_head_dim"
@@ -30,7 +38,9 @@ def minibatch_gradients(apply, theta, recipe):
 
 def test_the_direction_of_sgd_is_all_its_steps_along_the_mean_gradient():
     apply, theta = model(KIND)
-    direction = run_direction(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.01), steps=7, batch_size=2))
+    direction = run_direction(
+        apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.01), steps=7, batch_size=2)
+    )
     mean = loss_gradient(apply, theta, BATCH, DPO())
     close(direction, jax.tree.map(lambda g: -0.07 * g, mean))
 
@@ -40,7 +50,9 @@ def test_the_direction_of_a_schedule_is_its_sum():
     schedule = optax.linear_schedule(0.02, 0.0, 4)
     direction = run_direction(apply, theta, BATCH, Recipe(DPO(), optax.sgd(schedule), steps=4))
     total = sum(float(schedule(t)) for t in range(4))
-    gradient = loss_gradient(apply, theta, BATCH, DPO())  # optax keeps a schedule's values in float32
+    gradient = loss_gradient(
+        apply, theta, BATCH, DPO()
+    )  # optax keeps a schedule's values in float32
     close(direction, jax.tree.map(lambda g: -total * g, gradient), scale=1e4)
 
 
@@ -52,30 +64,43 @@ def test_the_direction_of_adam_is_preconditioned_by_the_mean_squared_minibatch_g
     mean = jax.tree.map(lambda *gs: sum(gs) / len(gs), *parts)
     square = jax.tree.map(lambda *gs: sum(g**2 for g in gs) / len(gs), *parts)
     # optax's second moment takes in ḡ² with weight 1 - b2
-    expected = jax.tree.map(lambda m, v: -5e-3 * m / (jnp.sqrt(0.999 * v + 0.001 * m**2) + 1e-4), mean, square)
+    expected = jax.tree.map(
+        lambda m, v: -5e-3 * m / (jnp.sqrt(0.999 * v + 0.001 * m**2) + 1e-4), mean, square
+    )
     close(direction, expected, scale=1e5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_no_pair_is_left_out_of_the_direction(size):
     apply, theta = model(KIND)
-    direction = run_direction(apply, theta, BATCH, Recipe(DPO(), optax.sgd(1.0), steps=1, batch_size=size))
+    direction = run_direction(
+        apply, theta, BATCH, Recipe(DPO(), optax.sgd(1.0), steps=1, batch_size=size)
+    )
     close(direction, jax.tree.map(jnp.negative, loss_gradient(apply, theta, BATCH, DPO())))
 
 
 def test_second_moments_of_other_kinds_are_refused():
     apply, theta = model(KIND)
-    for optimizer in (optax.radam(1e-3), optax.adamax(1e-3), optax.rmsprop(1e-3, centered=True), optax.adabelief(1e-3)):
+    for optimizer in (
+        optax.radam(1e-3),
+        optax.adamax(1e-3),
+        optax.rmsprop(1e-3, centered=True),
+        optax.adabelief(1e-3),
+    ):
         with pytest.raises(ValueError, match=r"known for SGD, momentum, Adam, AdamW and RMSProp"):
             run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=1))
 
 
 def test_masked_optimizers_have_a_direction():
     apply, theta = model(KIND)
-    labels = jax.tree.map_with_path(lambda path, _: "on" if "['mlp']" in jax.tree_util.keystr(path) else "off", theta)
+    labels = jax.tree.map_with_path(
+        lambda path, _: "on" if "['mlp']" in jax.tree_util.keystr(path) else "off", theta
+    )
     optimizer = optax.partition({"on": optax.adam(1e-3), "off": optax.set_to_zero()}, labels)
     found = run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=3, batch_size=2))
-    plain = run_direction(apply, theta, BATCH, Recipe(DPO(), optax.adam(1e-3), steps=3, batch_size=2))
+    plain = run_direction(
+        apply, theta, BATCH, Recipe(DPO(), optax.adam(1e-3), steps=3, batch_size=2)
+    )
     inside, outside = (tree.partition(x, ["*mlp/*"]) for x in (found, plain))
     close(inside[0], outside[0])
     assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(inside[1]))
@@ -94,9 +119,12 @@ def test_one_step_on_everything_is_the_optimizers_own():
 @pytest.mark.parametrize("layout", [padded, packed])
 def test_the_directional_change_is_the_first_order_term(layout):
     apply, theta = model(KIND)
-    direction = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), theta)
+    direction = jax.tree.map(
+        lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), theta
+    )
     close(
-        directional_change(apply, theta, layout(PAIRS), direction), displacement(apply, theta, BATCH, direction).first
+        directional_change(apply, theta, layout(PAIRS), direction),
+        displacement(apply, theta, BATCH, direction).first,
     )
     part, _ = tree.partition(direction, ["layers/*"])
     found = directional_change(apply, theta, layout(PAIRS), part, ["layers/*"])
@@ -119,11 +147,18 @@ def test_the_sampling_error_is_the_size_of_the_deviation():
     """Root mean squares over many samples agree; with no sample error at full size."""
     random = np.random.default_rng(0)
     draws = random.integers(0, 4, (40, 2)).tolist()
-    pairs = [Pair([x], [chosen], [rejected]) for x, (chosen, rejected) in enumerate(draws) if chosen != rejected]
+    pairs = [
+        Pair([x], [chosen], [rejected])
+        for x, (chosen, rejected) in enumerate(draws)
+        if chosen != rejected
+    ]
     apply, theta = linear_softmax(pairs, 60, 8, dtype="float64")
     batch, recipe = padded(pairs), Recipe(DPO(), optax.sgd(1.0), steps=1)
     whole = directional_score(apply, theta, batch, recipe).change
-    draws = [directional_score(apply, theta, batch, recipe, sample=12, groups=4, seed=s) for s in range(40)]
+    draws = [
+        directional_score(apply, theta, batch, recipe, sample=12, groups=4, seed=s)
+        for s in range(40)
+    ]
     deviation = np.sqrt(np.mean([np.square(d.change - whole) for d in draws]))
     error = np.sqrt(np.mean([np.square(d.error) for d in draws]))
     assert 0.8 < error / deviation < 1.25
@@ -134,19 +169,25 @@ def test_the_sampling_error_is_the_size_of_the_deviation():
 def test_directions_of_what_is_no_plain_objective_are_refused():
     apply, theta = model(KIND)
     with pytest.raises(ValueError, match=r"plain objective"):
-        run_direction(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=1, mitigation=Calibrated()))
+        run_direction(
+            apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=1, mitigation=Calibrated())
+        )
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_every_predictor_has_one_shape_and_the_refreshed_ones_are_near(alone):
     apply, theta = model(KIND)
-    setting = Setting(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.004), steps=8, batch_size=2), alone=alone)
+    setting = Setting(
+        apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.004), steps=8, batch_size=2), alone=alone
+    )
     truth = measured(setting)
     for name, predictor in PREDICTORS.items():
         guess = predictor(setting)
         assert guess.shape == truth.shape == (len(PAIRS), 2), name
         if name in ("two big steps", "kernel flow, refreshed"):
-            np.testing.assert_allclose(guess, truth, rtol=0.1, atol=0.05 * np.abs(truth).max(), err_msg=name)
+            np.testing.assert_allclose(
+                guess, truth, rtol=0.1, atol=0.05 * np.abs(truth).max(), err_msg=name
+            )
 
 
 def test_measured_alone_is_one_run_a_pair():

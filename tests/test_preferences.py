@@ -63,7 +63,10 @@ def test_malformed_files_are_named_with_their_line(tmp_path, name, text, message
 
 
 def test_byte_order_marks_do_not_hide_the_prompt(tmp_path):
-    for name, text in (("d.csv", "prompt,chosen,rejected\nis it,so,good\n"), ("d.jsonl", json.dumps(ROWS[0]))):
+    for name, text in (
+        ("d.csv", "prompt,chosen,rejected\nis it,so,good\n"),
+        ("d.jsonl", json.dumps(ROWS[0])),
+    ):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         assert "prompt" in read_rows(tmp_path / name)[0]
 
@@ -78,7 +81,11 @@ def test_a_template_that_refuses_a_row_skips_it(tmp_path):
     strict = write_tokenizer(tmp_path, template=False)
     strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
     turn = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
-    row = {"prompt": [{"role": "system", "content": "is it"}], "chosen": turn[0], "rejected": turn[1]}
+    row = {
+        "prompt": [{"role": "system", "content": "is it"}],
+        "chosen": turn[0],
+        "rejected": turn[1],
+    }
     assert "refuses this row: no system role" in encode([row], strict).skipped[0].reason
 
 
@@ -101,13 +108,16 @@ def test_standard_rows(tokenizer):
 
 
 def test_a_response_that_ends_with_eos_gets_no_second_one(tokenizer):
-    (pair,) = encode([{"prompt": "is it", "chosen": " so </s>", "rejected": " good"}], tokenizer).pairs
+    (pair,) = encode(
+        [{"prompt": "is it", "chosen": " so </s>", "rejected": " good"}], tokenizer
+    ).pairs
     assert pair.chosen == ids("so </s>")
 
 
 def test_conversational_rows(tokenizer):
     user, yes, no = (
-        {"role": r, "content": c} for r, c in (("user", "is it"), ("assistant", "yes"), ("assistant", "no"))
+        {"role": r, "content": c}
+        for r, c in (("user", "is it"), ("assistant", "yes"), ("assistant", "no"))
     )
     explicit = {"prompt": [user], "chosen": [yes], "rejected": [no]}
     implicit = {"chosen": [user, yes], "rejected": [user, no]}
@@ -116,7 +126,9 @@ def test_conversational_rows(tokenizer):
     expected = Pair(ids("<|user|> is it </s> <|assistant|>"), ids("yes </s>"), ids("no </s>"))
     assert encode([explicit, implicit, mixed, responses_only], tokenizer).pairs == [expected] * 4
     system = {"role": "system", "content": "good"}
-    (pair,) = encode([{"prompt": "is it", "chosen": [system, yes], "rejected": [system, no]}], tokenizer).pairs
+    (pair,) = encode(
+        [{"prompt": "is it", "chosen": [system, yes], "rejected": [system, no]}], tokenizer
+    ).pairs
     assert pair.prompt[-5:] == expected.prompt
 
 
@@ -142,16 +154,28 @@ def test_merges_across_the_boundary_fall_back_and_are_counted():
     [
         ({"prompt": "is it", "chosen": "", "rejected": " no"}, "empty chosen response"),
         ({"prompt": "is it", "chosen": " no", "rejected": ""}, "empty rejected response"),
-        ({"prompt": "is it", "chosen": " no", "rejected": " no"}, "chosen and rejected are identical"),
+        (
+            {"prompt": "is it", "chosen": " no", "rejected": " no"},
+            "chosen and rejected are identical",
+        ),
         ({"prompt": "", "chosen": " no", "rejected": " yes"}, "empty prompt"),
         ({"prompt": "is it", "chosen": None, "rejected": " no"}, "empty chosen response"),
         ({"prompt": "is it", "chosen": "  ", "rejected": " no"}, "empty chosen response"),
-        ({"chosen": [{"role": "user", "content": "x"}], "rejected": [{"role": "user", "content": "so"}]}, "no prompt"),
+        (
+            {
+                "chosen": [{"role": "user", "content": "x"}],
+                "rejected": [{"role": "user", "content": "so"}],
+            },
+            "no prompt",
+        ),
         (
             {"prompt": "is it so is it so", "chosen": " yes", "rejected": " no"},
             "nothing left of the responses: prompt has 6",
         ),
-        ({"prompt": "is it", "chosen": " yes yes so", "rejected": " yes yes no"}, "identical after truncation to 4"),
+        (
+            {"prompt": "is it", "chosen": " yes yes so", "rejected": " yes yes no"},
+            "identical after truncation to 4",
+        ),
     ],
 )
 def test_unusable_rows_are_skipped_with_a_reason(tokenizer, row, reason):
@@ -162,7 +186,9 @@ def test_unusable_rows_are_skipped_with_a_reason(tokenizer, row, reason):
 
 
 def test_truncation_is_counted(tokenizer):
-    encoded = encode([{"prompt": "is it", "chosen": " so good yes", "rejected": " no"}], tokenizer, max_length=4)
+    encoded = encode(
+        [{"prompt": "is it", "chosen": " so good yes", "rejected": " no"}], tokenizer, max_length=4
+    )
     assert encoded.pairs[0].chosen == ids("so good")
     assert encoded.truncated == 1
 
@@ -170,13 +196,22 @@ def test_truncation_is_counted(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "is it", "chosen": " so"}, "row 1 .*: no field rejected; the row has: prompt, chosen"),
+        (
+            {"prompt": "is it", "chosen": " so"},
+            "row 1 .*: no field rejected; the row has: prompt, chosen",
+        ),
         (
             {"prompt": "is it", "chosen": " so", "rejected": [{"role": "a", "content": "b"}]},
             "row 1 .* both be strings",
         ),
-        ({"question": "is it", "chosen": "it so", "rejected": "it good"}, "row 1 .*the row has: question, .*Rename"),
-        ({"prompt": ["is"], "chosen": " so", "rejected": " no"}, "row 1 .*: prompt must be a string"),
+        (
+            {"question": "is it", "chosen": "it so", "rejected": "it good"},
+            "row 1 .*the row has: question, .*Rename",
+        ),
+        (
+            {"prompt": ["is"], "chosen": " so", "rejected": " no"},
+            "row 1 .*: prompt must be a string",
+        ),
         (
             {"prompt": "is", "chosen": ["so"], "rejected": ["no"]},
             "row 1 .*: chosen must be a string or a list of messages",
@@ -190,7 +225,10 @@ def test_rows_of_unknown_form_are_named(tokenizer, row, message):
 
 def test_messages_without_a_chat_template(tmp_path):
     bare = write_tokenizer(tmp_path, template=False)
-    row = {"prompt": [{"role": "user", "content": "is it"}], "chosen": [{"role": "assistant", "content": "yes"}]}
+    row = {
+        "prompt": [{"role": "user", "content": "is it"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+    }
     with pytest.raises(PreferenceDataError, match="no chat template"):
         encode([row | {"rejected": [{"role": "assistant", "content": "no"}]}], bare)
 

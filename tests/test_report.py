@@ -15,13 +15,13 @@ from test_report_numbers import invent
 
 import simgrad
 from simgrad.bridge import Policy, ScoreTable, score
-from simgrad.bridge import report_tokens as tokens
-from simgrad.bridge.report import read_score_table
-from simgrad.bridge.scored import find_scored
-from simgrad.figures.report_page import write_report
 from simgrad.models import ModelConfig, create
 from simgrad.objectives import Coefficients
 from simgrad.pairs import packed, padded
+from simgrad.report import tokens
+from simgrad.report.numbers import read_score_table
+from simgrad.report.page import write_report
+from simgrad.report.scored import find_scored
 from simgrad.theory import contrastive_mask, first_order, pair_kernel, token_changes, token_kernel
 
 
@@ -78,9 +78,12 @@ def test_changes_of_tokens_are_the_token_kernel_contracted_and_add_up_to_the_fir
         close(changes, expected)
         whole = first_order(pair_kernel(apply, theta, batch), d)
         close(changes.sum(-1), jnp.stack([whole.chosen, whole.rejected], -1))
-        # what only the tokens that differ contribute is not the change, and an unsigned push is another step
+        # what only the tokens that differ contribute is not the change, and an unsigned push is
+        # another step
         assert not np.allclose(
-            (changes * contrastive_mask(batch).astype(changes.dtype)).sum(-1)[:, 0], whole.chosen, rtol=1e-2
+            (changes * contrastive_mask(batch).astype(changes.dtype)).sum(-1)[:, 0],
+            whole.chosen,
+            rtol=1e-2,
         )
         other = token_changes(apply, theta, batch, Coefficients(d.chosen, -d.rejected))
         assert not np.allclose(other.sum(-1)[:, 0], whole.chosen, rtol=1e-2)
@@ -108,11 +111,15 @@ def test_pieces_shown_add_up_to_what_the_table_predicts(policy, table, monkeypat
             assert response.shown <= 5
     numbers = views[-1].chosen
     assert numbers.tokens == 9
-    assert abs(sum(p.change for p in numbers.pieces) - numbers.change) > 1e-3 * abs(numbers.change)  # some are outside
+    assert abs(sum(p.change for p in numbers.pieces) - numbers.change) > 1e-3 * abs(
+        numbers.change
+    )  # some are outside
 
 
 def test_what_the_responses_share_is_told_from_what_differs(policy, table):
-    view = tokens.pair_views(table, find_scored(table, policy, ROWS), [table["index"].tolist().index(5)])[0]
+    view = tokens.pair_views(
+        table, find_scored(table, policy, ROWS), [table["index"].tolist().index(5)]
+    )[0]
     assert [p.text for p in view.chosen.pieces if p.contrastive] == ["5"]
     assert [p.text for p in view.rejected.pieces if p.contrastive] == ["6"]
     assert view.prompt == "Numbers"
@@ -139,7 +146,11 @@ def test_page_is_self_contained_escaped_and_the_same_twice(policy, table, tmp_pa
     table.save(tmp_path / "scores.parquet")
     first = write_report(tmp_path / "scores.parquet", policy=policy, rows=ROWS)
     assert first.page == tmp_path / "scores.report.html"
-    assert sorted(p.name for p in first.images) == ["distributions.png", "regime_plane.png", "strength.png"]
+    assert sorted(p.name for p in first.images) == [
+        "distributions.png",
+        "regime_plane.png",
+        "strength.png",
+    ]
     assert {p.parent for p in first.images} == {tmp_path / "scores.report_files"}
     text = first.page.read_text(encoding="utf-8")
     assert outside(text) == []
@@ -174,14 +185,19 @@ def test_other_data_and_other_weights_are_refused_by_name(policy, table, tmp_pat
     assert '<p class="tokens">' not in text
     assert report.numbers.source_field is None
     other = Policy(*create(policy.config, seed=1), policy.config, Bytes(), "another")
-    assert "another, float64) has not the weights that scored" in find_scored(table, other, ROWS).problems[0]
+    assert (
+        "another, float64) has not the weights that scored"
+        in find_scored(table, other, ROWS).problems[0]
+    )
     problems = find_scored(table).problems
     assert "The table does not say where its data were read: name them with --data." in problems
     assert any("The model cannot be loaded: '<tiny> & model'" in p for p in problems)
     missing = write_report(table, tmp_path / "b.html", policy, tmp_path / "gone.jsonl")
     assert "gone.jsonl: no such file" in missing.problems[0]
     short = write_report(table, tmp_path / "d.html", rows=ROWS[:3], tokens=False)
-    assert short.problems == ("The data have 3 rows, but 6 were read for scoring: name them with --data.",)
+    assert short.problems == (
+        "The data have 3 rows, but 6 were read for scoring: name them with --data.",
+    )
     trusted = write_report(table, tmp_path / "c.html", rows=[*ROWS, {"more": 1}], tokens=False)
     assert trusted.problems == ()
     assert trusted.numbers.source_field == "source"
@@ -189,7 +205,10 @@ def test_other_data_and_other_weights_are_refused_by_name(policy, table, tmp_pat
 
 
 def test_tables_remember_where_their_data_were_read(checkpoint, tmp_path):
-    rows = [{"prompt": "is it", "chosen": f" {a} so", "rejected": " never so"} for a in ("yes", "good", "maybe")]
+    rows = [
+        {"prompt": "is it", "chosen": f" {a} so", "rejected": " never so"}
+        for a in ("yes", "good", "maybe")
+    ]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     policy = simgrad.load(checkpoint, "float64")
@@ -215,7 +234,9 @@ def test_without_gradients(tmp_path, policy):
     exact = score(policy, ROWS)
     position = int(n.summary.worst[0])
     view = tokens.pair_views(table, find_scored(table, policy, ROWS), [position])[0]
-    np.testing.assert_allclose(view.chosen.change, exact["predicted_dlogp_chosen"][position], rtol=1e-10)
+    np.testing.assert_allclose(
+        view.chosen.change, exact["predicted_dlogp_chosen"][position], rtol=1e-10
+    )
 
 
 def test_no_rows_one_row_and_numbers_that_are_none(tmp_path, policy):
@@ -229,7 +250,12 @@ def test_no_rows_one_row_and_numbers_that_are_none(tmp_path, policy):
     table.columns["ches"][2], table.columns["ln_ches"][:] = np.inf, np.nan
     table.columns["predicted_dlogp_chosen"][0], table.columns["grad_sq_chosen"][1] = np.nan, np.inf
     broken = write_report(table, tmp_path / "broken.html", tokens=False)
-    assert broken.numbers.not_finite == {"ches": 1, "ln_ches": 40, "gap": 1, "predicted_dlogp_chosen": 1}
+    assert broken.numbers.not_finite == {
+        "ches": 1,
+        "ln_ches": 40,
+        "gap": 1,
+        "predicted_dlogp_chosen": 1,
+    }
     assert sum(broken.numbers.objectives[0].regimes.values()) == 39
     assert broken.numbers.map.left_out == 1
 
@@ -244,7 +270,9 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{name}.parquet is not a score table"):
             read_score_table(tmp_path / f"{name}.parquet")
     ScoreTable({"index": np.arange(2)}, (), {"run": {}}).save(tmp_path / "predicted.parquet")
-    with pytest.raises(ValueError, match="predicted.parquet is not a table of simgrad score: it has no n_prompt"):
+    with pytest.raises(
+        ValueError, match="predicted.parquet is not a table of simgrad score: it has no n_prompt"
+    ):
         write_report(tmp_path / "predicted.parquet")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_score_table(tmp_path / "gone.parquet")
@@ -258,7 +286,10 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_the_command(checkpoint, tmp_path):
-    rows = [{"prompt": "is it", "chosen": f" {a} so", "rejected": " never so"} for a in ("yes", "good", "maybe")]
+    rows = [
+        {"prompt": "is it", "chosen": f" {a} so", "rejected": " never so"}
+        for a in ("yes", "good", "maybe")
+    ]
     data, out = tmp_path / "pairs.jsonl", tmp_path / "scores.parquet"
     data.write_text("\n".join(map(json.dumps, rows)))
     scored, written, elsewhere, wrong = in_one_process(
@@ -268,7 +299,9 @@ def test_the_command(checkpoint, tmp_path):
         ("report", data),
         cache=tmp_path,
     )
-    assert [x.returncode for x in (scored, written, elsewhere, wrong)] == [0, 0, 0, 2], written.stderr
+    assert [x.returncode for x in (scored, written, elsewhere, wrong)] == [0, 0, 0, 2], (
+        written.stderr
+    )
     page = tmp_path / "scores.report.html"
     assert written.stdout.splitlines()[0] == str(page)
     assert written.stderr.strip() == ""
@@ -285,15 +318,29 @@ def test_a_browser_shows_it(policy, table, tmp_path):
     page = write_report(table, tmp_path / "page.html", policy, ROWS).page
     quiet = "no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync"
     options = [f"--{word}" for word in f"headless {quiet} disable-quic".split()]
-    command = ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,1400"]
+    command = [
+        "chromium",
+        *options,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1100,1400",
+    ]
     dumped = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     heading = re.search(r"<h1>(.*?)</h1>", page.read_text(encoding="utf-8")).group(1)
     assert heading in dumped.stdout
     assert "<script>" not in dumped.stdout
     picture = tmp_path / "page.png"
-    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    subprocess.run(
+        [*command, f"--screenshot={picture}", page.as_uri()],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
     pixels = imread(picture)[..., :3]
     assert pixels.shape[:2] == (1400, 1100)
     inked = (pixels < 0.9).any(-1)

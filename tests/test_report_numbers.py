@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from simgrad.bridge import ScoreTable
-from simgrad.bridge.report import associations, by_source, regime_map, report_numbers
-from simgrad.bridge.report_remedies import filtered, objective_fates, strength
-from simgrad.figures.report import number
 from simgrad.objectives import get
+from simgrad.report.charts import number
+from simgrad.report.numbers import associations, by_source, regime_map, report_numbers
+from simgrad.report.remedies import filtered, objective_fates, strength
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,9 @@ def invented():
 def invent(pairs=40, ratio=lambda rng, n: np.ones(n), gradients=True):
     rng = np.random.default_rng(3)
     sq = rng.uniform(0.3, 3.0, (2, pairs))
-    cosine = np.where(np.arange(pairs) % 4 == 0, rng.uniform(-0.5, 0.3, pairs), rng.uniform(0.6, 0.99, pairs))
+    cosine = np.where(
+        np.arange(pairs) % 4 == 0, rng.uniform(-0.5, 0.3, pairs), rng.uniform(0.6, 0.99, pairs)
+    )
     d_l = np.full(pairs, 0.05)
     columns = {"index": np.arange(pairs)}
     columns |= {f"n_{k}": rng.integers(2, 30, pairs) for k in ("prompt", "chosen", "rejected")}
@@ -35,9 +37,16 @@ def invent(pairs=40, ratio=lambda rng, n: np.ones(n), gradients=True):
         d_w, inner = columns["d_chosen"], cosine * np.sqrt(sq[0] * sq[1])
         up, down = d_w * sq[0] - d_l * inner, d_w * inner - d_l * sq[1]
         labels = [["ideal", "both_rise"], ["both_fall", "reversed"]]
-        columns |= {"grad_inner": inner, "grad_sq_chosen": sq[0], "grad_sq_rejected": sq[1], "grad_cosine": cosine}
+        columns |= {
+            "grad_inner": inner,
+            "grad_sq_chosen": sq[0],
+            "grad_sq_rejected": sq[1],
+            "grad_cosine": cosine,
+        }
         columns |= {"predicted_dlogp_chosen": up, "predicted_dlogp_rejected": down}
-        columns["regime"] = np.array([labels[int(a < 0)][int(b > 0)] for a, b in zip(up, down, strict=True)], object)
+        columns["regime"] = np.array(
+            [labels[int(a < 0)][int(b > 0)] for a, b in zip(up, down, strict=True)], object
+        )
     run = {
         "model": "m",
         "objective": "DPO(beta=0.1)",
@@ -46,7 +55,11 @@ def invent(pairs=40, ratio=lambda rng, n: np.ones(n), gradients=True):
         "dtype": "float32",
     }
     counts = {"scored": pairs, "skipped": 0, "merged": 0, "truncated": 0}
-    return ScoreTable(columns, (), {"run": {**run, "weights": "w", "data": "d"}, "counts": counts, "provenance": {}})
+    return ScoreTable(
+        columns,
+        (),
+        {"run": {**run, "weights": "w", "data": "d"}, "counts": counts, "provenance": {}},
+    )
 
 
 RATIOS = {  # d_w/d_l at the start of training, by hand
@@ -78,7 +91,9 @@ def test_objectives_against_the_conditions_written_out(invented):
     assert calibrated.regimes["ideal"] == len(invented) > dpo.regimes["ideal"]
     assert next(f for f in fates if "discopop" in f.names).pushed_down == len(invented)
     assert dpo.pushed_down == 0
-    away = int(invented["grad_cosine"].argmin())  # ideal under nearly everything: remedies keep a line of their own
+    away = int(
+        invented["grad_cosine"].argmin()
+    )  # ideal under nearly everything: remedies keep a line of their own
     alone = dataclasses.replace(invented, columns={k: v[away : away + 1] for k, v in c.items()})
     first, second = objective_fates(alone)[:2]
     assert first.regimes == second.regimes
@@ -90,8 +105,12 @@ def test_strength_is_the_share_of_pairs_with_the_factor_in_their_range(invented)
     found, c = strength(invented), invented.columns
     for k in (0, 40, 80, 120, 160):
         m = found.multiplier[k]
-        falls = [m * sq < inner for sq, inner in zip(c["grad_sq_chosen"], c["grad_inner"], strict=True)]
-        rises = [m * inner > sq for sq, inner in zip(c["grad_sq_rejected"], c["grad_inner"], strict=True)]
+        falls = [
+            m * sq < inner for sq, inner in zip(c["grad_sq_chosen"], c["grad_inner"], strict=True)
+        ]
+        rises = [
+            m * inner > sq for sq, inner in zip(c["grad_sq_rejected"], c["grad_inner"], strict=True)
+        ]
         assert found.chosen_falls[k] == np.mean(falls)
         assert found.rejected_rises[k] == np.mean(rises)
         assert found.ideal[k] == np.mean([not (a or b) for a, b in zip(falls, rises, strict=True)])
@@ -126,9 +145,13 @@ def test_rank_correlations_and_what_is_left_of_them_without_lengths(invented):
             strict=True,
         ):
             np.testing.assert_allclose(value, stats.spearmanr(c[name], other).statistic, rtol=1e-10)
-        ranks = np.stack([stats.rankdata(x) for x in (c[name], c["predicted_dlogp_chosen"], *lengths)])
+        ranks = np.stack(
+            [stats.rankdata(x) for x in (c[name], c["predicted_dlogp_chosen"], *lengths)]
+        )
         inverse = np.linalg.inv(np.corrcoef(ranks))
-        np.testing.assert_allclose(a.partial, -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1]), rtol=1e-8)
+        np.testing.assert_allclose(
+            a.partial, -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1]), rtol=1e-8
+        )
         assert abs(a.partial - a.change) > 1e-4
     assert math.isnan(associations(invent(5))[0].partial)  # too few to partial anything out
     constant = dataclasses.replace(invented, columns={**c, "edit_distance": np.ones(40)})
@@ -137,14 +160,20 @@ def test_rank_correlations_and_what_is_left_of_them_without_lengths(invented):
 
 @pytest.mark.parametrize("varies", [False, True])
 def test_the_plane_puts_every_pair_in_its_regime(varies):
-    table = invent(ratio=(lambda rng, n: rng.uniform(0.4, 2.5, n)) if varies else lambda rng, n: np.full(n, 1.3))
+    table = invent(
+        ratio=(lambda rng, n: rng.uniform(0.4, 2.5, n))
+        if varies
+        else lambda rng, n: np.full(n, 1.3)
+    )
     found = regime_map(table)
     r = 1.0 if varies else 1.3
     assert (found.ratio is None) == varies
     if not varies:
         np.testing.assert_allclose(found.ratio, 1.3)
     falls, rises = found.x > r, found.y > 1 / r
-    assert (np.where(falls, "both_fall", np.where(rises, "both_rise", "ideal")) == found.regime).all()
+    assert (
+        np.where(falls, "both_fall", np.where(rises, "both_rise", "ideal")) == found.regime
+    ).all()
     assert len(set(found.regime)) == 3
     np.testing.assert_allclose(found.x * found.y, table["grad_cosine"] ** 2, rtol=1e-10)
     table.columns["d_chosen"][4] = -0.1
@@ -167,7 +196,18 @@ def test_shares_by_data_source(invented):
 
 def test_numbers_for_people():
     given = [0.0, 1234567.0, -98582.0, 0.5, -0.000012, 1.0, math.inf, math.nan, -0.0, 99.96]
-    assert [number(x) for x in given] == ["0", "1.23 × 10⁶", "−98582", "0.5", "−1.2 × 10⁻⁵", "1", "∞", "–", "0", "100"]
+    assert [number(x) for x in given] == [
+        "0",
+        "1.23 × 10⁶",
+        "−98582",
+        "0.5",
+        "−1.2 × 10⁻⁵",
+        "1",
+        "∞",
+        "–",
+        "0",
+        "100",
+    ]
 
 
 def test_headline_counts_the_falling_and_says_how_sure(invented):

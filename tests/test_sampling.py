@@ -38,14 +38,18 @@ def adapted(dtype="float64"):
     apply, theta = model("plain", dtype)
     lora, theta = add_lora(apply, theta, ["layers/attention/*/kernel"], rank=2, alpha=3.0)
     noise = np.random.default_rng(0)
-    theta["lora"] = jax.tree.map(lambda x: x + jnp.asarray(0.3 * noise.normal(size=x.shape), x.dtype), theta["lora"])
+    theta["lora"] = jax.tree.map(
+        lambda x: x + jnp.asarray(0.3 * noise.normal(size=x.shape), x.dtype), theta["lora"]
+    )
     return lora, theta
 
 
 @functools.lru_cache
 def table(max_tokens=3):
     """A context table that holds every prefix of every response over {1, 2, 3} to [1] and [2]."""
-    sequences = [(p, *y) for p in (1, 2) for y in itertools.product((0, 1, 2, 3), repeat=max_tokens)]
+    sequences = [
+        (p, *y) for p in (1, 2) for y in itertools.product((0, 1, 2, 3), repeat=max_tokens)
+    ]
     return model("unconstrained_features", pairs=[Pair(s[:1], s[1:], [5]) for s in sequences])
 
 
@@ -53,7 +57,8 @@ def table(max_tokens=3):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, "float64") for kind in TRANSFORMERS), ("rope_gqa_head_dim", "float32")]
+    ("kind", "dtype"),
+    [*((kind, "float64") for kind in TRANSFORMERS), ("rope_gqa_head_dim", "float32")],
 )
 def test_cached_logits_are_those_of_the_whole_sequence(kind, dtype):
     """Prompts of different lengths, right-padded with junk, then several tokens each at its own position."""
@@ -66,7 +71,9 @@ def test_cached_logits_are_those_of_the_whole_sequence(kind, dtype):
     prompt = jnp.where(jnp.arange(5)[None] < lengths[:, None], tokens[:, :5], junk)
     extend = jax.jit(apply.extend)
     at = jnp.broadcast_to(jnp.arange(5)[None], (4, 5))
-    output, cache = extend(theta, prompt, at, apply.cache(theta, 4, size), jnp.asarray(lengths - 1)[:, None])
+    output, cache = extend(
+        theta, prompt, at, apply.cache(theta, 4, size), jnp.asarray(lengths - 1)[:, None]
+    )
     whole = jax.jit(apply)(theta, tokens)
     whole_logits, whole_states = np.asarray(whole.logits), np.asarray(whole.hidden)
     for k in range(steps + 1):
@@ -76,7 +83,9 @@ def test_cached_logits_are_those_of_the_whole_sequence(kind, dtype):
             close(states[i, 0 if k else n - 1], whole_states[i, n - 1 + k], dtype)
         if k < steps:
             position = jnp.asarray(lengths + k)[:, None]
-            output, cache = extend(theta, jnp.take_along_axis(tokens, position, axis=1), position, cache)
+            output, cache = extend(
+                theta, jnp.take_along_axis(tokens, position, axis=1), position, cache
+            )
 
 
 def test_a_cache_can_be_read_several_tokens_at_a_time_and_repeated():
@@ -85,7 +94,10 @@ def test_a_cache_can_be_read_several_tokens_at_a_time_and_repeated():
     at = np.broadcast_to(np.arange(6), (2, 6))
     for one in (apply, Rereading(apply)):
         assert isinstance(one, CachedApply)
-        extend, (twice, at_twice) = jax.jit(one.extend), (np.repeat(x, 2, axis=0) for x in (tokens, at))
+        extend, (twice, at_twice) = (
+            jax.jit(one.extend),
+            (np.repeat(x, 2, axis=0) for x in (tokens, at)),
+        )
         _, cache = extend(theta, tokens[:, :2], at[:, :2], one.cache(theta, 2, 8))
         output, _ = extend(theta, twice[:, 2:], at_twice[:, 2:], cache.repeat(2))
         whole = jax.jit(apply)(theta, twice)
@@ -96,7 +108,9 @@ def test_slots_beyond_the_query_do_matter_if_they_are_read():
     """Without the rule that a query reads slots <= its position, a short prompt's padding would leak in."""
     apply, theta = model("plain")
     extend = jax.jit(apply.extend)
-    right, cache = extend(theta, jnp.array([[1, 2, 8, 8]]), jnp.arange(4)[None], apply.cache(theta, 1, 4))
+    right, cache = extend(
+        theta, jnp.array([[1, 2, 8, 8]]), jnp.arange(4)[None], apply.cache(theta, 1, 4)
+    )
     later, _ = extend(theta, jnp.array([[5]]), jnp.array([[3]]), cache)
     plain = jax.jit(apply)(theta, jnp.array([[1, 2, 5]]))
     assert np.abs(later.logits[0, 0] - plain.logits[0, 2]).max() > 1e-3
@@ -163,7 +177,13 @@ def test_temperature_zero_is_greedy():
         greedy = []
         while len(greedy) < 5 and not set(greedy) & set(STOP):
             read = [*prompt, *greedy]
-            greedy.append(int(np.asarray(logits(jnp.array([read + [0] * (12 - len(read))])))[len(read) - 1].argmax()))
+            greedy.append(
+                int(
+                    np.asarray(logits(jnp.array([read + [0] * (12 - len(read))])))[
+                        len(read) - 1
+                    ].argmax()
+                )
+            )
         assert response == tuple(greedy)
     cold = sample(apply, theta, PROMPTS, 5, STOP, temperature=1e-6)
     assert cold.responses == found.responses
@@ -174,7 +194,9 @@ def test_frequencies_are_the_enumerated_probabilities(temperature, drawn_from):
     """χ² of 4000 responses against the exact law is near its mean; against another law it is far from it."""
     apply, theta = model("plain")
     count = 4000
-    [ys] = sample(apply, theta, [[1, 5, 3]], 2, STOP, count, drawn_from, seed=1, at_once=count).responses
+    [ys] = sample(
+        apply, theta, [[1, 5, 3]], 2, STOP, count, drawn_from, seed=1, at_once=count
+    ).responses
     exact = enumerate_responses(apply, theta, [[1, 5, 3]], 2, STOP)
     first = np.asarray(next_token_logp(apply, theta, [[1, 5, 3]]))[0]
     after = np.asarray(next_token_logp(apply, theta, [[1, 5, 3, v] for v in range(VOCAB)]))
@@ -182,7 +204,10 @@ def test_frequencies_are_the_enumerated_probabilities(temperature, drawn_from):
     def tempered(logp):
         return logp / temperature - np.logaddexp.reduce(logp / temperature, axis=-1, keepdims=True)
 
-    law = [tempered(first)[y[0]] + (tempered(after)[y[0], y[1]] if len(y) > 1 else 0.0) for y in exact.responses[0]]
+    law = [
+        tempered(first)[y[0]] + (tempered(after)[y[0], y[1]] if len(y) > 1 else 0.0)
+        for y in exact.responses[0]
+    ]
     if temperature == 1.0:
         close(np.array(law), exact.logp[0])
     expected = count * np.exp(law)
@@ -190,7 +215,9 @@ def test_frequencies_are_the_enumerated_probabilities(temperature, drawn_from):
     seen = np.array([Counter(ys)[y] for y in exact.responses[0]])
     seen, expected = (np.append(x[frequent], x[~frequent].sum()) for x in (seen, expected))
     np.testing.assert_allclose((seen.sum(), expected.sum()), count)
-    standard = (((seen - expected) ** 2 / expected).sum() - (len(seen) - 1)) / np.sqrt(2 * (len(seen) - 1))
+    standard = (((seen - expected) ** 2 / expected).sum() - (len(seen) - 1)) / np.sqrt(
+        2 * (len(seen) - 1)
+    )
     assert abs(standard) < 4 if temperature == drawn_from else standard > 20
 
 
@@ -290,7 +317,9 @@ def test_pruning_keeps_the_likely_responses_and_reports_the_rest():
     for i in range(4):
         likely = np.exp(everything.logp[i]) >= 0.002
         assert 0 < likely.sum() < len(likely)
-        assert some.responses[i] == tuple(y for y, keep in zip(everything.responses[i], likely, strict=True) if keep)
+        assert some.responses[i] == tuple(
+            y for y, keep in zip(everything.responses[i], likely, strict=True) if keep
+        )
         close(some.logp[i], everything.logp[i][likely])
     close(some.pruned, np.array([np.exp(a[np.exp(a) < 0.002]).sum() for a in everything.logp]))
     assert (some.pruned > 0.1).all()
@@ -338,7 +367,10 @@ def test_context_tables_and_adapters_are_enumerated_too():
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1, VOCAB]]}, "prompt 0: token id 13 is outside the vocabulary of 13"),
         ({"prompts": [[-1]]}, "token id -1 is outside"),
-        ({"prompts": [[1], [1] * 30]}, "prompt 1 has 30 tokens: with max_tokens=3 .* more than the 32"),
+        (
+            {"prompts": [[1], [1] * 30]},
+            "prompt 1 has 30 tokens: with max_tokens=3 .* more than the 32",
+        ),
         ({"stop": [VOCAB]}, "stop: token id 13"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"at_once": 0}, "at_once must be at least 1"),

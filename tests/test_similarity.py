@@ -73,7 +73,7 @@ def test_ches_is_the_head_gap_with_unit_error_products():
     apply, theta = model("plain")
     batch = padded(PAIRS)
     result = responses(apply, theta, batch)
-    from simgrad.theory.gram import outer_products
+    from simgrad.theory.kernel.gram import outer_products
 
     unit = jnp.where(batch.valid[..., None], jnp.eye(5)[0], 0.0)
     close(outer_products(result.hidden, unit)[0].gap, ches(result, batch))
@@ -140,7 +140,9 @@ def test_wide_half_precision_states_stay_finite_and_accurate(dtype):
         assert got[name].dtype == jnp.float32, name
         assert np.isfinite(got[name]).all(), name
         np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-5 * size, err_msg=name)
-        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-3 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(
+            got[name], value, rtol=0, atol=1e-3 * np.abs(value).max(), err_msg=name
+        )
 
 
 def test_narrow_sums_are_neither_finite_nor_accurate():

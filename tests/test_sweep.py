@@ -18,7 +18,7 @@ from simgrad.dynamics import DivergedError, RunConfig, SweepTable, grid, sweep, 
 from simgrad.dynamics.configs import MITIGATIONS
 from simgrad.dynamics.sweep import _running
 from simgrad.pairs import packed, padded
-from simgrad.theory.steps import updated
+from simgrad.theory.prediction.steps import updated
 from simgrad.validation import bench_sweep
 
 BATCH = padded(PAIRS)
@@ -88,7 +88,9 @@ def test_each_row_is_the_run_that_train_makes(what, layout):
             "last_loss": run.trace.losses[-1],
         }
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name][row], value, rtol=1e-10, atol=1e-12, err_msg=name)
+            np.testing.assert_allclose(
+                found[name][row], value, rtol=1e-10, atol=1e-12, err_msg=name
+            )
         assert (found["seed"][row], found["diverged"][row]) == (SEEDS[i], -1)
 
 
@@ -168,10 +170,18 @@ def test_a_stopped_sweep_continues_with_what_is_missing(tmp_path, at_once):
     assert len(SweepTable.load(out)) == done < 12
     rest = []
     resumed = sweep(
-        apply, thetas, BATCH, configs, out=out, progress=lambda n, total: rest.append((n, total)), **options
+        apply,
+        thetas,
+        BATCH,
+        configs,
+        out=out,
+        progress=lambda n, total: rest.append((n, total)),
+        **options,
     )
     assert rest == [(n, 12) for n in range(done + at_once, 13, at_once)]
-    again = sweep(apply, thetas, BATCH, configs, out=out, progress=lambda *_: rest.append("more"), **options)
+    again = sweep(
+        apply, thetas, BATCH, configs, out=out, progress=lambda *_: rest.append("more"), **options
+    )
     assert "more" not in rest
     for table in (resumed, again, SweepTable.load(out)):
         assert list(table.columns) == list(whole.columns)
@@ -192,7 +202,10 @@ def test_the_file_of_another_sweep_is_refused(tmp_path):
     for change, match in (
         ({"configs": grid(optimizer="sgd", steps=2)}, r"other configs\)"),
         ({"seeds": [1, 2]}, r"other seeds\)"),
-        ({"thetas": jax.tree.map(lambda x: 2 * x, thetas), "batches": packed(PAIRS)}, r"other pairs, policies\)"),
+        (
+            {"thetas": jax.tree.map(lambda x: 2 * x, thetas), "batches": packed(PAIRS)},
+            r"other pairs, policies\)",
+        ),
     ):
         call = {"thetas": thetas, "batches": BATCH, "configs": configs, "seeds": SEEDS, **change}
         with pytest.raises(ValueError, match=match):
@@ -253,7 +266,11 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_are_those_of_optax(name, clip):
-    expected = OPTIMIZERS[name] if clip is None else optax.chain(optax.clip_by_global_norm(clip), OPTIMIZERS[name])
+    expected = (
+        OPTIMIZERS[name]
+        if clip is None
+        else optax.chain(optax.clip_by_global_norm(clip), OPTIMIZERS[name])
+    )
     chosen = RunConfig(optimizer=name, learning_rate=0.1, clip=clip).recipe().optimizer
     theta = {"w": jnp.array([0.3, -2.0]), "b": jnp.array(0.5)}
     inner, other = chosen.init(theta), expected.init(theta)
@@ -271,7 +288,9 @@ def test_names_of_remedies():
 
 
 def test_grids_are_products_and_add_up():
-    some = grid(objective=["dpo", "ipo"], beta=np.array([0.1, 0.2]), steps=7, include=("embedding/*",))
+    some = grid(
+        objective=["dpo", "ipo"], beta=np.array([0.1, 0.2]), steps=7, include=("embedding/*",)
+    )
     assert [(c.objective, dict(c.hyperparameters)["beta"]) for c in some] == [
         ("dpo", 0.1), ("dpo", 0.2), ("ipo", 0.1), ("ipo", 0.2)
     ]  # fmt: skip
@@ -318,7 +337,9 @@ def test_the_benchmark_compares_equal_runs():
 
 def test_the_benchmark_runs_without_torch(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
+    )
     record = bench_sweep.bench_sweeps(dataclasses.replace(TOY, batch_sizes=()))
     assert [(m["ratio"], m["seconds"] > 0) for m in record["measurements"]] == [(None, True)]
 
@@ -343,9 +364,13 @@ def test_two_devices_give_the_table_of_one(tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     code = DEVICES.format(tests=os.path.dirname(__file__), out=str(tmp_path / "change.npy"))
     environment = {**os.environ, "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(np.load(tmp_path / "change.npy"), found.change, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "change.npy"), found.change, rtol=1e-10, atol=1e-13
+    )
 
 
 COMMAND = """

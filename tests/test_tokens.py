@@ -7,7 +7,7 @@ import pytest
 import reference
 from helpers import PAIRS, VOCAB, close, model
 
-import simgrad.theory.tokens as module
+import simgrad.theory.kernel.tokens as module
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Pair, packed, padded
 from simgrad.theory import (
@@ -37,7 +37,10 @@ def test_entries_are_inner_products_of_single_token_gradients(kind):
     pair = PAIRS[0]
     rows = []
     for response in (pair.chosen, pair.rejected):
-        whole = [reference.gradient(apply, theta, pair.prompt, response[:k]) for k in range(1, len(response) + 1)]
+        whole = [
+            reference.gradient(apply, theta, pair.prompt, response[:k])
+            for k in range(1, len(response) + 1)
+        ]
         before = [jax.tree.map(jnp.zeros_like, theta), *whole[:-1]]
         rows.append([jax.tree.map(jnp.subtract, g, h) for g, h in zip(whole, before, strict=True)])
     got = kernel_of(apply, theta, padded([pair]))[0]
@@ -68,7 +71,9 @@ def test_both_methods_agree(kind, include):
 def test_low_precision_stays_close_to_float64(dtype):
     apply, theta = model("rope_mqa_gated_tied", dtype)
     exact, _ = model("rope_mqa_gated_tied")
-    expected = token_kernel(exact, jax.tree.map(lambda x: x.astype(jnp.float64), theta), padded(PAIRS))
+    expected = token_kernel(
+        exact, jax.tree.map(lambda x: x.astype(jnp.float64), theta), padded(PAIRS)
+    )
     got = token_kernel(apply, theta, padded(PAIRS))
     assert got.dtype == jnp.float32
     close(got, expected, dtype)
@@ -79,7 +84,10 @@ def test_sums_to_the_pair_kernel(kind):
     apply, theta = model(kind)
     tokens = kernel_of(apply, theta, padded(PAIRS)).sum((2, 4))
     pair = pair_kernel(apply, theta, padded(PAIRS))
-    close((tokens[:, 0, 0], tokens[:, 0, 1], tokens[:, 1, 1]), (pair.sq_chosen, pair.inner, pair.sq_rejected))
+    close(
+        (tokens[:, 0, 0], tokens[:, 0, 1], tokens[:, 1, 1]),
+        (pair.sq_chosen, pair.inner, pair.sq_rejected),
+    )
 
 
 def test_symmetric_positive_zero_where_padded_and_the_same_when_packed():
@@ -113,10 +121,17 @@ def test_weights_on_tokens_give_the_kernel_of_weighted_log_probs():
     for i, pair in enumerate(PAIRS):
         sides = []
         for s, response in enumerate((pair.chosen, pair.rejected)):
-            ends = [reference.gradient(apply, theta, pair.prompt, response[:k]) for k in range(1, len(response) + 1)]
+            ends = [
+                reference.gradient(apply, theta, pair.prompt, response[:k])
+                for k in range(1, len(response) + 1)
+            ]
             a = np.append(np.asarray(weights)[i, s, : len(response)], 0.0)
             # summation by parts: Σ a_k (G_k - G_{k-1}) = Σ (a_k - a_{k+1}) G_k
-            sides.append(jax.tree.map(lambda *g, a=a: sum((a[k] - a[k + 1]) * x for k, x in enumerate(g)), *ends))
+            sides.append(
+                jax.tree.map(
+                    lambda *g, a=a: sum((a[k] - a[k + 1]) * x for k, x in enumerate(g)), *ends
+                )
+            )
         w, l = sides  # noqa: E741
         expected = [reference.dot(w, w), reference.dot(w, l), reference.dot(l, l)]
         close([x[i] for x in (got.sq_chosen, got.inner, got.sq_rejected)], expected)
@@ -130,7 +145,9 @@ def test_subsets_of_parameters():
 
 def test_ghosts_need_two_sequences_and_a_transformer():
     apply, theta = model("plain")
-    with pytest.raises(ValueError, match=r"needs a transformer and a padded batch \(pairs\.padded\)"):
+    with pytest.raises(
+        ValueError, match=r"needs a transformer and a padded batch \(pairs\.padded\)"
+    ):
         token_kernel(apply, theta, packed(PAIRS), method="ghost")
     with pytest.raises(ValueError, match="use 'columns'"):
         token_kernel(*model("linear_softmax"), padded(PAIRS), method="ghost")
@@ -167,7 +184,10 @@ def test_long_float32_pairs_keep_their_sums():
     whole = pair_kernel(apply, theta, padded(pairs), method="plain")
     sums = np.asarray(token_kernel(apply, theta, padded(pairs))).sum((2, 4))[0]
     scale = float(jnp.maximum(whole.sq_chosen, whole.sq_rejected)[0])
-    got, expected = [sums[0, 0], sums[0, 1], sums[1, 1]], [float(x[0]) for x in jax.tree.leaves(whole)]
+    got, expected = (
+        [sums[0, 0], sums[0, 1], sums[1, 1]],
+        [float(x[0]) for x in jax.tree.leaves(whole)],
+    )
     np.testing.assert_allclose(got, expected, atol=2e-5 * scale)
 
 
@@ -185,7 +205,9 @@ def test_masked_training_moves_whole_responses_as_predicted():
             return surrogate_loss(masked_logp(responses(apply, t, one), a), d).sum()
 
         gradient = jax.grad(loss)(theta)
-        return responses(apply, jax.tree.map(lambda t, g: t - rate * g, theta, gradient), one).logp[0]
+        return responses(apply, jax.tree.map(lambda t, g: t - rate * g, theta, gradient), one).logp[
+            0
+        ]
 
     rates = np.geomspace(1e-5, 1e-3, 3)
     for i in (0, 3):
@@ -193,7 +215,10 @@ def test_masked_training_moves_whole_responses_as_predicted():
         start = moved(theta, one, a, pair_d, 0.0)
         predicted = np.array([change.chosen[i], change.rejected[i]])
         sizes = rates / np.abs(predicted).max()
-        miss = [np.abs(np.asarray(moved(theta, one, a, pair_d, r) - start) - r * predicted) for r in sizes]
+        miss = [
+            np.abs(np.asarray(moved(theta, one, a, pair_d, r) - start) - r * predicted)
+            for r in sizes
+        ]
         np.testing.assert_allclose(np.polyfit(np.log(rates), np.log(miss), 1)[0], 2.0, atol=0.1)
     one, nothing = jnp.ones(1), jnp.array([[[0.0], [1.0]]])
     blocks = jnp.ones((1, 2, 1, 2, 1))

@@ -22,7 +22,7 @@ from simgrad.theory import (
     pair_kernel,
     responses,
 )
-from simgrad.theory.steps import updated
+from simgrad.theory.prediction.steps import updated
 
 BATCH = padded(PAIRS)
 KINDS = ["rope_gqa_head_dim", "linear_softmax", "unconstrained_features"]
@@ -51,7 +51,9 @@ def by_hand(apply, theta, batch, recipe, optimizer=None):
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1),
     "momentum": optax.sgd(0.05, momentum=0.9),
-    "clipped adamw": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, weight_decay=0.1)),
+    "clipped adamw": optax.chain(
+        optax.clip_by_global_norm(0.1), optax.adamw(1e-2, weight_decay=0.1)
+    ),
     "schedule": optax.adam(optax.cosine_decay_schedule(1e-2, 5)),
 }
 
@@ -87,7 +89,9 @@ def test_frozen_parameters_stay_and_trained_ones_move():
     apply, theta = model("rope_gqa_head_dim")
     recipe = Recipe(DPO(), optax.adam(1e-2), steps=2, include=["layers/attention/*"])
     after = train(apply, theta, BATCH, recipe).theta
-    for name, a, b in zip(tree.names(theta), jax.tree.leaves(theta), jax.tree.leaves(after), strict=True):
+    for name, a, b in zip(
+        tree.names(theta), jax.tree.leaves(theta), jax.tree.leaves(after), strict=True
+    ):
         assert bool((a == b).all()) != name.startswith("layers/attention/"), name
 
 
@@ -101,7 +105,13 @@ def test_lora_trains_the_adapters_alone_and_moves_the_policy():
 
 @pytest.mark.parametrize(
     ("remedy", "where"),
-    [(None, "memory"), (None, "disk"), (RunningCalibrated(), "disk"), ("mask", "memory"), ("mask", "disk")],
+    [
+        (None, "memory"),
+        (None, "disk"),
+        (RunningCalibrated(), "disk"),
+        ("mask", "memory"),
+        ("mask", "disk"),
+    ],
     ids=repr,
 )
 def test_a_stopped_run_resumes_exactly(remedy, where, tmp_path):
@@ -112,7 +122,14 @@ def test_a_stopped_run_resumes_exactly(remedy, where, tmp_path):
     whole = train(apply, theta, BATCH, recipe, **options)
     short = recipe.replace(steps=4)
     if where == "memory":
-        resumed = train(apply, theta, BATCH, recipe, resume=train(apply, theta, BATCH, short, **options), **options)
+        resumed = train(
+            apply,
+            theta,
+            BATCH,
+            recipe,
+            resume=train(apply, theta, BATCH, short, **options),
+            **options,
+        )
     else:
         out = tmp_path / "run.npz"
         train(apply, theta, BATCH, short, out=out, **options)
@@ -148,7 +165,9 @@ def test_divergence_names_the_step_and_keeps_the_trace(tmp_path):
     apply, theta = model("linear_softmax")
     jump = optax.scale_by_schedule(lambda t: jnp.where(t == 5, jnp.inf, -0.1))
     with pytest.raises(DivergedError, match=r"step 5 .*lower the learning rate") as caught:
-        train(apply, theta, BATCH, Recipe(DPO(), jump, steps=40), record=2, out=tmp_path / "run.npz")
+        train(
+            apply, theta, BATCH, Recipe(DPO(), jump, steps=40), record=2, out=tmp_path / "run.npz"
+        )
     assert caught.value.step == 5
     assert caught.value.trace.steps.tolist() == [0, 2, 4]
     assert np.isfinite(caught.value.trace.logp).all()
@@ -180,11 +199,18 @@ def test_a_run_is_resumed_with_its_own_arguments_only():
 
 def test_optimizers_that_know_the_parameters_tree():
     apply, theta = model("rope_gqa_head_dim")
-    labels = jax.tree.map_with_path(lambda path, _: "on" if "['mlp']" in jax.tree_util.keystr(path) else "off", theta)
+    labels = jax.tree.map_with_path(
+        lambda path, _: "on" if "['mlp']" in jax.tree_util.keystr(path) else "off", theta
+    )
     optimizer = optax.partition({"on": optax.adam(1e-2), "off": optax.set_to_zero()}, labels)
     recipe = Recipe(DPO(), optimizer, steps=3)
     after = train(apply, theta, BATCH, recipe).theta
-    close(after, train(apply, theta, BATCH, recipe.replace(optimizer=optax.adam(1e-2), include=["*mlp/*"])).theta)
+    close(
+        after,
+        train(
+            apply, theta, BATCH, recipe.replace(optimizer=optax.adam(1e-2), include=["*mlp/*"])
+        ).theta,
+    )
 
 
 def test_pairs_and_prompts_that_the_model_does_not_know():
@@ -200,14 +226,19 @@ def test_the_trace_holds_what_theory_says_of_each_record():
     apply, theta = model("rope_gqa_head_dim")
     probes = padded([Pair([1, 2], [3], [4, 5])])
     recipe = Recipe(DPO(), optax.sgd(0.1), steps=4, batch_size=2)
-    run = train(apply, theta, BATCH, recipe, probes=probes, watch=[[1, 5], [4]], record=[1, 3], kernels=True)
+    run = train(
+        apply, theta, BATCH, recipe, probes=probes, watch=[[1, 5], [4]], record=[1, 3], kernels=True
+    )
     trace, result = run.trace, responses(apply, run.theta, BATCH)
     assert trace.steps.tolist() == [0, 1, 3, 4]
     close(trace.token_logp[-1], result.token_logp)
     close(trace.probes[-1], responses(apply, run.theta, probes).logp)
     close(jax.tree.map(lambda x: x[-1], trace.kernel), pair_kernel(apply, run.theta, BATCH))
     close(jnp.exp(trace.watched).sum(-1), jnp.ones((4, 2)))
-    close(trace.watched[-1, 0], jax.nn.log_softmax(apply(run.theta, jnp.array([[1, 5]])).logits[0, -1]))
+    close(
+        trace.watched[-1, 0],
+        jax.nn.log_softmax(apply(run.theta, jnp.array([[1, 5]])).logits[0, -1]),
+    )
     start = responses(apply, theta, BATCH).logp
     delta = result.logp - start
     close(trace.margin[-1], delta[:, 0] - delta[:, 1])
@@ -239,7 +270,9 @@ def one_step(remedy, rate=1e-7):
     return apply, theta, run.trace.change[-1, 0] / rate
 
 
-@pytest.mark.parametrize("remedy", [PairwiseNormalized(), Calibrated(), RunningCalibrated(), Projected()], ids=repr)
+@pytest.mark.parametrize(
+    "remedy", [PairwiseNormalized(), Calibrated(), RunningCalibrated(), Projected()], ids=repr
+)
 def test_a_remedy_changes_the_step_as_its_coefficients_say(remedy):
     apply, theta, change = one_step(remedy)
     kernel, logp = pair_kernel(apply, theta, PAIR), responses(apply, theta, PAIR).logp
@@ -290,8 +323,12 @@ def test_a_mask_without_penalty_and_slope_is_a_scaled_objective():
         {"policy": optax.sgd(0.1), "mask": optax.set_to_zero()},
         lambda learned: jax.tree.map_with_path(lambda path, _: path[0].name, learned),
     )
-    masked = train(apply, theta, BATCH, Recipe(DPO(), frozen, steps=1, mask=SparseMask(0.0, bias=0.0)))
-    plain = train(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.05), steps=1))  # d(½x) = ½ dx at zero margin
+    masked = train(
+        apply, theta, BATCH, Recipe(DPO(), frozen, steps=1, mask=SparseMask(0.0, bias=0.0))
+    )
+    plain = train(
+        apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.05), steps=1)
+    )  # d(½x) = ½ dx at zero margin
     close(masked.theta, plain.theta)
     close(masked.trace.logp[-1], plain.trace.logp[-1])
 

@@ -7,11 +7,19 @@ import pytest
 
 from simgrad import tree
 
-THETA = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(2)}, "b": {"table": jnp.full((2, 2), 2.0)}}
+THETA = {
+    "a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(2)},
+    "b": {"table": jnp.full((2, 2), 2.0)},
+}
 
 
 def test_partition_and_combine_are_inverse():
-    for include, exclude in ((None, ()), (["a/*"], ()), (None, ["*/bias"]), (["*/kernel", "b/*"], ["b/*"])):
+    for include, exclude in (
+        (None, ()),
+        (["a/*"], ()),
+        (None, ["*/bias"]),
+        (["*/kernel", "b/*"], ["b/*"]),
+    ):
         kept, rest = tree.partition(THETA, include, exclude)
         back = tree.combine(kept, rest)
         assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), back, THETA))
@@ -35,5 +43,7 @@ def test_long_low_precision_vectors_keep_their_norm():
     x = jnp.full((1000, 1000), 0.1, jnp.bfloat16)
     exact = float(np.square(np.asarray(x, np.float64)).sum())
     assert float(tree.dot(x, x)) == pytest.approx(exact, rel=1e-5)
-    stalled = jax.lax.fori_loop(0, 10_000, lambda _, total: total + x[0, 0] * x[0, 0], jnp.zeros((), jnp.bfloat16))
+    stalled = jax.lax.fori_loop(
+        0, 10_000, lambda _, total: total + x[0, 0] * x[0, 0], jnp.zeros((), jnp.bfloat16)
+    )
     assert float(stalled) < 0.1 * exact / 100

@@ -57,7 +57,10 @@ def test_the_path_integral_is_the_difference():
             np.testing.assert_allclose(along[i], plain, atol=1e-13 + 1e-7 * np.abs(plain).max())
     start = responses(apply, theta, batch).logp
     moved = jax.tree.map(lambda t, v: t + 1e-3 * v, theta, step)
-    close(difference(apply, theta, batch, step, jnp.asarray(1e-3)), responses(apply, moved, batch).logp - start)
+    close(
+        difference(apply, theta, batch, step, jnp.asarray(1e-3)),
+        responses(apply, moved, batch).logp - start,
+    )
 
 
 def test_in_float32_it_keeps_the_digits_that_a_difference_loses():
@@ -101,9 +104,21 @@ def test_a_small_grid_holds():
     result = found()
     assert result.failed == ()
     names = by_name(result)
-    assert {"first order/float64", "second order/float64", "signs/float32", "float64/float32"} <= set(names)
-    assert {"closed forms/float64", "kernels/float64", "routes/float64", "determinism/float32"} <= set(names)
-    assert all(names[n].holds for n in ("first order/float64", "closed forms/float64", "routes/float64"))
+    assert {
+        "first order/float64",
+        "second order/float64",
+        "signs/float32",
+        "float64/float32",
+    } <= set(names)
+    assert {
+        "closed forms/float64",
+        "kernels/float64",
+        "routes/float64",
+        "determinism/float32",
+    } <= set(names)
+    assert all(
+        names[n].holds for n in ("first order/float64", "closed forms/float64", "routes/float64")
+    )
     assert {(c.kind, c.objective, c.optimizer) for c in result.cells} == {
         ("alone", "dpo", "sgd"),
         ("alone", "hinge", "sgd"),
@@ -119,7 +134,9 @@ def test_the_record_is_json_and_reproducible(tmp_path):
     assert len(record["cells"]) == len(result.cells)
     assert record["provenance"]["seed"] == 0
     assert {"jax", "devices", "git_revision", "xla_flags", "python"} <= set(record["provenance"])
-    again = validate(dataclasses.replace(TINY, objectives=("dpo",), optimizers=("sgd",), dtypes=("float32",)))
+    again = validate(
+        dataclasses.replace(TINY, objectives=("dpo",), optimizers=("sgd",), dtypes=("float32",))
+    )
     setting = lambda c: (c.kind, c.arithmetic, c.objective, c.optimizer)  # noqa: E731
     before = {setting(c): c for c in result.cells}
     assert len(again.cells) == 2
@@ -189,18 +206,27 @@ def test_a_wrong_kernel_is_found(monkeypatch):
 
 
 def test_a_wrong_run_is_found(monkeypatch):
-    assert sabotaged(monkeypatch, identities, agreement, "entanglement_kernel", scaled(1 + 1e-6)) == {"routes"}
+    assert sabotaged(
+        monkeypatch, identities, agreement, "entanglement_kernel", scaled(1 + 1e-6)
+    ) == {"routes"}
 
 
 def test_a_wrong_closed_form_is_found(monkeypatch):
-    assert sabotaged(monkeypatch, forms, closed_forms, "head_kernel", scaled(1 + 1e-8)) == {"closed forms"}
+    assert sabotaged(monkeypatch, forms, closed_forms, "head_kernel", scaled(1 + 1e-8)) == {
+        "closed forms"
+    }
 
 
 def test_steps_and_runs_of_a_transformer():
     """Routes that context tables do not take: ghost kernels, training, runs linearised anew."""
     toy = base(name="transformer")
-    checks = [*agreement.against_reference(toy, toy, WHERE, True, True), *agreement.runs(toy, WHERE, ["adam"])]
-    assert {"pair kernel, ghost", "pair kernel, explicit", "pair kernel, plain"} <= {c.name for c in checks}
+    checks = [
+        *agreement.against_reference(toy, toy, WHERE, True, True),
+        *agreement.runs(toy, WHERE, ["adam"]),
+    ]
+    assert {"pair kernel, ghost", "pair kernel, explicit", "pair kernel, plain"} <= {
+        c.name for c in checks
+    }
     assert all(c.holds for c in checks)
 
 
@@ -208,7 +234,10 @@ def test_low_precision_is_shown_but_not_judged():
     where, low = {**WHERE, "arithmetic": "bfloat16"}, base("bfloat16")
     wide = cells.base_of(twin(low.subject), TINY.objectives)
     cell = cells.alone(low, wide, "dpo", TINY, where)
-    names = {s.name: s for s in statements([cell], [*agreement.against_reference(low, wide, where, True, False)])}
+    names = {
+        s.name: s
+        for s in statements([cell], [*agreement.against_reference(low, wide, where, True, False)])
+    }
     assert names["signs/bfloat16"].holds is None
     assert names["float64/bfloat16"].holds is None
     assert names["kernels/bfloat16"].holds
@@ -274,12 +303,16 @@ def test_grids_that_make_no_sense_are_refused(changes, message):
 
 def test_only_float32_has_two_precisions():
     assert [str(a) for a in TINY.arithmetics("cpu", "transformer")] == ["float64", "float32"]
-    assert [str(a) for a in TINY.arithmetics("gpu", "transformer")] == ["float64", "float32 (default)", "float32"]
+    assert [str(a) for a in TINY.arithmetics("gpu", "transformer")] == [
+        "float64",
+        "float32 (default)",
+        "float32",
+    ]
     assert str(Arithmetic("bfloat16", "default")) == "bfloat16"
 
 
 def test_page_is_whole_and_says_everything(tmp_path):
-    from simgrad.figures.validation_page import write_page
+    from simgrad.validation.page import write_page
 
     result = found()
     page, *images = write_page(result, tmp_path)
@@ -287,18 +320,22 @@ def test_page_is_whole_and_says_everything(tmp_path):
     assert all(s.name in text for s in result.statements)
     assert "http" not in text.replace("http-equiv", "")
     assert all(image.stat().st_size > 1000 for image in images)
-    broken = dataclasses.replace(result, statements=(dataclasses.replace(result.statements[0], holds=False),))
+    broken = dataclasses.replace(
+        result, statements=(dataclasses.replace(result.statements[0], holds=False),)
+    )
     write_page(broken, tmp_path)
     assert "statements fail" in page.read_text()
 
 
 @pytest.mark.parametrize("rates", [[0.5], [1e-9, 1e-8]])
 def test_any_learning_rates_can_be_drawn(tmp_path, rates):
-    from simgrad.figures.validation_page import write_page
+    from simgrad.validation.page import write_page
 
     n = len(rates)
     some = tuple(
-        dataclasses.replace(c, multiples=rates, curve_first=[0.1] * n, curve_second=[0.0] * n, curve_signs=[0.0] * n)
+        dataclasses.replace(
+            c, multiples=rates, curve_first=[0.1] * n, curve_second=[0.0] * n, curve_signs=[0.0] * n
+        )
         for c in found().cells
     )
     assert write_page(dataclasses.replace(found(), cells=some), tmp_path)[0].exists()
@@ -314,7 +351,9 @@ def test_large_steps_are_measured_by_the_difference():
 def test_tables_are_spared_low_precision_only_beside_others():
     tables = dataclasses.replace(TINY, dtypes=("bfloat16",))
     assert [str(a) for a in tables.arithmetics("cpu", "linear-softmax")] == ["bfloat16"]
-    more = dataclasses.replace(TINY, models=("linear-softmax", "transformer"), dtypes=("float64", "bfloat16"))
+    more = dataclasses.replace(
+        TINY, models=("linear-softmax", "transformer"), dtypes=("float64", "bfloat16")
+    )
     assert [str(a) for a in more.arithmetics("cpu", "linear-softmax")] == ["float64"]
 
 
@@ -324,7 +363,9 @@ def test_the_command_fails_when_a_statement_does(tmp_path, monkeypatch, capsys):
     from simgrad.validation import validate as module
 
     result = found()
-    broken = dataclasses.replace(result, statements=(dataclasses.replace(result.statements[0], holds=False),))
+    broken = dataclasses.replace(
+        result, statements=(dataclasses.replace(result.statements[0], holds=False),)
+    )
     monkeypatch.setattr(runtime, "prepare", lambda *args, **kwargs: None)
     for answer, status in ((result, 0), (broken, 1)):
         monkeypatch.setattr(module, "validate", lambda grid, report, answer=answer: answer)

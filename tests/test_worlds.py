@@ -27,9 +27,13 @@ def cache(tmp_path_factory):
 
 @functools.cache
 def measured(name, cache):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"SIMGRAD_CACHE": str(cache)}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "SIMGRAD_CACHE": str(cache)
+    }
     command = [sys.executable, str(HERE / "world_signs.py"), name]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -97,12 +101,14 @@ def test_pretraining_is_cached_by_configuration_and_seed(monkeypatch, tmp_path):
     assert len(list((tmp_path / "worlds").iterdir())) == 3
 
 
-@pytest.mark.parametrize("name", [n for n in worlds.names() if worlds.get(n).has_transformer and n != "refusals"])
+@pytest.mark.parametrize(
+    "name", [n for n in worlds.names() if worlds.get(n).has_transformer and n != "refusals"]
+)
 def test_a_worlds_rows_are_its_pairs(name, monkeypatch, tmp_path):
     """Text, tokenizer and back."""
     monkeypatch.setenv("SIMGRAD_CACHE", str(tmp_path))
     world = worlds.get(name)
-    from simgrad.bridge.words import word_tokenizer
+    from simgrad.bridge.checkpoints.words import word_tokenizer
 
     tokenizer = word_tokenizer(world.words, bos=world.words[0], eos=world.end)
     rows = read_rows(f"world:{name}:3", limit=20)
@@ -118,7 +124,9 @@ def test_a_world_is_a_checkpoint_that_survives_export(monkeypatch, tmp_path):
     policy = load("world:verdicts:1")
     save(policy, tmp_path / "out")
     again = load(tmp_path / "out")
-    np.testing.assert_array_equal(again.theta["unembedding"]["table"], policy.theta["unembedding"]["table"])
+    np.testing.assert_array_equal(
+        again.theta["unembedding"]["table"], policy.theta["unembedding"]["table"]
+    )
     text = "cue-1.21 filler0 ? No"
     assert again.tokenizer(text)["input_ids"] == policy.tokenizer(text)["input_ids"]
     assert policy.tokenizer.decode(policy.tokenizer(text)["input_ids"]) == f"<b> {text}"

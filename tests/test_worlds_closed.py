@@ -20,10 +20,18 @@ from simgrad.worlds.unconstrained import RESPONSES, SMALL, Unconstrained
 
 SMALL_WORLDS = {
     "squeezing": Squeezing(
-        draws=8, prompts=4, vocabulary=16, push_steps=(5,), groups=4, length=5, peaks=(0.0, 1.0, 2.0)
+        draws=8,
+        prompts=4,
+        vocabulary=16,
+        push_steps=(5,),
+        groups=4,
+        length=5,
+        peaks=(0.0, 1.0, 2.0),
     ),
     "linear": Linear(n_pairs=3, suffixes=(0, 3), prefix=2, draws=8, steps=10),
-    "unconstrained": Unconstrained(draws=12, longest=4, vocabulary=12, steps=5, alignments=(0.0, 0.95)),
+    "unconstrained": Unconstrained(
+        draws=12, longest=4, vocabulary=12, steps=5, alignments=(0.0, 0.95)
+    ),
 }
 SEEDS = [0, 1]
 
@@ -53,7 +61,10 @@ def check_a_seed_gives_the_same_rows_whatever_the_others(name):
     for table, other in zip(found(name).tables, again.tables, strict=True):
         for column in table.measured:
             np.testing.assert_allclose(
-                table[column][table["seed"] == 1], other[column][other["seed"] == 1], rtol=1e-9, atol=1e-12
+                table[column][table["seed"] == 1],
+                other[column][other["seed"] == 1],
+                rtol=1e-9,
+                atol=1e-12,
             )
         assert not all(np.array_equal(table[c][::2], table[c][1::2]) for c in table.measured)
 
@@ -87,7 +98,9 @@ def check_nthr_is_exact_for_the_unembedding_and_not_for_features():
     assert (scores.where(learns="W and h")["NTHR, exact"] < 0.95).all()
     assert (scores.where(overlap=0.0)["shared"] == 0).all()
     at = {"learns": "W", "overlap": 0.5}
-    high, random = (drops.where(**at, dropped=f"{x}")["protected"] for x in ("highest NTHR", "random"))
+    high, random = (
+        drops.where(**at, dropped=f"{x}")["protected"] for x in ("highest NTHR", "random")
+    )
     assert (high > random).all()
     assert (drops.where(**at, dropped="lowest NTHR")["protected"] < 0).all()
     assert (drops.where(learns="W", overlap=0.0, dropped="highest NTHR")["protected"] < 0.01).all()
@@ -97,7 +110,9 @@ def test_a_dropped_penalty_protects_by_its_exact_effect():
     """To first order in the rate, dropping tokens gains Σ_i Δ log π(y_i) = rate Σ_dropped a/|y| · exact."""
     world, count, rate = SMALL_WORLDS["squeezing"], 3, 1e-6
     group = world._group(np.random.default_rng(0), 0.5)
-    after = jax.tree.map(np.asarray, jax.jit(_stepping(rate, count, True))(jax.tree.map(jnp.asarray, group)))
+    after = jax.tree.map(
+        np.asarray, jax.jit(_stepping(rate, count, True))(jax.tree.map(jnp.asarray, group))
+    )
     exact, gained = after["exact"][~CORRECT].ravel(), after["change"][3] - after["change"][0]
     dropped = np.sort(exact)[::-1][:count].sum()
     np.testing.assert_allclose(gained[CORRECT].sum(), rate * dropped / world.length, rtol=1e-4)
@@ -138,7 +153,10 @@ def test_the_linear_policy_has_the_probabilities_asked_for():
     close(h @ jnp.swapaxes(h, -1, -2), np.tile(np.eye(3), (2, 1, 1)))
     close((h[0] * h[1]).sum(-1), np.array([1.0, 0.8, 0.8]))
     close((result.hidden[0, 0] * result.hidden[1, 0]).sum(-1), np.full(3, 0.4))
-    flat = [x.reshape(-1, *x.shape[2:]) for x in (result.hidden, result.logits, batch.targets, batch.valid)]
+    flat = [
+        x.reshape(-1, *x.shape[2:])
+        for x in (result.hidden, result.logits, batch.targets, batch.valid)
+    ]
     close(group_kernel(Group(*flat)), entanglement_kernel(apply, theta, batch))
 
 
@@ -146,13 +164,17 @@ def test_the_linear_policy_has_the_probabilities_asked_for():
 def test_the_closed_form_is_the_slope(alignment):
     """Against a central difference of a step there and back, and against autodiff."""
     apply, batch = ContextApply(((0,),)), padded([Pair([0], [0], [1])])
-    theta = jax.tree.map(lambda x: jnp.asarray(x[0]), SMALL_WORLDS["unconstrained"].single(0, alignment))
+    theta = jax.tree.map(
+        lambda x: jnp.asarray(x[0]), SMALL_WORLDS["unconstrained"].single(0, alignment)
+    )
     w, h = theta["unembedding"]["table"], theta["features"]["table"][0]
     rate = unconstrained.single_token_rate(w, h, jnp.array(0), jnp.array(1)).total
     after = trained(apply, recipe_for(DPO(0.1), "sgd", SMALL, 1), theta, batch)
     back = jax.tree.map(lambda a, b: 2 * a - b, theta, after)
     forth_and_back = [responses(apply, x, batch).logp[0, 0] for x in (after, back)]
-    np.testing.assert_allclose((forth_and_back[0] - forth_and_back[1]) / (2 * SMALL * 0.05), rate, rtol=1e-6)
+    np.testing.assert_allclose(
+        (forth_and_back[0] - forth_and_back[1]) / (2 * SMALL * 0.05), rate, rtol=1e-6
+    )
     close(-pair_kernel(apply, theta, batch).gap[0], rate)
 
 
@@ -198,8 +220,14 @@ CHECKS = {
         check_fine_tuning_on_both_responses_weakens_squeezing,
         check_nthr_is_exact_for_the_unembedding_and_not_for_features,
     ),
-    "linear": (check_single_tokens_with_frozen_features_never_fall, check_suffixes_entangle_and_prefixes_do_not),
-    "unconstrained": (check_what_alignment_does_and_where_the_mass_goes, check_scores_of_longer_pairs),
+    "linear": (
+        check_single_tokens_with_frozen_features_never_fall,
+        check_suffixes_entangle_and_prefixes_do_not,
+    ),
+    "unconstrained": (
+        check_what_alignment_does_and_where_the_mass_goes,
+        check_scores_of_longer_pairs,
+    ),
 }
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import sys
 
-if __name__ == "__main__":  # collecting doctests imports this file, and must leave the suite's flags alone
+if (
+    __name__ == "__main__"
+):  # collecting doctests imports this file, and must leave the suite's flags alone
     os.environ["XLA_FLAGS"] = (
         "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false "
         "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1"
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad import worlds
-from simgrad.dynamics.predictors import compare
+from simgrad.experiments.comparison import compare
 
 SEEDS = [101, 102]
 
@@ -51,7 +53,9 @@ def refusals():
         return [arm for arm in world._unfiltered(*given) if arm.name in arms]
 
     rows = world._measured(SEEDS, few)
-    rates = {arm: [r["refuses harmful"] for r in rows if r["arm"] == arm] for arm in ("start", *arms)}
+    rates = {
+        arm: [r["refuses harmful"] for r in rows if r["arm"] == arm] for arm in ("start", *arms)
+    }
     rolled = world.with_knobs(rollouts=True, n_pairs=40)
     pairs = rolled.pairs(SEEDS[0])
     openings = range(world.first_answer, world.first_answer + 12)

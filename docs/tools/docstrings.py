@@ -1,7 +1,7 @@
 """Docstrings of the library as Markdown: roles become links, formulas and doctests code, RST tables tables.
 
-A griffe extension. Docstrings are parsed as Google style first and rewritten section by section, so that
-names of arguments are never touched.
+A griffe extension. Docstrings are parsed as Google style first and rewritten section by section, so
+that names of arguments are never touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _CODE = re.compile(r":[a-z]+:`~?(?P<role>[^`]+)`|``(?P<literal>.+?)``|`(?P<code>
 _RULE = re.compile(r"=+(\s+=+)*\s*")
 _PAPER = re.compile(r"arXiv\s+(\d{4}\.\d{5})")
 _NAME = re.compile(r"[A-Za-z]\w*(\.\w+)*")
-_SPECIAL = str.maketrans({"<": "&lt;", "*": "&#42;", "_": "&#95;", "[": "&#91;", "]": "&#93;", "|": "&#124;"})
+_SPECIAL = str.maketrans(
+    {"<": "&lt;", "*": "&#42;", "_": "&#95;", "[": "&#91;", "]": "&#93;", "|": "&#124;"}
+)
 
 Link = Callable[[str], str | None]
 
@@ -100,7 +102,8 @@ def _paragraph(lines: list[str], link: Link) -> str:
         else:
             items[-1][1].append(line.strip())
     return "\n".join(
-        mark + inline("\n".join(words), link).replace("\n", "\n" + " " * len(mark)) for mark, words in items
+        mark + inline("\n".join(words), link).replace("\n", "\n" + " " * len(mark))
+        for mark, words in items
     )
 
 
@@ -125,7 +128,13 @@ def _table(lines: list[str], link: Link) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-FACTS = {"name": "name", "formula": "loss", "ratio": "d_w/d_l", "pushes_chosen_down": "d_w < 0", "source": "source"}
+FACTS = {
+    "name": "name",
+    "formula": "loss",
+    "ratio": "d_w/d_l",
+    "pushes_chosen_down": "d_w < 0",
+    "source": "source",
+}
 
 
 def _objective(cls: griffe.Class) -> str:
@@ -155,7 +164,11 @@ class Docstrings(griffe.Extension):
 
     def _meant(self, found: griffe.Object | griffe.Alias) -> griffe.Object | griffe.Alias:
         """Where a package exports a function under the name of its module, the function."""
-        own = found.members.get(found.name) if found.is_module and found.canonical_path not in self.pages else None
+        own = (
+            found.members.get(found.name)
+            if found.is_module and found.canonical_path not in self.pages
+            else None
+        )
         return found if own is None or own.is_alias else own
 
     def _walk(self, obj: griffe.Object) -> None:
@@ -178,7 +191,10 @@ class Docstrings(griffe.Extension):
                 for item in section.value:
                     item.description = markdown(item.description, link)
             else:
-                raise ValueError(f"{obj.path}: a docstring section that the pages cannot show: {section.kind.value}")
+                raise ValueError(
+                    f"{obj.path}: a docstring section that the pages cannot show: "
+                    f"{section.kind.value}"
+                )
         if obj.is_class and "formula" in obj.members:
             sections.append(griffe.DocstringSectionText(_objective(obj)))
         docstring.__dict__["parsed"] = sections

@@ -1,8 +1,8 @@
 """What the site takes from elsewhere at build time: help texts, the gallery, notebooks; and LaTeX as MathML.
 
-Pages ask for it with comments (``<!-- help -->``, ``<!-- gallery -->``, ``<!-- notebooks -->``), so that nothing on
-them can go stale. Formulas between dollar signs on pages with ``math: true`` become MathML, which browsers draw
-without scripts, fonts or network.
+Pages ask for it with comments (``<!-- help -->``, ``<!-- gallery -->``, ``<!-- notebooks -->``), so
+that nothing on them can go stale. Formulas between dollar signs on pages with ``math: true`` become
+MathML, which browsers draw without scripts, fonts or network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BROUGHT = {"figures": (".png", ".pdf", ".json", ".html", ".svg"), "notebooks": (".ipynb",)}
 COLUMNS = "100"
 
-_FORMULA = re.compile(r"```.*?```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL)
+_FORMULA = re.compile(
+    r"```.*?```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL
+)
 _HOLDER = "formula{}place"
 
 
@@ -31,7 +33,9 @@ _SPACING = (  # what TeX knows and MathML has to be told
     (re.compile(r"<mi>(&#x0039[34];)</mi>"), r'<mi mathvariant="normal">\1</mi>'),
     (re.compile(r"<mo>(&#x0002F;)</mo>"), r'<mo lspace="0" rspace="0">\1</mo>'),
     (
-        re.compile(r"(<mo[^>]*>(?:&#x00028;|&#x0003D;|&#x02264;|&#x0002C;)</mo>)<mo>&#x02212;</mo>"),
+        re.compile(
+            r"(<mo[^>]*>(?:&#x00028;|&#x0003D;|&#x02264;|&#x0002C;)</mo>)<mo>&#x02212;</mo>"
+        ),
         r'\1<mo form="prefix">&#x02212;</mo>',
     ),
 )
@@ -44,7 +48,11 @@ def on_files(files: Any, config: Any) -> Any:
     for folder, kinds in BROUGHT.items():
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in kinds:
-                files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+                files.append(
+                    File.generated(
+                        config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)
+                    )
+                )
     return files
 
 
@@ -99,7 +107,14 @@ def help_texts() -> str:
         raise ValueError("`simgrad --help` names no commands")
     parts = ["```text", whole, "```", ""]
     for command in listed[1].split(","):
-        parts += [f"## simgrad {command.strip()}", "", "```text", _printed(command.strip(), "--help"), "```", ""]
+        parts += [
+            f"## simgrad {command.strip()}",
+            "",
+            "```text",
+            _printed(command.strip(), "--help"),
+            "```",
+            "",
+        ]
     return "\n".join(parts)
 
 
@@ -130,7 +145,10 @@ def _from_root(match: re.Match[str]) -> str:
 
 def notebooks() -> str:
     """Links to the notebooks, each with its title and first sentence."""
-    return _list(sorted((ROOT / "notebooks").glob("*.ipynb")), _introduced) or "_There are none in this copy._"
+    return (
+        _list(sorted((ROOT / "notebooks").glob("*.ipynb")), _introduced)
+        or "_There are none in this copy._"
+    )
 
 
 def _list(paths: list[Path], line: Callable[[Path], str]) -> str:
@@ -139,7 +157,11 @@ def _list(paths: list[Path], line: Callable[[Path], str]) -> str:
 
 def _introduced(path: Path) -> str:
     cells = json.loads(path.read_text("utf-8"))["cells"]
-    prose = next(("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"), path.stem)
+    prose = next(
+        ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"), path.stem
+    )
     title, _, rest = prose.strip().partition("\n")
     first = rest.strip().split("\n\n")[0].replace("\n", " ")
-    return f"[{title.lstrip('# ')}](notebooks/{path.name}){{: download }}" + (f": {first}" if first else "")
+    return f"[{title.lstrip('# ')}](notebooks/{path.name}){{: download }}" + (
+        f": {first}" if first else ""
+    )

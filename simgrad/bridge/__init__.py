@@ -1,14 +1,14 @@
 """Hugging Face checkpoints, preference data and the scoring engine."""
 
-from simgrad.bridge.checkpoint import Policy, load
-from simgrad.bridge.engine import score
-from simgrad.bridge.export import save
-from simgrad.bridge.families import UnsupportedCheckpointError
-from simgrad.bridge.journal import RunMismatchError
-from simgrad.bridge.mesh import device_mesh
-from simgrad.bridge.preferences import Encoded, PreferenceDataError, Skipped, encode, read_rows
-from simgrad.bridge.table import ScoreTable
-from simgrad.bridge.words import word_tokenizer
+from simgrad.bridge.checkpoints.export import save
+from simgrad.bridge.checkpoints.families import UnsupportedCheckpointError
+from simgrad.bridge.checkpoints.mesh import device_mesh
+from simgrad.bridge.checkpoints.policy import Policy, load
+from simgrad.bridge.checkpoints.words import word_tokenizer
+from simgrad.bridge.engine.journal import RunMismatchError
+from simgrad.bridge.engine.score import score
+from simgrad.bridge.engine.table import ScoreTable
+from simgrad.bridge.preferences.rows import Encoded, PreferenceDataError, Skipped, encode, read_rows
 
 __all__ = [
     "Encoded",

@@ -11,7 +11,8 @@ __all__ = ["main"]
 def main() -> None:
     """Entry point.
 
-    ``simgrad score | report | predict | sweep | world | worlds | objectives | figures | validate | bench``.
+    ``simgrad score | report | predict | sweep | world | worlds | objectives | figures | validate |
+    bench``.
     """
     import tyro
 
@@ -54,5 +55,8 @@ def main() -> None:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print("simgrad: out of memory. Lower --batch-tokens or --max-length; finished pairs are kept", file=sys.stderr)
+        print(
+            "simgrad: out of memory. Lower --batch-tokens or --max-length; finished pairs are kept",
+            file=sys.stderr,
+        )
         sys.exit(3)

@@ -18,16 +18,17 @@ _ORDER = "scoring logprobs gradients tokens dataset directional".split()
 class Bench:
     """Time simgrad against the published procedure in PyTorch, as ratios from one run, with random weights.
 
-    A line a task and length: seconds a pair, how many times faster, the largest error, the time over that of its
-    own bare passes, FLOPs a pair and their share of the best matrix product's speed, bytes of parameters that a batch
-    has to move, and temporary memory. Without torch there is no comparison. Sweeps of small models run against a
-    plain loop; they split the CPU, so they have a run of their own, as have two tables: ways to a kernel (predicted
-    and measured), and growth with pairs and tokens.
+    A line a task and length: seconds a pair, how many times faster, the largest error, the time
+    over that of its own bare passes, FLOPs a pair and their share of the best matrix product's
+    speed, bytes of parameters that a batch has to move, and temporary memory. Without torch there
+    is no comparison. Sweeps of small models run against a plain loop; they split the CPU, so they
+    have a run of their own, as have two tables: ways to a kernel (predicted and measured), and
+    growth with pairs and tokens.
     """
 
     out: Path | None = None
     """JSON file to write."""
-    only: Literal["scoring", "logprobs", "gradients", "tokens", "dataset", "directional", "sweeps", "routes", "growth"] | None = None  # fmt: skip  # noqa: E501
+    only: Literal["scoring", "logprobs", "gradients", "tokens", "dataset", "directional", "sweeps", "routes", "growth"] | None = None  # fmt: skip
     """Time only this (default: all six tasks; sweeps and tables by name)."""
     repeats: int = 3
     """Timings of each contestant."""
@@ -82,7 +83,10 @@ class Bench:
         record = bench(config, show, _ORDER if self.only is None else (self.only,))
         if record["measurements"]:
             ceiling = max(m["ceiling"] for m in record["measurements"]) / 1e9
-            console.print(f"ceiling: {ceiling:.0f} GFLOP/s, a large {self.dtype} matrix product", highlight=False)
+            console.print(
+                f"ceiling: {ceiling:.0f} GFLOP/s, a large {self.dtype} matrix product",
+                highlight=False,
+            )
         return record
 
     def _sweeps(self, console: Console) -> dict[str, Any]:
@@ -96,7 +100,9 @@ class Bench:
             if m.ratio is not None and m.ratio_range is not None:
                 low, high = m.ratio_range
                 line += f"   {m.ratio:6.1f}x a PyTorch loop ({low:.1f} to {high:.1f}), agrees to {m.error:.0e}"
-            console.print(f"{line}   {m.compiling:.1f} s to compile", highlight=False, soft_wrap=True)
+            console.print(
+                f"{line}   {m.compiling:.1f} s to compile", highlight=False, soft_wrap=True
+            )
 
         return bench_sweeps(SweepConfig(repeats=self.repeats), show)
 
@@ -115,14 +121,22 @@ def _line(found: Any) -> str:
         each = ", ".join(f"{n}: {s:.3g} s" for n, s in zip(found.sizes, found.seconds, strict=True))
         return f"{found.task:<10} by {found.grows:<7} {each}   exponent {found.exponent:.2f}"
     if isinstance(found, Route):
-        each = "   ".join(f"{n} {p:.2f} ({found.measured[n]:.2f})" for n, p in found.predicted.items())
+        each = "   ".join(
+            f"{n} {p:.2f} ({found.measured[n]:.2f})" for n, p in found.predicted.items()
+        )
         picked = f"picks {found.chosen}, fastest {found.fastest}"
         return f"{found.prompt} + {found.response}: predicted (measured) {each}\n   {picked}"
     low, high = found.own_range
     ratio, error = "no torch", ""
     if found.ratio is not None:
-        ratio, error = "{:.2f} ({:.2f} to {:.2f})".format(found.ratio, *found.ratio_range), f"{found.error:.0e}"
-    own, tokens = f"{found.own_limit:.2f} ({low:.2f} to {high:.2f})", f"{found.prompt} + {found.response}"
+        ratio, error = (
+            "{:.2f} ({:.2f} to {:.2f})".format(found.ratio, *found.ratio_range),
+            f"{found.error:.0e}",
+        )
+    own, tokens = (
+        f"{found.own_limit:.2f} ({low:.2f} to {high:.2f})",
+        f"{found.prompt} + {found.response}",
+    )
     values = (
         tokens,
         f"{found.seconds:.3f}",
@@ -134,4 +148,6 @@ def _line(found: Any) -> str:
         f"{found.bytes / 1e9:.2g}",
         f"{found.temporary / 1e6:.0f} MB",
     )
-    return f"{found.task:<12}" + "".join(f"{v:>{w}}" for v, (_, w) in zip(values, _COLUMNS[1:], strict=True))
+    return f"{found.task:<12}" + "".join(
+        f"{v:>{w}}" for v, (_, w) in zip(values, _COLUMNS[1:], strict=True)
+    )

@@ -19,8 +19,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from simgrad.bridge import ScoreTable
-    from simgrad.findings import Findings
-    from simgrad.findings import Table as TidyTable
+    from simgrad.experiments.findings import Findings
+    from simgrad.experiments.findings import Table as TidyTable
     from simgrad.objectives import Description
 
 __all__ = [
@@ -43,7 +43,9 @@ def loading(console: Console, text: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(console: Console, text: str, unit: str = "pairs") -> Iterator[Callable[[int, int], None]]:
+def progress_bar(
+    console: Console, text: str, unit: str = "pairs"
+) -> Iterator[Callable[[int, int], None]]:
     """A bar with units per second and time left; yields a function of (done, total)."""
     columns = (
         TextColumn("{task.description}"),
@@ -67,7 +69,7 @@ def progress_bar(console: Console, text: str, unit: str = "pairs") -> Iterator[C
 
 def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
     """Counts by regime, the worst pairs and what to try."""
-    from simgrad.bridge.summary import summarise
+    from simgrad.report.summary import summarise
 
     s = summarise(table, worst)
     skipped = sum(s.skipped.values())
@@ -77,7 +79,9 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
     if s.truncated:
         console.print(f"  {s.truncated:>5} responses cut at the length limit", highlight=False)
     if s.merged:
-        console.print(f"  {s.merged:>5} responses tokenised apart (merged with their prompt)", highlight=False)
+        console.print(
+            f"  {s.merged:>5} responses tokenised apart (merged with their prompt)", highlight=False
+        )
     if s.regimes and s.scored:
         console.print("\n[bold]Regimes[/] (first order, each pair trained alone)")
         texts = {
@@ -87,13 +91,18 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
             "reversed": "chosen falls, rejected rises",
         }
         for label, count in s.regimes.items():
-            console.print(f"  {count:>5} {label:<10} {100 * count / s.scored:5.1f} %  {texts[label]}", highlight=False)
+            console.print(
+                f"  {count:>5} {label:<10} {100 * count / s.scored:5.1f} %  {texts[label]}",
+                highlight=False,
+            )
     if len(s.worst):
         console.print(_worst(table, s.order, s.worst))
     for line in s.advice:
         console.print(f"• {line}", highlight=False)
     if len(table):
-        console.print(f"• Tokens, confounds and remedies on one page: simgrad report {out}", highlight=False)
+        console.print(
+            f"• Tokens, confounds and remedies on one page: simgrad report {out}", highlight=False
+        )
 
 
 def _worst(table: ScoreTable, order: str, rows: Iterable[int]) -> Table:
@@ -112,10 +121,16 @@ def _worst(table: ScoreTable, order: str, rows: Iterable[int]) -> Table:
     else:
         columns |= {"CHES": "{ches:.4g}", "head gap": "{head_gap:.4g}"}
     view = Table(
-        title=f"\nWorst pairs: {order}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        title=f"\nWorst pairs: {order}",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for name in columns:
-        view.add_column(name, justify="right", no_wrap=True, min_width=9 if name == "regime" else None)
+        view.add_column(
+            name, justify="right", no_wrap=True, min_width=9 if name == "regime" else None
+        )
     for row in rows:
         values = {name: table[name][row] for name in table}
         view.add_row(*(template.format(**values) for template in columns.values()))
@@ -141,8 +156,12 @@ def objective_table(console: Console, descriptions: Iterable[Description]) -> No
         notation.add_row(Text(f"  {symbol}"), Text(meaning))
     console.print(notation)
     console.print("\nWhere no line says when d_w < 0, it never is.", highlight=False)
-    console.print("Hyperparameters, defaults and full sources: simgrad objectives NAME ...", highlight=False)
-    console.print("TRL's loss types: trl:sigmoid, trl:ipo, ..., trl:cpo/simpo, trl:kto/kto", highlight=False)
+    console.print(
+        "Hyperparameters, defaults and full sources: simgrad objectives NAME ...", highlight=False
+    )
+    console.print(
+        "TRL's loss types: trl:sigmoid, trl:ipo, ..., trl:cpo/simpo, trl:kto/kto", highlight=False
+    )
 
 
 def objective_in_full(console: Console, description: Description) -> None:
@@ -181,7 +200,9 @@ def findings_tables(console: Console, found: Findings) -> None:
     """Every table of an experiment, one line a setting, then the claims."""
     knobs = ", ".join(f"{k}={v}" for k, v in found.knobs.items())
     seeds = "seed " + " ".join(map(str, found.seeds))
-    console.print(f"[bold]{found.world}[/] ({seeds}; mean ± half of the 95 % interval)", highlight=False)
+    console.print(
+        f"[bold]{found.world}[/] ({seeds}; mean ± half of the 95 % interval)", highlight=False
+    )
     console.print(Text(knobs, style="dim"))
     for table in found.tables:
         tidy_table(console, table)
@@ -196,14 +217,22 @@ def findings_tables(console: Console, found: Findings) -> None:
 def tidy_table(console: Console, table: TidyTable) -> None:
     """One line a setting: means with intervals, then the caption."""
     lines = table.summary()
-    view = Table(title=f"\n{table.name}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    view = Table(
+        title=f"\n{table.name}",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name in lines[0]:
         texts = isinstance(lines[0][name], str)
         view.add_column(name, justify="left" if texts else "right", no_wrap=name in table.by)
     for line in lines:
         view.add_row(*("–" if str(value) == "nan" else str(value) for value in line.values()))
     whole = Measurement.get(console, console.options.update(max_width=1000), view).maximum
-    if whole > console.width and not console.is_terminal:  # a log keeps every digit; a terminal wraps headers
+    if (
+        whole > console.width and not console.is_terminal
+    ):  # a log keeps every digit; a terminal wraps headers
         console = Console(file=console.file, width=whole)
     console.print(view)
     console.print(Text(table.caption, style="dim"))
@@ -221,8 +250,12 @@ def world_listing(console: Console) -> None:
         module = inspect.getmodule(type(world))
         title = (inspect.getdoc(module) or "").split("\n")[0].split(": ", 1)[-1]
         console.print(f"\n[bold]{name}[/]  {title}", highlight=False)
-        for paragraph in (inspect.getdoc(type(world)) or "").split("Attributes:")[0].strip().split("\n\n"):
-            console.print(Padding(Text(" ".join(paragraph.replace("``", "").split())), (0, 0, 0, 2)))
+        for paragraph in (
+            (inspect.getdoc(type(world)) or "").split("Attributes:")[0].strip().split("\n\n")
+        ):
+            console.print(
+                Padding(Text(" ".join(paragraph.replace("``", "").split())), (0, 0, 0, 2))
+            )
         meanings = _meanings(inspect.getdoc(type(world)) or "")
         view = Table.grid(padding=(0, 2))
         for field in dataclasses.fields(world):
@@ -238,7 +271,12 @@ def _meanings(docstring: str) -> dict[str, str]:
     name = ""
     for line in docstring.partition("Attributes:")[2].splitlines():
         head, colon, rest = line.strip().partition(":")
-        if line.startswith("    ") and not line.startswith("     ") and colon and head.isidentifier():
+        if (
+            line.startswith("    ")
+            and not line.startswith("     ")
+            and colon
+            and head.isidentifier()
+        ):
             name = head
             meanings[name] = rest.strip()
         elif name and line.strip():

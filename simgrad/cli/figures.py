@@ -48,7 +48,14 @@ class Figures:
         import matplotlib as mpl
 
         mpl.use("agg")
-        from simgrad.figures.gallery import FIGURES, NotDrawn, render, require_folder, require_formats, write_index
+        from simgrad.figures.gallery import (
+            FIGURES,
+            NotDrawn,
+            render,
+            require_folder,
+            require_formats,
+            write_index,
+        )
 
         formats: tuple = tuple(part.strip() for part in self.format.split(",") if part.strip())
         require_formats(formats)
@@ -56,8 +63,12 @@ class Figures:
         if unknown := [name for name in self.only if name not in FIGURES]:
             near = difflib.get_close_matches(unknown[0], FIGURES, 1)
             hint = f" did you mean {near[0]}?" if near else ""
-            raise ValueError(f"no figure {', '.join(unknown)};{hint} there are: {', '.join(FIGURES)}")
-        given = {key: value for key in ("model", "data") if (value := getattr(self, key)) is not None}
+            raise ValueError(
+                f"no figure {', '.join(unknown)};{hint} there are: {', '.join(FIGURES)}"
+            )
+        given = {
+            key: value for key in ("model", "data") if (value := getattr(self, key)) is not None
+        }
         for name in self.only or FIGURES:
             config = FIGURES[name].config
             fields = {f.name for f in dataclasses.fields(config)}

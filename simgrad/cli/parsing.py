@@ -40,7 +40,10 @@ def mesh_axes(text: str) -> dict[str, int]:
     """
     given = assignments(text.split(","), "--mesh")
     if unknown := sorted(set(given) - {"data", "model"}):
-        raise ValueError(f"--mesh has no axis {unknown[0]!r}; there are data and model, as in --mesh data=2,model=2")
+        raise ValueError(
+            f"--mesh has no axis {unknown[0]!r}; there are data and model, as in --mesh "
+            "data=2,model=2"
+        )
     for name, size in given.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"--mesh {name}={size}: a positive number of devices is needed")

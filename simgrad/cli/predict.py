@@ -23,7 +23,8 @@ __all__ = ["Predict"]
 class Predict:
     """Predict Δlog π of every chosen and rejected response over a whole training run on all pairs together.
 
-    The directional score: one epoch of gradients at the start, then one forward derivative a response.
+    The directional score: one epoch of gradients at the start, then one forward derivative a
+    response.
     """
 
     model: str
@@ -70,12 +71,12 @@ class Predict:
         console = Console(stderr=True)
         prepare()
         from simgrad.bridge import encode, load, read_rows
-        from simgrad.bridge.table import write_parquet
+        from simgrad.bridge.engine.table import write_parquet
         from simgrad.dynamics import Setting, directional_score
+        from simgrad.models.likelihood import in_chunks
         from simgrad.pairs import padded
         from simgrad.provenance import provenance
         from simgrad.theory import responses
-        from simgrad.theory.likelihood import in_chunks
 
         with loading(console, f"Loading {self.model}"):
             policy = load(self.model)
@@ -83,7 +84,9 @@ class Predict:
             longest = policy.config.max_length if self.max_length is None else self.max_length
             encoded = encode(rows, policy.tokenizer, longest)
             if not encoded.pairs:
-                raise ValueError(f"{self.data}: no row can be used; the first: {encoded.skipped[0].reason}")
+                raise ValueError(
+                    f"{self.data}: no row can be used; the first: {encoded.skipped[0].reason}"
+                )
             batch = padded(encoded.pairs)
             recipe = self._recipe(batch.size)
             if self.check and batch.size < 2:
@@ -99,13 +102,29 @@ class Predict:
                 f"predicted_dlogp_{side}": change[:, k],
                 f"error_{side}": error[:, k],
             }
-        run = {"model": self.model, "data": self.data, "optimizer": self.optimizer, "lr": self.learning_rate}
-        run |= {"objective": repr(recipe.objective), "steps": recipe.steps, "batch_size": recipe.batch_size}
-        run |= {"epochs": self.epochs, "sample": self.sample, "limit": self.limit, "split": self.split}
+        run = {
+            "model": self.model,
+            "data": self.data,
+            "optimizer": self.optimizer,
+            "lr": self.learning_rate,
+        }
+        run |= {
+            "objective": repr(recipe.objective),
+            "steps": recipe.steps,
+            "batch_size": recipe.batch_size,
+        }
+        run |= {
+            "epochs": self.epochs,
+            "sample": self.sample,
+            "limit": self.limit,
+            "split": self.split,
+        }
         run |= {"max_length": longest}
         skipped = [{"index": s.index, "reason": s.reason} for s in encoded.skipped]
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_parquet(self.out, columns, {"run": run, "skipped": skipped, "provenance": provenance()})
+        write_parquet(
+            self.out, columns, {"run": run, "skipped": skipped, "provenance": provenance()}
+        )
         self._show(Console(), columns, len(encoded.skipped), recipe.steps)
         if self.check:
             self._compare(console, Setting(policy.apply, policy.theta, batch, recipe), columns)
@@ -121,31 +140,52 @@ class Predict:
             raise ValueError("--epochs and --batch-size must be at least 1, and --lr positive")
         objective = objectives.get(self.objective, **assignments(self.settings, "--set"))
         size = min(self.batch_size, pairs)
-        optimizer = {"sgd": optax.sgd, "adam": optax.adam, "adamw": optax.adamw}[self.optimizer](self.learning_rate)
+        optimizer = {"sgd": optax.sgd, "adam": optax.adam, "adamw": optax.adamw}[self.optimizer](
+            self.learning_rate
+        )
         return Recipe(objective, optimizer, max(1, self.epochs * pairs // size), size)
 
-    def _show(self, console: Console, columns: dict[str, np.ndarray], skipped: int, steps: int) -> None:
+    def _show(
+        self, console: Console, columns: dict[str, np.ndarray], skipped: int, steps: int
+    ) -> None:
         import numpy as np
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         change = columns["predicted_dlogp_chosen"]
         fall, both = change < 0, (change < 0) & (columns["predicted_dlogp_rejected"] < 0)
-        console.print(f"\n[bold]{len(change)} pairs[/], {skipped} skipped, {steps} steps → {self.out}", highlight=False)
         console.print(
-            f"  {fall.mean():.0%} of the chosen responses are predicted to fall, {both.mean():.0%} together with their "
-            f"rejected one\n  Δ log π of the chosen: median {np.median(change):.3g}, from {change.min():.3g} to "
+            f"\n[bold]{len(change)} pairs[/], {skipped} skipped, {steps} steps → {self.out}",
+            highlight=False,
+        )
+        console.print(
+            f"  {fall.mean():.0%} of the chosen responses are predicted to fall, {both.mean():.0%} "
+            "together with their "
+            f"rejected one\n  Δ log π of the chosen: median {np.median(change):.3g}, from "
+            f"{change.min():.3g} to "
             f"{change.max():.3g} nats",
             highlight=False,
         )
         if np.abs(change).max() > 12:
-            console.print("  [yellow]beyond about 12 nats sizes mean little, only the order[/]", highlight=False)
-        table = Table(title="\nPredicted to fall most", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+            console.print(
+                "  [yellow]beyond about 12 nats sizes mean little, only the order[/]",
+                highlight=False,
+            )
+        table = Table(
+            title="\nPredicted to fall most",
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+        )
         names = ("row", "log π chosen", "Δ log π chosen", "± (sample)", "Δ log π rejected")
         for name in names if self.sample else (names[0], names[1], names[2], names[4]):
             table.add_column(name, justify="right")
         for i in np.argsort(change, kind="stable")[: self.worst]:
-            cells = [str(columns["index"][i]), f"{columns['logp_chosen'][i]:.4g}", f"{change[i]:.3g}"]
+            cells = [
+                str(columns["index"][i]),
+                f"{columns['logp_chosen'][i]:.4g}",
+                f"{change[i]:.3g}",
+            ]
             cells += [f"{columns['error_chosen'][i]:.2g}"] if self.sample else []
             table.add_row(*cells, f"{columns['predicted_dlogp_rejected'][i]:.3g}")
         console.print(table)
@@ -153,17 +193,21 @@ class Predict:
     def _compare(self, console: Console, setting: Setting, columns: dict[str, np.ndarray]) -> None:
         from rich.console import Console as Printer
 
-        from simgrad.bridge.table import write_parquet
+        from simgrad.bridge.engine.table import write_parquet
         from simgrad.cli.display import loading, tidy_table
-        from simgrad.dynamics.predictors import CAPTION, compare
-        from simgrad.findings import Table
+        from simgrad.experiments.comparison import CAPTION, compare
+        from simgrad.experiments.findings import Table
         from simgrad.provenance import provenance
 
         with loading(console, "Training, and comparing every predictor with it"):
             found = compare(setting)
         rows = found.rows(f"{self.optimizer}, {setting.recipe.steps} steps")
         out = self.out.with_name(f"{self.out.stem}.check.parquet")
-        each = {"index": columns["index"], "measured_dlogp_chosen": found.measured, **found.predicted}
+        each = {
+            "index": columns["index"],
+            "measured_dlogp_chosen": found.measured,
+            **found.predicted,
+        }
         write_parquet(out, each, {"predictors": rows, "provenance": provenance()})
         tidy_table(Printer(), Table.of("predictors", CAPTION, ("setting", "predictor"), rows))
         print(f"Measured and predicted Δ log π(chosen) of every pair → {out}")

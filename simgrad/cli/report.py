@@ -14,8 +14,8 @@ __all__ = ["Report"]
 class Report:
     """Write a page about a table of `simgrad score`: regimes, worst pairs token by token, confounds, remedies.
 
-    One self-contained HTML file, and its figures as PNG in a folder beside it. Model and data are looked for where the
-    table says they were; without them the page has no token colours.
+    One self-contained HTML file, and its figures as PNG in a folder beside it. Model and data are
+    looked for where the table says they were; without them the page has no token colours.
     """
 
     scores: tyro.conf.Positional[Path]
@@ -45,15 +45,21 @@ class Report:
         import matplotlib as mpl
 
         mpl.use("agg")
-        from simgrad.bridge.report import read_score_table
-        from simgrad.figures.report_page import write_report
+        from simgrad.report.numbers import read_score_table
+        from simgrad.report.page import write_report
 
         table = read_score_table(self.scores)
         prepare(table.metadata["run"]["dtype"])
         out = self.scores.with_suffix(".report.html") if self.out is None else self.out
         with loading(console, f"Reporting on {self.scores}"):
             written = write_report(
-                table, out, self.model, self.data, worst=self.worst, tokens=self.tokens, revision=self.revision
+                table,
+                out,
+                self.model,
+                self.data,
+                worst=self.worst,
+                tokens=self.tokens,
+                revision=self.revision,
             )
         for problem in written.problems:
             console.print(Text(problem, style="yellow"))

@@ -21,7 +21,9 @@ def prepare(dtype: str = "float32", host_devices: int | None = None) -> None:
 
     ``host_devices`` splits the CPU in that many devices, so that many small runs use all cores.
     """
-    if host_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if host_devices and "xla_force_host_platform_device_count" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
         flag = f"--xla_force_host_platform_device_count={host_devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     import jax
@@ -37,24 +39,37 @@ def prepare(dtype: str = "float32", host_devices: int | None = None) -> None:
 
 
 def connect(
-    dtype: str, axes: dict[str, int] | None, coordinator: str | None, processes: int | None, process: int | None
+    dtype: str,
+    axes: dict[str, int] | None,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
 ) -> Mesh | None:
     """:func:`prepare` for a command that runs on many devices or in many processes, and their mesh.
 
-    Without ``axes``, one process takes one device (no mesh), and many take all of theirs for the data axis.
-    ``coordinator`` is the address of the first process, or ``auto`` where a cluster says it.
+    Without ``axes``, one process takes one device (no mesh), and many take all of theirs for the
+    data axis. ``coordinator`` is the address of the first process, or ``auto`` where a cluster says
+    it.
 
     Raises:
         ValueError: arguments that do not go together; a mesh of another size than the devices.
     """
     numbers = (processes, process)
     if coordinator in (None, "auto") and numbers != (None, None):
-        raise ValueError("--processes and --process go with --coordinator HOST:PORT, the address of process 0")
-    if coordinator not in (None, "auto") and (processes is None or process is None or not 0 <= process < processes):
-        raise ValueError("--coordinator HOST:PORT needs --processes N, and --process I from 0 to N - 1")
+        raise ValueError(
+            "--processes and --process go with --coordinator HOST:PORT, the address of process 0"
+        )
+    if coordinator not in (None, "auto") and (
+        processes is None or process is None or not 0 <= process < processes
+    ):
+        raise ValueError(
+            "--coordinator HOST:PORT needs --processes N, and --process I from 0 to N - 1"
+        )
     devices = math.prod(axes.values()) if axes else 1
     if devices % (processes or 1) and axes:
-        raise ValueError(f"--mesh takes {devices} devices, which {processes} processes cannot share equally")
+        raise ValueError(
+            f"--mesh takes {devices} devices, which {processes} processes cannot share equally"
+        )
     prepare(dtype, devices // (processes or 1) if axes and coordinator != "auto" else None)
     import jax
 
@@ -64,7 +79,9 @@ def connect(
             jax.distributed.initialize(address, processes, process, shutdown_timeout_seconds=60)
         except ValueError as error:
             remedy = "give --coordinator HOST:PORT --processes N --process I"
-            raise ValueError(f"--coordinator {coordinator}: JAX finds no processes ({error}): {remedy}") from error
+            raise ValueError(
+                f"--coordinator {coordinator}: JAX finds no processes ({error}): {remedy}"
+            ) from error
         axes = axes or {"data": jax.device_count()}
     if axes is None:
         return None

@@ -71,7 +71,7 @@ class Score:
 
         axes = None if self.mesh is None else mesh_axes(self.mesh)
         mesh = connect(self.dtype, axes, self.coordinator, self.processes, self.process)
-        from simgrad.bridge.processes import is_first, on_all
+        from simgrad.bridge.engine.processes import is_first, on_all
 
         console = Console(stderr=True, quiet=not is_first())
         with loading(console, f"Loading {self.model}"):
@@ -97,7 +97,11 @@ class Score:
         return 0 if len(table) else 1
 
     def _hyperparameters(self) -> dict[str, Any]:
-        given = {name: value for name, value in (("beta", self.beta), ("gamma", self.gamma)) if value is not None}
+        given = {
+            name: value
+            for name, value in (("beta", self.beta), ("gamma", self.gamma))
+            if value is not None
+        }
         more = assignments(self.settings, "--set")
         if twice := sorted(set(given) & set(more)):
             raise ValueError(f"{twice[0]} is given twice")

@@ -10,7 +10,7 @@ import tyro
 
 if TYPE_CHECKING:
     from simgrad.dynamics import RunConfig, SweepTable
-    from simgrad.findings import Interval
+    from simgrad.experiments.findings import Interval
     from simgrad.worlds import World
 
 __all__ = ["Sweep"]
@@ -20,8 +20,9 @@ __all__ = ["Sweep"]
 class Sweep:
     """Train a world's policies on its pairs with every combination of a grid, and tabulate what happened.
 
-    One row a combination and seed, over all local devices. Interrupted or killed, the same command continues.
-    What the grid leaves out is the world's own: DPO with its beta, Adam, its learning rate, steps, batch size.
+    One row a combination and seed, over all local devices. Interrupted or killed, the same command
+    continues. What the grid leaves out is the world's own: DPO with its beta, Adam, its learning
+    rate, steps, batch size.
     """
 
     world: tyro.conf.Positional[str]
@@ -30,8 +31,9 @@ class Sweep:
     """Parquet file to write; every pair's change, and what is needed to continue, go to the .npz beside it."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE,... ...")] = ()
     """objective, optimizer (sgd, momentum, rmsprop, adam, adamw), learning_rate, momentum, weight_decay, clip, steps,
-    batch_size, accumulate, include (patterns joined by +), mitigation (pairwise-normalised, calibrated, running,
-    projected, mask) and hyperparameters of the objective, as in --grid objective=dpo,ipo beta=0.05,0.1."""
+    batch_size, accumulate, include (patterns joined by +), mitigation (pairwise-normalised,
+    calibrated, running, projected, mask) and hyperparameters of the objective, as in --grid
+    objective=dpo,ipo beta=0.05,0.1."""
     seeds: int = 5
     """How many seeds: each has its own policy, pairs and order; intervals are 95 % intervals over them."""
     first_seed: int = 0
@@ -49,21 +51,28 @@ class Sweep:
         from simgrad.cli.runtime import HOST_DEVICES, prepare
 
         if self.seeds < 1 or self.first_seed < 0:
-            raise ValueError(f"--seeds {self.seeds} --first-seed {self.first_seed}: at least one, counted from 0")
+            raise ValueError(
+                f"--seeds {self.seeds} --first-seed {self.first_seed}: at least one, counted from 0"
+            )
         if self.out.suffix != ".parquet":
             raise ValueError(f"--out {self.out}: tables are written as .parquet")
         prepare(host_devices=HOST_DEVICES)
         import dataclasses
 
         from simgrad import worlds
-        from simgrad.bridge.table import write_parquet
+        from simgrad.bridge.engine.table import write_parquet
         from simgrad.dynamics import sweep
 
         world = worlds.get(self.world, **assignments(self.settings, "--set"))
         kept = self.out.with_suffix(".npz")
         if self.out.exists() and not kept.exists():
-            raise ValueError(f"{self.out} is there, but not its {kept.name}: choose another --out or delete it")
-        configs, seeds = _configs(world, self.grid), range(self.first_seed, self.first_seed + self.seeds)
+            raise ValueError(
+                f"{self.out} is there, but not its {kept.name}: choose another --out or delete it"
+            )
+        configs, seeds = (
+            _configs(world, self.grid),
+            range(self.first_seed, self.first_seed + self.seeds),
+        )
         console = Console(stderr=True)
         with loading(console, f"Pretraining {self.world} over {self.seeds} seeds"):
             apply, thetas = world.policies(seeds)
@@ -92,7 +101,9 @@ def _configs(world: World, texts: tuple[str, ...]) -> list[RunConfig]:
     from simgrad.dynamics import grid
 
     if not world.has_transformer:
-        raise ValueError(f"{world.name} has no pretrained policies to sweep over: choose another world")
+        raise ValueError(
+            f"{world.name} has no pretrained policies to sweep over: choose another world"
+        )
     values: dict[str, Any] = {}
     for name, value in assignments(texts, "--grid").items():
         parts = [value_of(part) for part in value.split(",")] if isinstance(value, str) else value
@@ -100,11 +111,18 @@ def _configs(world: World, texts: tuple[str, ...]) -> list[RunConfig]:
     if "include" in values:
         values["include"] = [x if x is None else tuple(x.split("+")) for x in values["include"]]
     recipe = getattr(world, "recipe", None)
-    usual = {name: getattr(recipe() if recipe else world, name, None) for name in ("steps", "batch_size")}
+    usual = {
+        name: getattr(recipe() if recipe else world, name, None) for name in ("steps", "batch_size")
+    }
     usual["learning_rate"] = getattr(world, "learning_rate", None)
     if not {"objective", "beta"} & set(values):
         usual["beta"] = getattr(world, "beta", None)
-    return grid(**{name: value for name, value in usual.items() if value is not None and name not in values}, **values)
+    return grid(
+        **{
+            name: value for name, value in usual.items() if value is not None and name not in values
+        },
+        **values,
+    )
 
 
 def _batches(world: World, seeds: range) -> Any:
@@ -116,7 +134,9 @@ def _batches(world: World, seeds: range) -> Any:
 
     pairs = [world.pairs(seed) for seed in seeds]
     if len({len(some) for some in pairs}) > 1:
-        raise ValueError(f"{world.name} has another number of pairs with every seed: sweep with --seeds 1")
+        raise ValueError(
+            f"{world.name} has another number of pairs with every seed: sweep with --seeds 1"
+        )
     length = max(len(p.prompt) + len(p.chosen) + len(p.rejected) for some in pairs for p in some)
     rows = max(len(y) for some in pairs for p in some for y in (p.chosen, p.rejected))
     return jax.tree.map(lambda *xs: np.stack(xs), *(packed(some, length, rows) for some in pairs))
@@ -137,13 +157,15 @@ def _show(world: str, table: SweepTable, seeds: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from simgrad.findings import interval
+    from simgrad.experiments.findings import interval
 
     names = list(table.columns)[: list(table.columns).index("seed")]
     rows = range(0, len(table), seeds)
     varied = [name for name in names if len({str(table[name][i]) for i in rows}) > 1]
     fixed = {name: table[name][0] for name in names if name not in varied}
-    common = ", ".join(f"{name}={value}" for name, value in fixed.items() if str(value) not in ("", "nan"))
+    common = ", ".join(
+        f"{name}={value}" for name, value in fixed.items() if str(value) not in ("", "nan")
+    )
     over = f"{seeds} seeds; mean ± half of the 95 % interval" if seeds > 1 else "one seed"
     console = Console()
     console.print(f"[bold]{world}[/] ({over})", highlight=False)
@@ -166,7 +188,13 @@ def _show(world: str, table: SweepTable, seeds: int) -> None:
 
 
 def _plain(value: Any) -> str:
-    return "–" if str(value) in ("", "nan") else f"{value:g}" if not isinstance(value, str) else str(value)
+    return (
+        "–"
+        if str(value) in ("", "nan")
+        else f"{value:g}"
+        if not isinstance(value, str)
+        else str(value)
+    )
 
 
 def _text(found: Interval, share: bool) -> str:

@@ -22,9 +22,9 @@ Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 class Validate:
     """Hold every prediction against measured training steps, on whatever devices JAX sees.
 
-    Both orders of a step, signs, regimes, closed forms, kernels, whole runs: for small models of every kind and, with
-    --model and --data, for a checkpoint. Prints what is claimed and whether it holds; exit status 1 when a statement
-    fails.
+    Both orders of a step, signs, regimes, closed forms, kernels, whole runs: for small models of
+    every kind and, with --model and --data, for a checkpoint. Prints what is claimed and whether it
+    holds; exit status 1 when a statement fails.
     """
 
     out: Path = Path("validation")
@@ -66,7 +66,7 @@ class Validate:
         from simgrad.cli.runtime import HOST_DEVICES, prepare
 
         prepare("float64", host_devices=HOST_DEVICES if self.full else None)
-        from simgrad.figures.validation_page import write_page
+        from simgrad.validation.page import write_page
         from simgrad.validation.validate import validate
 
         grid = self._grid()
@@ -82,7 +82,16 @@ class Validate:
         from simgrad.validation.grid import FULL, QUICK
 
         given: dict[str, Any] = {"seed": self.seed}
-        for name in ("objectives", "optimizers", "dtypes", "precisions", "learning_rates", "model", "data", "pairs"):
+        for name in (
+            "objectives",
+            "optimizers",
+            "dtypes",
+            "precisions",
+            "learning_rates",
+            "model",
+            "data",
+            "pairs",
+        ):
             value = getattr(self, name)
             if value is not None and value != ():
                 given[name] = value
@@ -101,7 +110,9 @@ def _show(found: Validation, console: Any, files: Sequence[Path]) -> None:
     for title in ("", "statement", "goal", "worst"):
         right, least = title in ("goal", "worst"), {"": 5, "goal": 8}.get(title)
         table.add_column(title, no_wrap=True, min_width=least, justify="right" if right else "left")
-    table.add_column("where", no_wrap=True, overflow="ellipsis", max_width=max(12, console.width - 64))
+    table.add_column(
+        "where", no_wrap=True, overflow="ellipsis", max_width=max(12, console.width - 64)
+    )
     marks = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "[dim]shown[/]"}
     for s in found.statements:
         table.add_row(marks[s.holds], *map(escape, (s.name, s.goal, s.worst, s.where)))
@@ -114,7 +125,8 @@ def _summary(found: Validation) -> str:
     devices = found.provenance["devices"]
     judged = [s for s in found.statements if s.holds is not None]
     line = (
-        f"{len(found.cells)} settings, {len(found.checks)} identities on {len(devices)} x {devices[0]}: "
+        f"{len(found.cells)} settings, {len(found.checks)} identities on {len(devices)} x "
+        f"{devices[0]}: "
         f"{sum(bool(s.holds) for s in judged)} of {len(judged)} statements hold"
     )
     if found.failed:

@@ -40,10 +40,12 @@ class World:
         from simgrad.cli.runtime import HOST_DEVICES, prepare
 
         if self.seeds < 1 or self.first_seed < 0:
-            raise ValueError(f"--seeds {self.seeds} --first-seed {self.first_seed}: at least one, counted from 0")
+            raise ValueError(
+                f"--seeds {self.seeds} --first-seed {self.first_seed}: at least one, counted from 0"
+            )
         prepare(host_devices=HOST_DEVICES)
         from simgrad import worlds
-        from simgrad.bridge.table import save_findings
+        from simgrad.bridge.engine.table import save_findings
         from simgrad.cli.display import findings_tables
 
         world = worlds.get(self.name, **assignments(self.settings, "--set"))

@@ -2,12 +2,23 @@
 
 from simgrad.dynamics.agreement import Agreement, agreement, percentile_means, spearman
 from simgrad.dynamics.configs import RunConfig, grid
-from simgrad.dynamics.directional import DirectionalScore, directional_change, directional_score, run_direction
+from simgrad.dynamics.directional import (
+    DirectionalScore,
+    directional_change,
+    directional_score,
+    run_direction,
+)
 from simgrad.dynamics.loop import State
-from simgrad.dynamics.predictors import PREDICTORS, Comparison, Predictor, Setting, compare, measured, predictor_table
+from simgrad.dynamics.predictors import PREDICTORS, Predictor, Setting, measured
 from simgrad.dynamics.pretraining import Corpus, corpus, pretrain
 from simgrad.dynamics.recipe import Recipe, batch_order
-from simgrad.dynamics.sampling import Enumeration, Samples, enumerate_responses, next_token_logp, sample
+from simgrad.dynamics.sampling import (
+    Enumeration,
+    Samples,
+    enumerate_responses,
+    next_token_logp,
+    sample,
+)
 from simgrad.dynamics.spread import spread
 from simgrad.dynamics.sweep import sweep
 from simgrad.dynamics.sweep_table import SweepTable
@@ -17,7 +28,6 @@ from simgrad.dynamics.training import DivergedError, Training, train
 __all__ = [
     "PREDICTORS",
     "Agreement",
-    "Comparison",
     "Corpus",
     "DirectionalScore",
     "DivergedError",
@@ -33,7 +43,6 @@ __all__ = [
     "Training",
     "agreement",
     "batch_order",
-    "compare",
     "corpus",
     "directional_change",
     "directional_score",
@@ -42,7 +51,6 @@ __all__ = [
     "measured",
     "next_token_logp",
     "percentile_means",
-    "predictor_table",
     "pretrain",
     "run_direction",
     "sample",

@@ -22,8 +22,8 @@ class Agreement:
         spearman: rank correlation; nan where either side is constant.
         partial: rank correlation with response lengths partialled out.
         r2: 1 - Σ(measured - predicted)²/Σ(measured - mean)²; nan for scores that are no nats.
-        precision: share of the ten predicted to fall most that are among the ten that fell most (of all
-            pairs when there are fewer than 20: the worse half).
+        precision: share of the ten predicted to fall most that are among the ten that fell most (of
+            all pairs when there are fewer than 20: the worse half).
         sign: share of pairs whose rise or fall is predicted; nan for scores that are no nats.
     """
 
@@ -52,7 +52,9 @@ def agreement(
     """
     x, y = np.asarray(predicted, float), np.asarray(measured, float)
     if x.shape != y.shape or x.ndim != 1 or len(x) < 2:
-        raise ValueError(f"two arrays of one length, at least 2, are needed, got shapes {x.shape} and {y.shape}")
+        raise ValueError(
+            f"two arrays of one length, at least 2, are needed, got shapes {x.shape} and {y.shape}"
+        )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return Agreement(*[float("nan")] * 5)
     k = min(WORST, len(x) // 2)
@@ -79,7 +81,9 @@ def spearman(x: Float[np.ndarray, " B"], y: Float[np.ndarray, " B"]) -> float:
     return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
 
 
-def partial_spearman(x: Float[np.ndarray, " B"], y: Float[np.ndarray, " B"], given: Float[np.ndarray, "B k"]) -> float:
+def partial_spearman(
+    x: Float[np.ndarray, " B"], y: Float[np.ndarray, " B"], given: Float[np.ndarray, "B k"]
+) -> float:
     """Pearson correlation of the residuals of ranks after a linear fit on the ranks of ``given``.
 
     nan where nothing is left to correlate.
@@ -92,7 +96,10 @@ def partial_spearman(x: Float[np.ndarray, " B"], y: Float[np.ndarray, " B"], giv
     given = np.asarray(given, float)
     columns = [np.ones(len(given))] + [stats.rankdata(c) for c in given.T if np.ptp(c) > 0]
     basis = np.stack(columns, 1)
-    left = [r - basis @ np.linalg.lstsq(basis, r, rcond=None)[0] for r in (stats.rankdata(x), stats.rankdata(y))]
+    left = [
+        r - basis @ np.linalg.lstsq(basis, r, rcond=None)[0]
+        for r in (stats.rankdata(x), stats.rankdata(y))
+    ]
     sizes = [np.linalg.norm(r) for r in left]
     if min(sizes) < 1e-8 * len(given):
         return float("nan")
@@ -107,8 +114,9 @@ def percentile_means(
 ) -> Float[np.ndarray, " P"]:
     """Mean measured change of the pairs around evenly spaced percentiles of a prediction.
 
-    From the pairs predicted to rise most to those predicted to fall most; each mean is over ``share`` of the
-    pairs. Of a prediction that ranks displacement the means fall from entry to entry.
+    From the pairs predicted to rise most to those predicted to fall most; each mean is over
+    ``share`` of the pairs. Of a prediction that ranks displacement the means fall from entry to
+    entry.
 
     Source: the percentiles of CHES in Razin et al., arXiv 2410.08847, Sec. 5.
 
@@ -120,7 +128,10 @@ def percentile_means(
         ValueError: arrays of different length.
     """
     if np.shape(predicted) != np.shape(measured):
-        raise ValueError(f"one measured change a prediction: shapes {np.shape(predicted)} and {np.shape(measured)}")
+        raise ValueError(
+            f"one measured change a prediction: shapes {np.shape(predicted)} and "
+            f"{np.shape(measured)}"
+        )
     order = np.argsort(-np.asarray(predicted), kind="stable")
     width = max(1, int(share * len(order)))
     starts = np.linspace(0, len(order) - width, percentiles).round().astype(int)

@@ -19,7 +19,14 @@ from simgrad import tree
 from simgrad.dynamics.recipe import Recipe
 from simgrad.objectives import Objective, catalog, get
 from simgrad.objectives.base import number
-from simgrad.theory import Calibrated, Mitigation, PairwiseNormalized, Projected, RunningCalibrated, SparseMask
+from simgrad.theory import (
+    Calibrated,
+    Mitigation,
+    PairwiseNormalized,
+    Projected,
+    RunningCalibrated,
+    SparseMask,
+)
 
 __all__ = ["MITIGATIONS", "OPTIMIZERS", "RunConfig", "grid"]
 
@@ -54,9 +61,11 @@ class RunConfig:
         clip: largest norm of a step's gradient (None: any).
         steps: updates.
         batch_size: pairs a step (None: all).
-        include: patterns of the parameters that are trained (None: all that the model does not freeze).
+        include: patterns of the parameters that are trained (None: all that the model does not
+            freeze).
         accumulate: micro-batches a step.
-        mitigation: pairwise-normalised, calibrated, running, projected, mask (learned token weights) or None.
+        mitigation: pairwise-normalised, calibrated, running, projected, mask (learned token
+            weights) or None.
 
     Raises:
         ValueError: a field that makes no recipe, by name.
@@ -80,16 +89,23 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Keep plain hashable values; refuse what makes no recipe."""
-        object.__setattr__(self, "hyperparameters", tuple(sorted(dict(self.hyperparameters).items())))
+        object.__setattr__(
+            self, "hyperparameters", tuple(sorted(dict(self.hyperparameters).items()))
+        )
         object.__setattr__(self, "include", tree.patterns(self.include))
         if not isinstance(self.objective, str) and self.hyperparameters:
-            raise ValueError("hyperparameters go with a name, such as objective='dpo': leave them out here")
+            raise ValueError(
+                "hyperparameters go with a name, such as objective='dpo': leave them out here"
+            )
         _require_name("optimizer", self.optimizer, OPTIMIZERS)
         if self.mitigation is not None:
             _require_name("mitigation", self.mitigation, [*MITIGATIONS, "mask"])
         for name, (kind, _) in _OWN.items():
             if getattr(self, name) is not None and self.optimizer != kind:
-                raise ValueError(f"{name} belongs to optimizer={kind!r}, not to {self.optimizer!r}: leave it out there")
+                raise ValueError(
+                    f"{name} belongs to optimizer={kind!r}, not to {self.optimizer!r}: leave it "
+                    "out there"
+                )
         for name in ("learning_rate", "momentum", "weight_decay", "clip"):
             if getattr(self, name) is not None:
                 self._keep_float(name)
@@ -152,15 +168,17 @@ def _optimizer(
     kind: str, rate: float, momentum: float | None, decay: float | None, clip: float | None
 ) -> optax.GradientTransformation:
     """An optimizer whose learning rate is part of its state; one object for equal arguments."""
-    inner = optax.inject_hyperparams(lambda learning_rate: OPTIMIZERS[kind](learning_rate, momentum, decay))(rate)
+    inner = optax.inject_hyperparams(
+        lambda learning_rate: OPTIMIZERS[kind](learning_rate, momentum, decay)
+    )(rate)
     return inner if clip is None else optax.chain(optax.clip_by_global_norm(clip), inner)
 
 
 def grid(**values: Any) -> list[RunConfig]:
     """Every combination of the lists among ``values``, the first name varying slowest; other values stay fixed.
 
-    Names are the fields of :class:`RunConfig`, or hyperparameters of objectives. ``include`` varies if it is a
-    list of lists. Grids add up as lists do.
+    Names are the fields of :class:`RunConfig`, or hyperparameters of objectives. ``include`` varies
+    if it is a list of lists. Grids add up as lists do.
 
     >>> [(c.learning_rate, c.hyperparameters) for c in grid(learning_rate=[0.1, 0.2], beta=0.5)]
     [(0.1, (('beta', 0.5),)), (0.2, (('beta', 0.5),))]
@@ -179,11 +197,20 @@ def grid(**values: Any) -> list[RunConfig]:
     for point in itertools.product(*choices.values()):
         given = dict(zip(values, point, strict=True))
         extra = {name: given.pop(name) for name in values if name not in fields}
-        configs.append(RunConfig(**{**given, "hyperparameters": {**dict(given.get("hyperparameters", ())), **extra}}))
+        configs.append(
+            RunConfig(
+                **{**given, "hyperparameters": {**dict(given.get("hyperparameters", ())), **extra}}
+            )
+        )
     return configs
 
 
 def _choices(name: str, value: Any) -> list[Any]:
     value = value.tolist() if isinstance(value, np.ndarray) else value
-    patterns = name == "include" and isinstance(value, list) and value and all(isinstance(x, str) for x in value)
+    patterns = (
+        name == "include"
+        and isinstance(value, list)
+        and value
+        and all(isinstance(x, str) for x in value)
+    )
     return value if isinstance(value, list) and not patterns else [value]

@@ -15,10 +15,10 @@ import optax
 from simgrad import tree
 from simgrad.dynamics.recipe import Recipe
 from simgrad.models import Apply
+from simgrad.models.likelihood import in_chunks, log_probs, require_shape, responses
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch
-from simgrad.theory.likelihood import in_chunks, log_probs, require_shape, responses
-from simgrad.theory.steps import loss_gradient, updated
+from simgrad.theory.prediction.steps import loss_gradient, updated
 from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["DirectionalScore", "directional_change", "directional_score", "run_direction"]
@@ -49,17 +49,21 @@ def run_direction(
 
         D = Σ_{t < steps} optimizer_t(ḡ),        ḡ = mean gradient of all pairs at θ
 
-    with the second moments of Adam, AdamW and RMSProp held at the mean squared minibatch gradient of one
-    epoch, so that the preconditioner is P = 1/(√v + ε) as it is after the first steps; first moments start
-    at ḡ. Momentum and schedules run as they do, decay acts at θ, clipping sees ḡ. It costs one epoch of
-    gradients (and one batch more where batches do not divide the pairs).
+    with the second moments of Adam, AdamW and RMSProp held at the mean squared minibatch gradient
+    of one epoch, so that the preconditioner is P = 1/(√v + ε) as it is after the first steps; first
+    moments start at ḡ. Momentum and schedules run as they do, decay acts at θ, clipping sees ḡ. It
+    costs one epoch of gradients (and one batch more where batches do not divide the pairs).
 
     Raises:
-        ValueError: what :class:`Recipe` or the batch do not allow; mitigations and masks, which change the
-            gradient with the policy; adaptive optimizers other than these, whose moments are not known here.
+        ValueError: what :class:`Recipe` or the batch do not allow; mitigations and masks, which
+        change the
+            gradient with the policy; adaptive optimizers other than these, whose moments are not
+            known here.
     """
     if recipe.mitigation is not None or recipe.mask is not None:
-        raise ValueError("a direction of the plain objective only: drop mitigation and mask, or train")
+        raise ValueError(
+            "a direction of the plain objective only: drop mitigation and mask, or train"
+        )
     size = batch.size if recipe.batch_size is None else recipe.batch_size
     order = jnp.asarray(recipe.replace(steps=-(-batch.size // size)).order(batch.size))
     start = _logp(apply, theta, batch) if reference is None else reference
@@ -93,7 +97,9 @@ def _direction(
     def slope(index: Array) -> Theta:
         return loss_gradient(apply, theta, batch.take(index), objective, reference[index], include)
 
-    def gather(sums: tuple[Theta, Theta], row: tuple[Array, Array]) -> tuple[tuple[Theta, Theta], None]:
+    def gather(
+        sums: tuple[Theta, Theta], row: tuple[Array, Array]
+    ) -> tuple[tuple[Theta, Theta], None]:
         index, weight = row
         g = slope(index)
         first = jax.tree.map(lambda m, x: m + weight.astype(x.dtype) * x, sums[0], g)
@@ -123,12 +129,18 @@ def _holds_moments(node: Any) -> bool:
 def _require_settling(optimizer: optax.GradientTransformation, trained: Theta) -> None:
     """Refuse second moments that are none of Adam's or RMSProp's, and Adams whose first steps do not normalise."""
     whole = jax.eval_shape(optimizer.init, trained)
-    kinds = [node for node in jax.tree.leaves(whole, is_leaf=_holds_moments) if _holds_moments(node)]
+    kinds = [
+        node for node in jax.tree.leaves(whole, is_leaf=_holds_moments) if _holds_moments(node)
+    ]
     for node in kinds:
-        if not isinstance(node, optax.ScaleByAdamState | optax.ScaleByRmsState) or not _normalises(optimizer):
+        if not isinstance(node, optax.ScaleByAdamState | optax.ScaleByRmsState) or not _normalises(
+            optimizer
+        ):
             raise ValueError(
-                "the direction of a run is known for SGD, momentum, Adam, AdamW and RMSProp; this optimizer keeps "
-                f"second moments otherwise ({type(node).__name__}): use kernel flow (linearized_run), or train"
+                "the direction of a run is known for SGD, momentum, Adam, AdamW and RMSProp; this "
+                "optimizer keeps "
+                f"second moments otherwise ({type(node).__name__}): use kernel flow "
+                "(linearized_run), or train"
             )
 
 
@@ -139,12 +151,24 @@ def _normalises(optimizer: optax.GradientTransformation) -> bool:
         try:
             with jax.numpy_dtype_promotion("standard"):
                 state = optimizer.init(cast(Any, probe))
-            (a, once), (b, twice) = (updated(optimizer, {"w": c * probe["w"]}, state, probe) for c in (1.0, 2.0))
-        except (ValueError, KeyError, TypeError):  # made for the parameters' own tree: what it holds is believed
+            (a, once), (b, twice) = (
+                updated(optimizer, {"w": c * probe["w"]}, state, probe) for c in (1.0, 2.0)
+            )
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # made for the parameters' own tree: what it holds is believed
             return True
         nodes = (jax.tree.leaves(x, is_leaf=_holds_moments) for x in (once, twice))
-        moments = [np.concatenate([np.ravel(n.nu["w"]) for n in some if _holds_moments(n)]) for some in nodes]
-        return bool(np.allclose(a["w"], b["w"], rtol=1e-2) and np.allclose(4 * moments[0], moments[1], rtol=1e-2))
+        moments = [
+            np.concatenate([np.ravel(n.nu["w"]) for n in some if _holds_moments(n)])
+            for some in nodes
+        ]
+        return bool(
+            np.allclose(a["w"], b["w"], rtol=1e-2)
+            and np.allclose(4 * moments[0], moments[1], rtol=1e-2)
+        )
 
 
 def _settled(state: Any, mean: Theta, square: Theta) -> Any:
@@ -157,7 +181,11 @@ def _settled(state: Any, mean: Theta, square: Theta) -> Any:
         if not _holds_moments(node):
             return node
         moments = {"mu": mean, "nu": square}
-        values = {name: held(getattr(node, name), new) for name, new in moments.items() if name in node._fields}
+        values = {
+            name: held(getattr(node, name), new)
+            for name, new in moments.items()
+            if name in node._fields
+        }
         if "count" in node._fields:
             values["count"] = jnp.full_like(node.count, 10**6)  # no bias correction
         return node._replace(**values)
@@ -174,7 +202,8 @@ def directional_change(
 ) -> Float[Array, "B 2"]:
     """⟨∇log π(y), D⟩ of both responses of every pair: one forward derivative, about two forward passes.
 
-    Any responses will do, trained on or not, in either layout (packed computes prompts once). Unit: nats.
+    Any responses will do, trained on or not, in either layout (packed computes prompts once). Unit:
+    nats.
 
     Raises:
         ValueError: ``direction`` holds other parameters than ``include`` selects.
@@ -190,12 +219,16 @@ def directional_change(
     """
     trained, _ = tree.partition(theta, include, apply.frozen)
     if jax.tree.structure(trained) != jax.tree.structure(direction):
-        raise ValueError("direction must hold the trained parameters: give the include that it was made with")
+        raise ValueError(
+            "direction must hold the trained parameters: give the include that it was made with"
+        )
     return _change(apply, theta, batch, direction, tree.patterns(include))
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "include"))
-def _change(apply: Apply, theta: Theta, batch: Batch, direction: Theta, include: tuple[str, ...] | None) -> Array:
+def _change(
+    apply: Apply, theta: Theta, batch: Batch, direction: Theta, include: tuple[str, ...] | None
+) -> Array:
     def few(some: Batch) -> Array:
         logp, trained = log_probs(apply, theta, some, include)
         return jax.jvp(logp, (trained,), (direction,))[1]
@@ -222,9 +255,11 @@ def directional_score(
         batch: all pairs of the run.
         recipe: how it is trained.
         follow: responses to predict (None: the pairs themselves).
-        sample: see only so many pairs, drawn at random, for the direction. Its error is then given too.
-        groups: parts of the sample whose separate directions give the error: their standard deviation over
-            √groups, times √(1 - sample/pairs). Under Adam the parts' own moments make this an estimate.
+        sample: see only so many pairs, drawn at random, for the direction. Its error is then given
+            too.
+        groups: parts of the sample whose separate directions give the error: their standard
+            deviation over √groups, times √(1 - sample/pairs). Under Adam the parts' own moments
+            make this an estimate.
         seed: of the sample.
 
     Raises:
@@ -236,12 +271,17 @@ def directional_score(
         change = directional_change(apply, theta, follow, direction, recipe.include)
         return DirectionalScore(change, jnp.zeros_like(change))
     if not 2 <= groups <= sample <= batch.size:
-        raise ValueError(f"sample={sample} of {batch.size} pairs in groups={groups}: 2 <= groups <= sample <= pairs")
+        raise ValueError(
+            f"sample={sample} of {batch.size} pairs in groups={groups}: 2 <= groups <= sample <= "
+            "pairs"
+        )
     drawn = np.random.default_rng(seed).permutation(batch.size)[:sample]
     size = batch.size if recipe.batch_size is None else recipe.batch_size
 
     def seen(index: np.ndarray) -> Array:
-        part = recipe.replace(batch_size=None if recipe.batch_size is None else min(size, len(index)))
+        part = recipe.replace(
+            batch_size=None if recipe.batch_size is None else min(size, len(index))
+        )
         direction = run_direction(apply, theta, batch.take(index), part)
         return directional_change(apply, theta, follow, direction, recipe.include)
 

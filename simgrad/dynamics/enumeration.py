@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad.dynamics.prompts import AT_ONCE, Ids, next_logp, reader, require_known, require_positive, token_ids
+from simgrad.dynamics.prompts import (
+    AT_ONCE,
+    Ids,
+    next_logp,
+    reader,
+    require_known,
+    require_positive,
+    token_ids,
+)
 from simgrad.models import Apply
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -55,8 +63,9 @@ def enumerate_responses(
     """Every response that ends with a ``stop`` token or has ``max_tokens``, and its exact probability.
 
     Responses are made of the ``alphabet`` (None: the whole vocabulary) and the stop tokens;
-    probabilities are the model's own, not renormalised to them. With ``least`` > 0 a prefix less likely
-    than that is not followed, which leaves exactly the responses with π(y|x) >= least, at most 1 / least.
+    probabilities are the model's own, not renormalised to them. With ``least`` > 0 a prefix less
+    likely than that is not followed, which leaves exactly the responses with π(y|x) >= least, at
+    most 1 / least.
 
     Args:
         apply: the model.
@@ -84,7 +93,11 @@ def enumerate_responses(
         raise ValueError(f"least is a probability, got {least}")
     reading = reader(apply, theta, prompts, max_tokens)
     n, stops = len(reading.prompts), token_ids("stop", stop, reading.vocab_size)
-    letters = range(reading.vocab_size) if alphabet is None else token_ids("alphabet", alphabet, reading.vocab_size)
+    letters = (
+        range(reading.vocab_size)
+        if alphabet is None
+        else token_ids("alphabet", alphabet, reading.vocab_size)
+    )
     allowed = np.array(sorted({*letters, *stops}), np.int32)
     _countable(n, len(allowed), len(set(stops)), max_tokens, least, limit)
     children = functools.partial(_children, allowed=jnp.asarray(allowed))
@@ -92,7 +105,10 @@ def enumerate_responses(
     prefixes, ended = _Prefixes(np.arange(n), np.zeros((n, 0), np.int32), np.zeros(n)), []
     for k in range(1, max_tokens + 1):
         longer = []
-        read = [reading.prompts[i] + tuple(y) for i, y in zip(prefixes.owner, prefixes.tokens.tolist(), strict=True)]
+        read = [
+            reading.prompts[i] + tuple(y)
+            for i, y in zip(prefixes.owner, prefixes.tokens.tolist(), strict=True)
+        ]
         for here, (after, beyond) in reading.evaluated(children, read, at_once):
             before = prefixes[here]
             require_known(np.asarray(after), before.owner)
@@ -135,13 +151,19 @@ class _Prefixes:
 
 
 def _joined(parts: list[_Prefixes]) -> _Prefixes:
-    return _Prefixes(*(np.concatenate([getattr(part, f) for part in parts]) for f in ("owner", "tokens", "logp")))
+    return _Prefixes(
+        *(np.concatenate([getattr(part, f) for part in parts]) for f in ("owner", "tokens", "logp"))
+    )
 
 
-def _countable(prompts: int, letters: int, stops: int, max_tokens: int, least: float, limit: int) -> None:
+def _countable(
+    prompts: int, letters: int, stops: int, max_tokens: int, least: float, limit: int
+) -> None:
     """Refuse an enumeration of more than ``limit`` responses before it starts."""
     going = letters - stops
-    most = sum(going**k * stops for k in range(max_tokens - 1)) + going ** (max_tokens - 1) * letters
+    most = (
+        sum(going**k * stops for k in range(max_tokens - 1)) + going ** (max_tokens - 1) * letters
+    )
     if least and most > 1 / least:
         most = int(1 / least)
     if prompts * most > limit:
@@ -153,7 +175,11 @@ def _countable(prompts: int, letters: int, stops: int, max_tokens: int, least: f
 
 @functools.partial(jax.jit, static_argnames="apply")
 def _children(
-    apply: Apply, theta: Theta, tokens: Int[Array, "N T"], lengths: Int[Array, "N"], allowed: Int[Array, "M"]
+    apply: Apply,
+    theta: Theta,
+    tokens: Int[Array, "N T"],
+    lengths: Int[Array, "N"],
+    allowed: Int[Array, "M"],
 ) -> tuple[Float[Array, "N M"], Float[Array, "N"]]:
     """Log-probs of the allowed next tokens, and the probability of all others."""
     logp = next_logp(apply, theta, tokens, lengths)

@@ -45,7 +45,9 @@ class Data:
 
 def mean_loss(recipe: Recipe, logp: Array, reference: Array, batch: Batch) -> Array:
     """The objective's mean over the pairs."""
-    return recipe.objective.loss(*(x[:, side] for x in (logp, reference, batch.lengths) for side in (0, 1))).mean()
+    return recipe.objective.loss(
+        *(x[:, side] for x in (logp, reference, batch.lengths) for side in (0, 1))
+    ).mean()
 
 
 def preference_gradient(
@@ -53,20 +55,29 @@ def preference_gradient(
 ) -> tuple[Array, Learned, Any]:
     """Loss, its gradient, and the mitigation's memory after the batch ``data``."""
     if recipe.mask is not None:
-        loss, slope = _in_parts(functools.partial(_masked, apply, rest, recipe), recipe, data, learned)
+        loss, slope = _in_parts(
+            functools.partial(_masked, apply, rest, recipe), recipe, data, learned
+        )
         return loss, slope, memory
     if recipe.accumulate > 1 and not batch_coupled(recipe.objective) and recipe.mitigation is None:
-        loss, slope = _in_parts(functools.partial(_plain, apply, rest, recipe), recipe, data, learned)
+        loss, slope = _in_parts(
+            functools.partial(_plain, apply, rest, recipe), recipe, data, learned
+        )
         return loss, slope, memory
     if recipe.accumulate == 1 and recipe.mitigation is None:
         return *_plain(apply, rest, recipe, data, learned), memory
     return _in_two_passes(apply, rest, recipe, data, learned, memory)
 
 
-def _plain(apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Learned) -> tuple[Array, Learned]:
+def _plain(
+    apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Learned
+) -> tuple[Array, Learned]:
     """One forward and one backward pass."""
     logp, pullback = jax.vjp(_logp(apply, rest, data.batch), learned.policy)
-    pull = recipe.objective.signed_coefficients(logp, data.reference, data.batch.lengths) / data.batch.size
+    pull = (
+        recipe.objective.signed_coefficients(logp, data.reference, data.batch.lengths)
+        / data.batch.size
+    )
     return mean_loss(recipe, logp, data.reference, data.batch), _descent(pullback, pull)
 
 
@@ -78,7 +89,9 @@ def _descent(pullback: Any, pull: Array) -> Learned:
     return Learned(jax.tree.map(jnp.negative, pullback(pull)[0]))
 
 
-def _masked(apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Learned) -> tuple[Array, Learned]:
+def _masked(
+    apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Learned
+) -> tuple[Array, Learned]:
     """Objective of the weighted log-probs plus the penalty, differentiated in policy and mask."""
     mask, tokens = recipe.mask, data.token_reference
     assert mask is not None
@@ -89,7 +102,10 @@ def _masked(apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Lear
         assert learned.mask is not None
         weights = mask.weights(learned.mask, result.hidden, data.batch.valid)
         reference = (weights.astype(tokens.dtype) * tokens).sum(-1)
-        return mean_loss(recipe, masked_logp(result, weights), reference, data.batch) + mask.penalty(weights).mean()
+        return (
+            mean_loss(recipe, masked_logp(result, weights), reference, data.batch)
+            + mask.penalty(weights).mean()
+        )
 
     return jax.value_and_grad(loss)(learned)
 
@@ -120,10 +136,16 @@ def _in_two_passes(
     theta = tree.combine(learned.policy, rest)
 
     def look(part: Data) -> tuple[Array, Any]:
-        kernel = None if recipe.mitigation is None else pair_kernel(apply, theta, part.batch, recipe.include)
+        kernel = (
+            None
+            if recipe.mitigation is None
+            else pair_kernel(apply, theta, part.batch, recipe.include)
+        )
         return responses(apply, theta, part.batch).logp, kernel
 
-    logp, kernel = look(data) if recipe.accumulate == 1 else _joined(jax.lax.map(look, _parts(recipe, data)))
+    logp, kernel = (
+        look(data) if recipe.accumulate == 1 else _joined(jax.lax.map(look, _parts(recipe, data)))
+    )
     pull = recipe.objective.signed_coefficients(logp, data.reference, data.batch.lengths)
     if recipe.mitigation is not None:
         d = Coefficients(pull[:, 0], -pull[:, 1])

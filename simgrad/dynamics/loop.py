@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from simgrad.theory.steps import updated
+from simgrad.theory.prediction.steps import updated
 from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["Gradient", "State", "descend"]
@@ -57,6 +57,8 @@ def descend(
         loss, slope, memory = gradient(state.learned, order[at], state.memory)
         update, inner = updated(optimizer, slope, state.optimizer, state.learned)
         learned = jax.tree.map(jnp.add, state.learned, update)
-        return State(at + 1, learned, inner, memory, state.losses.at[at].set(loss.astype(state.losses.dtype)))
+        return State(
+            at + 1, learned, inner, memory, state.losses.at[at].set(loss.astype(state.losses.dtype))
+        )
 
     return jax.lax.fori_loop(state.step, jnp.asarray(until, state.step.dtype), body, state)

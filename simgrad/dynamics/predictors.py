@@ -1,27 +1,25 @@
 """Every predictor of what a run does to its pairs, in one shape, and one call that compares them.
 
-A predictor maps a :class:`Setting` to Δlog π of both responses of each pair (higher: rises more). Some give
-nats, others only a ranking of the chosen responses. Costs are in addition to one forward pass.
+A predictor maps a :class:`Setting` to Δlog π of both responses of each pair (higher: rises more).
+Some give nats, others only a ranking of the chosen responses. Costs are in addition to one forward
+pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad.dynamics.agreement import agreement
 from simgrad.dynamics.directional import directional_change, run_direction
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.training import train
-from simgrad.findings import Table
 from simgrad.models import Apply
+from simgrad.models.likelihood import in_chunks
 from simgrad.pairs import Batch
 from simgrad.theory import (
     Responses,
@@ -35,10 +33,9 @@ from simgrad.theory import (
     pair_kernel,
     responses,
 )
-from simgrad.theory.likelihood import in_chunks
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["PREDICTORS", "Comparison", "Predictor", "Setting", "compare", "measured", "predictor_table"]
+__all__ = ["PREDICTORS", "RERUN", "Predictor", "Setting", "measured"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,9 @@ class Setting:
     def pair(self, index: int) -> Setting:
         """The run on one pair."""
         recipe = self.recipe.replace(batch_size=None)
-        return dataclasses.replace(self, batch=self.batch.take(slice(index, index + 1)), recipe=recipe, alone=False)
+        return dataclasses.replace(
+            self, batch=self.batch.take(slice(index, index + 1)), recipe=recipe, alone=False
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,9 @@ def _own(s: Setting) -> Array:
 
 def _edit_similarity(s: Setting) -> Array:
     targets, lengths = np.asarray(s.batch.targets), np.asarray(s.batch.lengths)
-    sides = [[row[k, : n[k]].tolist() for row, n in zip(targets, lengths, strict=True)] for k in (0, 1)]
+    sides = [
+        [row[k, : n[k]].tolist() for row, n in zip(targets, lengths, strict=True)] for k in (0, 1)
+    ]
     distance = [normalized_edit_distance(w, l) for w, l in zip(*sides, strict=True)]  # noqa: E741
     return jnp.stack([jnp.asarray(distance)] * 2, axis=-1)
 
@@ -181,105 +182,51 @@ def _linearized(refresh: bool, read: str) -> Callable[[Setting], Array]:
 
 
 def _rerun(s: Setting) -> Array:
-    return jnp.asarray(measured(dataclasses.replace(s, recipe=s.recipe.replace(seed=s.recipe.seed + 1))))
+    return jnp.asarray(
+        measured(dataclasses.replace(s, recipe=s.recipe.replace(seed=s.recipe.seed + 1)))
+    )
 
 
 def _length(result: Responses, batch: Batch) -> Array:
     return batch.lengths[:, 0].astype(result.token_logp.dtype)
 
 
-_FORWARD, _RERUN = "no more", "rerun, other order"
+_FORWARD, RERUN = "no more", "rerun, other order"
 PREDICTORS = {
     p.name: p
     for p in (
         Predictor("chosen length", _ranking(_length), False, False, _FORWARD),
         Predictor("edit distance", _edit_similarity, False, False, "nothing"),
-        Predictor("last-hidden inner", _ranking(lambda r, b: last_hidden_inner(r)), False, False, _FORWARD),
+        Predictor(
+            "last-hidden inner", _ranking(lambda r, b: last_hidden_inner(r)), False, False, _FORWARD
+        ),
         Predictor("embedding cosine", _ranking(embedding_cosine), False, False, _FORWARD),
         Predictor("CHES", _ranking(ches), False, False, _FORWARD),
         Predictor("ln-CHES", _ranking(ln_ches), False, False, _FORWARD),
         Predictor("head gap", _ranking(head_gap), False, False, _FORWARD),
         Predictor("full gap", _full_gap, False, False, "a backward pass"),
         Predictor("own first order", _own, True, False, "a gradient of each pair"),
-        Predictor("directional", _directional, True, True, "an epoch of gradients, then a forward derivative"),
+        Predictor(
+            "directional",
+            _directional,
+            True,
+            True,
+            "an epoch of gradients, then a forward derivative",
+        ),
         Predictor("ray", _ray, True, True, "an epoch of gradients, then a forward pass"),
-        Predictor("two big steps", _two_big_steps, True, True, "two epochs of gradients, then a forward pass"),
+        Predictor(
+            "two big steps",
+            _two_big_steps,
+            True,
+            True,
+            "two epochs of gradients, then a forward pass",
+        ),
         Predictor("kernel flow", _linearized(False, "linear"), True, True, "about the run"),
         Predictor("kernel flow, ray", _linearized(False, "ray"), True, True, "about the run"),
         Predictor("kernel flow, refreshed", _linearized(True, "ray"), True, True, "about the run"),
-        Predictor(_RERUN, _rerun, True, True, "the run"),
+        Predictor(RERUN, _rerun, True, True, "the run"),
     )
 }
 """All predictors by name. ``kernel flow`` is the run on log-probs linearised at the start with the batch order
-known (:func:`simgrad.theory.linearized_run`; for SGD the kernel's own recursion); refreshed once an epoch."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One setting, measured and predicted; arrays over pairs, of the chosen responses, in nats.
-
-    Attributes:
-        measured: Δlog π_w by training.
-        predicted: the same, or a score with its order, by predictor.
-        seconds: each prediction's time, compilation included.
-        lengths: response lengths.
-    """
-
-    measured: Float[np.ndarray, " B"]
-    predicted: dict[str, Float[np.ndarray, " B"]]
-    seconds: dict[str, float]
-    lengths: Float[np.ndarray, "B 2"]
-
-    def rows(self, label: str, seed: int = 0) -> list[dict[str, Any]]:
-        """One row of :func:`simgrad.dynamics.agreement.agreement` a predictor."""
-        return [
-            {
-                "setting": label,
-                "predictor": name,
-                "seed": seed,
-                **dataclasses.asdict(agreement(guess, self.measured, self.lengths, PREDICTORS[name].nats)),
-                "seconds": self.seconds[name],
-                "largest |Δ|": float(np.abs(self.measured).max()),
-            }
-            for name, guess in self.predicted.items()
-        ]
-
-
-def compare(setting: Setting, predictors: Sequence[str] | None = None) -> Comparison:
-    """Train a setting once and predict it by each predictor (None: all).
-
-    The rerun is left out where the order of the pairs means nothing.
-
-    Raises:
-        ValueError: unknown predictor.
-        DivergedError: the run does not stay finite.
-    """
-    names = list(PREDICTORS if predictors is None else predictors)
-    if unknown := [name for name in names if name not in PREDICTORS]:
-        raise ValueError(f"no predictor {unknown[0]!r}; there are: {', '.join(PREDICTORS)}")
-    change = measured(setting)[:, 0].astype(float)
-    predicted, seconds = {}, {}
-    for name in names:
-        if name == _RERUN and (setting.alone or setting.recipe.batch_size is None):
-            continue
-        begin = time.perf_counter()
-        predicted[name] = PREDICTORS[name](setting)[:, 0].astype(float)
-        seconds[name] = time.perf_counter() - begin
-    return Comparison(change, predicted, seconds, np.asarray(setting.batch.lengths, float))
-
-
-CAPTION = (
-    "Agreement with the measured Δlog π of the chosen responses: Spearman, the same with lengths partialled out, "
-    "R² in nats, precision at the ten that fall most, share of signs."
-)
-
-
-def predictor_table(settings: Mapping[str, Setting], predictors: Sequence[str] | None = None) -> Table:
-    """How well each predictor foretells Δlog π of the chosen responses in each setting: one call, one table.
-
-    Raises:
-        ValueError: unknown predictor.
-        DivergedError: a run does not stay finite.
-    """
-    rows = [row for label, setting in settings.items() for row in compare(setting, predictors).rows(label)]
-    return Table.of("predictors", CAPTION, ("setting", "predictor"), rows)
+known (:func:`simgrad.theory.linearized_run`; for SGD the kernel's own recursion); refreshed once an
+epoch."""

@@ -28,7 +28,8 @@ class Corpus:
     Attributes:
         tokens: ids, 0 where padded.
         streams: 1 on tokens, 0 where padded.
-        weights: of each token's loss; 0 on the first token, on padding and on what is only read (prompts).
+        weights: of each token's loss; 0 on the first token, on padding and on what is only read
+            (prompts).
     """
 
     tokens: Int[Array, "*runs N T"]
@@ -47,13 +48,25 @@ def corpus(sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = No
     """
     starts = [1] * len(sequences) if starts is None else list(starts)
     if not len(sequences) or len(starts) != len(sequences):
-        raise ValueError(f"{len(sequences)} sequences and {len(starts)} starts: one start each, and at least one")
+        raise ValueError(
+            f"{len(sequences)} sequences and {len(starts)} starts: one start each, and at least one"
+        )
     shape = len(sequences), max(map(len, sequences))
-    tokens, streams, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    tokens, streams, weights = (
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.float32),
+    )
     for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
         if not 1 <= start < len(sequence):
-            raise ValueError(f"sequence {i} of {len(sequence)} tokens has nothing to learn from token {start} on")
-        tokens[i, : len(sequence)], streams[i, : len(sequence)], weights[i, start : len(sequence)] = sequence, 1, 1
+            raise ValueError(
+                f"sequence {i} of {len(sequence)} tokens has nothing to learn from token {start} on"
+            )
+        (
+            tokens[i, : len(sequence)],
+            streams[i, : len(sequence)],
+            weights[i, start : len(sequence)],
+        ) = sequence, 1, 1
     return Corpus(jnp.asarray(tokens), jnp.asarray(streams), jnp.asarray(weights))
 
 
@@ -107,19 +120,25 @@ def fit(
 
     def gradient(trained: Theta, index: Array, memory: None) -> tuple[Array, Theta, None]:
         some = jax.tree.map(lambda x: x[index], data)
-        loss, slope = jax.value_and_grad(lambda t: _loss(apply, tree.combine(t, rest), some))(trained)
+        loss, slope = jax.value_and_grad(lambda t: _loss(apply, tree.combine(t, rest), some))(
+            trained
+        )
         return loss, slope, memory
 
     with jax.numpy_dtype_promotion("standard"):
         inner = optimizer.init(trained)
     dtype = jax.tree.leaves(trained)[0].dtype
-    state = State(jnp.zeros((), jnp.int32), trained, inner, None, jnp.full(len(order), jnp.nan, dtype))
+    state = State(
+        jnp.zeros((), jnp.int32), trained, inner, None, jnp.full(len(order), jnp.nan, dtype)
+    )
     state = descend(gradient, optimizer, state, order, len(order))
     return tree.combine(state.learned, rest), state.losses
 
 
 def _loss(apply: Apply, theta: Theta, data: Corpus) -> Float[Array, ""]:
     logits = apply(theta, data.tokens, streams=data.streams).logits[:, :-1]
-    logp = jnp.take_along_axis(logits, data.tokens[:, 1:, None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    logp = jnp.take_along_axis(logits, data.tokens[:, 1:, None], axis=-1)[
+        ..., 0
+    ] - jax.nn.logsumexp(logits, axis=-1)
     weights = data.weights[:, 1:].astype(logp.dtype)
     return -(weights * logp).sum() / weights.sum()

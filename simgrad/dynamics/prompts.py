@@ -40,8 +40,8 @@ def next_token_logp(
 ) -> Float[Array, "N V"]:
     """Log π(v | x) in nats of every token v after each prompt; prompts may differ in length.
 
-    A function of ``theta`` that can be traced and differentiated. At most ``at_once`` prompts (None:
-    64) are evaluated together.
+    A function of ``theta`` that can be traced and differentiated. At most ``at_once`` prompts
+    (None: 64) are evaluated together.
 
     >>> from simgrad.models import ModelConfig, create
     >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
@@ -49,12 +49,15 @@ def next_token_logp(
     (2, 9)
 
     Raises:
-        ValueError: no prompts, an empty one, an id outside the vocabulary, or a prompt that is too long.
+        ValueError: no prompts, an empty one, an id outside the vocabulary, or a prompt that is too
+        long.
     """
     at_once = AT_ONCE if at_once is None else at_once
     require_positive(at_once=at_once)
     reading = reader(apply, theta, prompts)
-    return jnp.concatenate([logp for _, logp in reading.evaluated(next_logp, reading.prompts, at_once)])
+    return jnp.concatenate(
+        [logp for _, logp in reading.evaluated(next_logp, reading.prompts, at_once)]
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class Reader:
     vocab_size: int
     max_length: int | None
 
-    def padded(self, sequences: Sequence[Ids], more: int = 0) -> tuple[Int[Array, "N T"], Int[Array, "N"]]:
+    def padded(
+        self, sequences: Sequence[Ids], more: int = 0
+    ) -> tuple[Int[Array, "N T"], Int[Array, "N"]]:
         """Right-padded sequences, to a width that leaves ``more`` positions free, and their lengths."""
         lengths = np.array([len(s) for s in sequences], np.int32)
         width = _coarse(int(lengths.max()))
@@ -78,7 +83,9 @@ class Reader:
             row[: len(sequence)] = sequence
         return jnp.asarray(tokens), jnp.asarray(lengths)
 
-    def evaluated(self, f: Callable[..., Any], sequences: Sequence[Ids], at_once: int) -> Iterator[tuple[slice, Any]]:
+    def evaluated(
+        self, f: Callable[..., Any], sequences: Sequence[Ids], at_once: int
+    ) -> Iterator[tuple[slice, Any]]:
         """``f`` of the sequences, a few at a time: which ones, and the result."""
         for chunk in chunks(range(len(sequences)), at_once):
             here = slice(chunk[0], chunk[-1] + 1)
@@ -86,7 +93,9 @@ class Reader:
             yield here, jax.tree.map(lambda x, n=here.stop - here.start: x[:n], result)
 
 
-def reader(apply: Apply, theta: Theta, prompts: Sequence[Sequence[int]], max_tokens: int = 0) -> Reader:
+def reader(
+    apply: Apply, theta: Theta, prompts: Sequence[Sequence[int]], max_tokens: int = 0
+) -> Reader:
     """The model with its adapters merged, and the prompts if it can read each of them and ``max_tokens`` more."""
     while isinstance(apply, LoraApply):
         apply, theta = apply.base, merge_lora(apply, theta)
@@ -98,10 +107,13 @@ def reader(apply: Apply, theta: Theta, prompts: Sequence[Sequence[int]], max_tok
     read = [token_ids(f"prompt {i}", prompt, vocab_size) for i, prompt in enumerate(prompts)]
     for i, prompt in enumerate(read):
         if not prompt:
-            raise ValueError(f"prompt {i} is empty: no state predicts the first token (is a BOS token missing?)")
+            raise ValueError(
+                f"prompt {i} is empty: no state predicts the first token (is a BOS token missing?)"
+            )
         if max_length is not None and len(prompt) + max_tokens > max_length:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens: with max_tokens={max_tokens} that is more than the "
+                f"prompt {i} has {len(prompt)} tokens: with max_tokens={max_tokens} that is more "
+                "than the "
                 f"{max_length} that the model reads"
             )
     return Reader(apply, theta, read, vocab_size, max_length)
@@ -112,7 +124,9 @@ def token_ids(name: str, tokens: Any, vocab_size: int) -> Ids:
     try:
         ids = tuple(operator.index(token) for token in tokens)
     except TypeError:
-        raise ValueError(f"{name} must hold token ids (whole numbers), got {tokens!r}: tokenize text first") from None
+        raise ValueError(
+            f"{name} must hold token ids (whole numbers), got {tokens!r}: tokenize text first"
+        ) from None
     for token in ids:
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name}: token id {token} is outside the vocabulary of {vocab_size}")
@@ -129,7 +143,10 @@ def require_positive(**numbers: int) -> None:
 def require_known(logp: np.ndarray, owner: Sequence[int] | np.ndarray) -> None:
     """Refuse log-probs that are NaN; ``owner`` is the prompt of each row."""
     for i in np.flatnonzero(np.isnan(logp).any(axis=1)).tolist():
-        raise ValueError(f"NaN logits after prompt {owner[i]}: a context that the model does not hold, or overflow")
+        raise ValueError(
+            f"NaN logits after prompt {owner[i]}: a context that the model does not hold, or "
+            "overflow"
+        )
 
 
 def _coarse(n: int) -> int:
@@ -151,11 +168,16 @@ def chunks(items: Sequence[int], most: int) -> list[list[int]]:
     [[5, 6, 7], [8, 9, 9]]
     """
     size = -(-len(items) // -(-len(items) // most))
-    return [[items[min(k, len(items) - 1)] for k in range(i, i + size)] for i in range(0, len(items), size)]
+    return [
+        [items[min(k, len(items) - 1)] for k in range(i, i + size)]
+        for i in range(0, len(items), size)
+    ]
 
 
 @functools.partial(jax.jit, static_argnames="apply")
-def next_logp(apply: Apply, theta: Theta, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]) -> Float[Array, "N V"]:
+def next_logp(
+    apply: Apply, theta: Theta, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]
+) -> Float[Array, "N V"]:
     """Log-probs of the token after each right-padded sequence."""
     inside = jnp.arange(tokens.shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
     output = apply(theta, tokens, None, inside.astype(tokens.dtype), lengths[:, None] - 1)

@@ -12,7 +12,7 @@ import optax
 from simgrad import tree
 from simgrad.objectives import Objective, batch_coupled
 from simgrad.theory import Mitigation, RunningCalibrated, SparseMask
-from simgrad.theory.steps import require_training
+from simgrad.theory.prediction.steps import require_training
 from simgrad.typing import Int
 
 __all__ = ["Recipe", "batch_order"]
@@ -23,16 +23,19 @@ class Recipe:
     """Preference tuning as a constant: hashable, so that one program is compiled for each.
 
     Attributes:
-        objective: from :mod:`simgrad.objectives`; the loss is its mean over a step's pairs. SFT terms, DPOP,
-            shifts and gates come in through it.
+        objective: from :mod:`simgrad.objectives`; the loss is its mean over a step's pairs. SFT
+            terms, DPOP, shifts and gates come in through it.
         optimizer: any optax transformation, schedules and clipping included.
         steps: updates in all.
         batch_size: pairs of each step (None: all of them).
         seed: of the order in which pairs are drawn, see :func:`batch_order`.
-        include: patterns of the parameters that are trained (None: all that the model does not freeze).
-        accumulate: micro-batches in which a step's gradient is gathered; the step is the same up to rounding.
-        mitigation: acts on each pair's d_w and d_l given its kernel (:class:`simgrad.theory.PairwiseNormalized`,
-            ``Calibrated``, ``RunningCalibrated``, ``Projected``); the kernel costs a second backward pass.
+        include: patterns of the parameters that are trained (None: all that the model does not
+            freeze).
+        accumulate: micro-batches in which a step's gradient is gathered; the step is the same up to
+            rounding.
+        mitigation: acts on each pair's d_w and d_l given its kernel
+            (:class:`simgrad.theory.PairwiseNormalized`, ``Calibrated``, ``RunningCalibrated``,
+            ``Projected``); the kernel costs a second backward pass.
         mask: learned token weights with an L1 penalty, trained by the same optimizer.
     """
 
@@ -57,9 +60,15 @@ class Recipe:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.mask is not None and self.mitigation is not None:
-            raise ValueError("mask and mitigation do not combine: a mask learns from the loss that the other replaces")
+            raise ValueError(
+                "mask and mitigation do not combine: a mask learns from the loss that the other "
+                "replaces"
+            )
         if self.mask is not None and self.accumulate > 1 and batch_coupled(self.objective):
-            raise ValueError("a mask, accumulate > 1 and an objective that couples its pairs: drop one of the three")
+            raise ValueError(
+                "a mask, accumulate > 1 and an objective that couples its pairs: drop one of the "
+                "three"
+            )
 
     def replace(self, **changes: object) -> Recipe:
         """This recipe with other fields.
@@ -75,7 +84,8 @@ class Recipe:
         """Indices of the pairs in each step's batch.
 
         Raises:
-            ValueError: more pairs a step than there are, or a batch that does not split in micro-batches.
+            ValueError: more pairs a step than there are, or a batch that does not split in
+            micro-batches.
         """
         size = pairs if self.batch_size is None else self.batch_size
         if pairs < 1:
@@ -83,7 +93,10 @@ class Recipe:
         if size > pairs:
             raise ValueError(f"batch_size={size}, but there are only {pairs} pairs")
         if size % self.accumulate:
-            raise ValueError(f"a batch of {size} pairs does not split in accumulate={self.accumulate} equal parts")
+            raise ValueError(
+                f"a batch of {size} pairs does not split in accumulate={self.accumulate} equal "
+                "parts"
+            )
         if self.batch_size is None:
             return np.tile(np.arange(pairs, dtype=np.int32), (self.steps, 1))
         return batch_order(pairs, size, self.steps, self.seed)
@@ -92,8 +105,8 @@ class Recipe:
 def batch_order(pairs: int, batch_size: int, steps: int, seed: int = 0) -> Int[np.ndarray, "E M"]:
     """Shuffled epochs laid end to end and cut in batches.
 
-    Every pair comes once an epoch; a batch may span two epochs when the sizes do not divide. More steps
-    continue the same order.
+    Every pair comes once an epoch; a batch may span two epochs when the sizes do not divide. More
+    steps continue the same order.
 
     >>> batch_order(4, 2, 4).ravel().reshape(2, 4).tolist()
     [[2, 0, 1, 3], [3, 2, 1, 0]]

@@ -38,7 +38,8 @@ class Samples:
     Attributes:
         tokens: the sampled ids, 0 after a response's end.
         lengths: tokens of each response, its stop token included.
-        logp: log π(y|x) = Σ_k log π(y_k | x, y_<k) in nats, at temperature 1 whatever the draws' was.
+        logp: log π(y|x) = Σ_k log π(y_k | x, y_<k) in nats, at temperature 1 whatever the draws'
+            was.
     """
 
     tokens: Int[Array, "N G R"]
@@ -68,10 +69,10 @@ def sample(
 ) -> Samples:
     """Draw ``count`` responses to each prompt: y_k ~ softmax(logits / temperature).
 
-    A response ends with its first ``stop`` token, which belongs to it, or after ``max_tokens``. A draw
-    depends on ``seed``, the prompt's number, the sample's number and k, not on what else is sampled.
-    Models with a cache (:class:`simgrad.models.CachedApply`; adapters are merged first) read each token
-    once; others read the whole sequence again for every token.
+    A response ends with its first ``stop`` token, which belongs to it, or after ``max_tokens``. A
+    draw depends on ``seed``, the prompt's number, the sample's number and k, not on what else is
+    sampled. Models with a cache (:class:`simgrad.models.CachedApply`; adapters are merged first)
+    read each token once; others read the whole sequence again for every token.
 
     Args:
         apply: the model.
@@ -85,8 +86,10 @@ def sample(
         at_once: most sequences in memory at once (None: 64).
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model reads, a
-            negative temperature, a number below 1, or NaN logits (a context that a table does not hold).
+        ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model reads,
+        a
+            negative temperature, a number below 1, or NaN logits (a context that a table does not
+            hold).
 
     >>> from simgrad.models import ModelConfig, create
     >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
@@ -138,7 +141,9 @@ class _Drawn:
     ended: Bool[Array, "N"]
     memory: Any
 
-    def grown(self, logits: Float[Array, "N V"], keys: Array, stop: Int[Array, "M"], temperature: Any) -> _Drawn:
+    def grown(
+        self, logits: Float[Array, "N V"], keys: Array, stop: Int[Array, "M"], temperature: Any
+    ) -> _Drawn:
         """With one more token."""
         logp = jax.nn.log_softmax(tree.widen(logits))
         if temperature is None:
@@ -172,8 +177,14 @@ def _generate(
     """Read the prompts once, then write their responses side by side until all have ended."""
     (n, t), g = tokens.shape, keys.shape[1]
     at = jnp.broadcast_to(jnp.arange(t, dtype=lengths.dtype)[None], (n, t))
-    output, memory = apply.extend(theta, tokens, at, apply.cache(theta, n, t + max_tokens - 1), lengths[:, None] - 1)
-    logits, start, keys = jnp.repeat(output.logits[:, 0], g, axis=0), jnp.repeat(lengths, g), keys.reshape(-1)
+    output, memory = apply.extend(
+        theta, tokens, at, apply.cache(theta, n, t + max_tokens - 1), lengths[:, None] - 1
+    )
+    logits, start, keys = (
+        jnp.repeat(output.logits[:, 0], g, axis=0),
+        jnp.repeat(lengths, g),
+        keys.reshape(-1),
+    )
     none = jnp.zeros(n * g, jnp.int32)
     blank = _Drawn(
         jnp.int32(0),
@@ -190,7 +201,9 @@ def _generate(
     def write(drawn: _Drawn) -> _Drawn:
         last = jax.lax.dynamic_slice_in_dim(drawn.tokens, drawn.step - 1, 1, axis=1)
         output, memory = apply.extend(theta, last, (start + drawn.step - 1)[:, None], drawn.memory)
-        return dataclasses.replace(drawn, memory=memory).grown(output.logits[:, 0], keys, stop, temperature)
+        return dataclasses.replace(drawn, memory=memory).grown(
+            output.logits[:, 0], keys, stop, temperature
+        )
 
     end = jax.lax.while_loop(unfinished, write, blank.grown(logits, keys, stop, temperature))
     return Samples(end.tokens.reshape(n, g, -1), end.lengths.reshape(n, g), end.logp.reshape(n, g))

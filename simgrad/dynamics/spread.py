@@ -14,15 +14,19 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 __all__ = ["spread"]
 
 
-def spread(run: Callable[..., Any], *inputs: Any, shared: Any = None, at_once: int = 1, rounds: int = 8) -> Any:
+def spread(
+    run: Callable[..., Any], *inputs: Any, shared: Any = None, at_once: int = 1, rounds: int = 8
+) -> Any:
     """``run`` for every index of the inputs' leading axis, spread over all local devices; results stacked on the host.
 
-    Each device works through its share, ``at_once`` runs at a time (1 is best for transformers on CPU, where
-    vmapped backward passes are slow, and in float32 can be wrong; large values suit accelerators and linear
-    models). Memory is bounded by ``rounds`` · ``at_once`` runs a device: results leave it after every round.
+    Each device works through its share, ``at_once`` runs at a time (1 is best for transformers on
+    CPU, where vmapped backward passes are slow, and in float32 can be wrong; large values suit
+    accelerators and linear models). Memory is bounded by ``rounds`` · ``at_once`` runs a device:
+    results leave it after every round.
 
     Args:
-        run: a pure function of one run's inputs (and of ``shared``, as last argument, if it is given).
+        run: a pure function of one run's inputs (and of ``shared``, as last argument, if it is
+            given).
         *inputs: trees of arrays with the runs on their leading axis.
         shared: what all runs read.
         at_once: runs vectorised together on one device.
@@ -45,7 +49,9 @@ def spread_in_rounds(
     """:func:`spread`, one round's results after the other, in order."""
     lengths = {len(x) for x in jax.tree.leaves(inputs)}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"inputs must have one common leading length of at least 1, got {sorted(lengths)}")
+        raise ValueError(
+            f"inputs must have one common leading length of at least 1, got {sorted(lengths)}"
+        )
     (count,) = lengths
     devices = min(jax.local_device_count(), count)
     each = min(math.ceil(count / devices), rounds * at_once)
@@ -59,7 +65,9 @@ def spread_in_rounds(
 
 
 @functools.lru_cache(maxsize=32)
-def _program(run: Callable[..., Any], devices: int, at_once: int, shared: bool) -> Callable[..., Any]:
+def _program(
+    run: Callable[..., Any], devices: int, at_once: int, shared: bool
+) -> Callable[..., Any]:
     mesh = Mesh(np.array(jax.local_devices()[:devices]), ("runs",), axis_types=(AxisType.Auto,))
     runs, all_alike = PartitionSpec("runs"), PartitionSpec()
 
@@ -76,7 +84,9 @@ def _program(run: Callable[..., Any], devices: int, at_once: int, shared: bool) 
 
     @jax.jit
     def program(*args: Any) -> Any:
-        mapped = jax.shard_map(share, mesh=mesh, in_specs=specs(*args), out_specs=runs, check_vma=False)
+        mapped = jax.shard_map(
+            share, mesh=mesh, in_specs=specs(*args), out_specs=runs, check_vma=False
+        )
         return mapped(*args)
 
     return program

@@ -23,10 +23,10 @@ from simgrad.dynamics.spread import spread_in_rounds
 from simgrad.dynamics.sweep_table import Found, SweepTable
 from simgrad.dynamics.training import advance, begin, prepare, whole_policy
 from simgrad.models import Apply, ContextApply
+from simgrad.models.likelihood import in_chunks
 from simgrad.pairs import Batch
 from simgrad.storage import digest
 from simgrad.theory import responses
-from simgrad.theory.likelihood import in_chunks
 from simgrad.typing import Array, Theta
 
 __all__ = ["sweep"]
@@ -45,22 +45,26 @@ def sweep(
 ) -> SweepTable:
     """Train every configuration from every seed's policy; a run is that of :func:`simgrad.dynamics.train`.
 
-    Runs are spread over all local devices. Configurations that differ only in their learning rate are one
-    compiled program. Of a run only its row is kept, so memory does not grow with parameters times runs.
+    Runs are spread over all local devices. Configurations that differ only in their learning rate
+    are one compiled program. Of a run only its row is kept, so memory does not grow with parameters
+    times runs.
 
     Args:
         apply: the model.
-        thetas: the policies at the start, which are the references too; the seeds on the leading axis.
+        thetas: the policies at the start, which are the references too; the seeds on the leading
+            axis.
         batches: each seed's pairs on the leading axis, or one batch for all.
         configs: from :func:`simgrad.dynamics.grid`, or any list.
         seeds: one a policy; each draws its own order of the pairs.
-        out: .npz file that keeps finished runs: the same call continues from it and gives the same table.
+        out: .npz file that keeps finished runs: the same call continues from it and gives the same
+            table.
         progress: called with (runs finished, runs in all).
-        at_once: runs vectorised together on a device (None: 1 for a transformer on CPU, where vmapped backward
-            passes are slow and in float32 can be wrong; else as many as fit).
+        at_once: runs vectorised together on a device (None: 1 for a transformer on CPU, where
+            vmapped backward passes are slow and in float32 can be wrong; else as many as fit).
 
     Raises:
-        ValueError: shapes or numbers that do not fit, a configuration or seed that comes twice, ``out`` of
+        ValueError: shapes or numbers that do not fit, a configuration or seed that comes twice,
+        ``out`` of
             another call.
 
     >>> from simgrad.dynamics import grid
@@ -85,16 +89,23 @@ def sweep(
         most = at_once or _at_once(apply, thetas)
         size = math.ceil(each / math.ceil(each / most))
         todo = runs[~found.done[runs]]
-        # whole groups only: what is vectorised together then does not depend on where a call stopped
+        # whole groups only: what is vectorised together then does not depend on where a call
+        # stopped
         todo = np.append(todo, np.repeat(todo[-1:], -len(todo) % (size * jax.local_device_count())))
         if not len(todo):
             continue
         rates = np.array([configs[i // len(seeds)].learning_rate for i in todo])
-        stacked, shared = ((thetas, order, arrays), None) if batches.tokens.ndim == 4 else ((thetas, order), arrays)
+        stacked, shared = (
+            ((thetas, order, arrays), None)
+            if batches.tokens.ndim == 4
+            else ((thetas, order), arrays)
+        )
         inputs = jax.tree.map(functools.partial(_Rows, rows=todo % len(seeds)), stacked)
         program, at = _running(apply, common.recipe()), 0
         try:
-            for results in spread_in_rounds(program, rates, *inputs, shared=shared, at_once=size, rounds=1):
+            for results in spread_in_rounds(
+                program, rates, *inputs, shared=shared, at_once=size, rounds=1
+            ):
                 found.add(todo[at : at + len(results["diverged"])], results)
                 at += len(results["diverged"])
                 if progress is not None:
@@ -116,10 +127,14 @@ def _groups(
             raise ValueError(f"{name} holds {twice[0]} twice")
     lengths = {len(x) for x in jax.tree.leaves(thetas)}
     if lengths != {len(seeds)}:
-        raise ValueError(f"{len(seeds)} seeds, but thetas has leading axes {sorted(lengths)}: stack one policy a seed")
+        raise ValueError(
+            f"{len(seeds)} seeds, but thetas has leading axes {sorted(lengths)}: stack one policy "
+            "a seed"
+        )
     if batches.tokens.ndim == 4 and len(batches.tokens) != len(seeds):
         raise ValueError(
-            f"{len(seeds)} seeds, but {len(batches.tokens)} batches: stack one a seed, or give one for all"
+            f"{len(seeds)} seeds, but {len(batches.tokens)} batches: stack one a seed, or give one "
+            "for all"
         )
     found: dict[RunConfig, list[int]] = {}
     for i, config in enumerate(configs):
@@ -159,7 +174,9 @@ def _running(apply: Apply, recipe: Recipe) -> Any:
         state = begin(apply, theta, recipe)
         usual = optax.tree.get(state.optimizer, "learning_rate")
         inner = optax.tree.set(state.optimizer, learning_rate=rate.astype(usual.dtype))
-        state = advance(apply, rest, recipe, data, replace(state, optimizer=inner), order, recipe.steps)
+        state = advance(
+            apply, rest, recipe, data, replace(state, optimizer=inner), order, recipe.steps
+        )
         after = whole_policy(state.learned, rest)
         change = in_chunks(lambda some: responses(apply, after, some).logp, batch) - data.reference
         good = jnp.append(jnp.isfinite(state.losses), jnp.isfinite(change).all())

@@ -23,7 +23,8 @@ __all__ = ["Found", "SweepTable"]
 class SweepTable:
     """One row a configuration and seed; the seeds of a configuration stand together.
 
-    Columns are the configuration's fields and hyperparameters (nan or "" where it has none), ``seed`` and
+    Columns are the configuration's fields and hyperparameters (nan or "" where it has none),
+    ``seed`` and
 
     ==============================  =======================================================================
     dlogp_chosen, dlogp_rejected    mean over the pairs of Δlog π in nats, end minus start
@@ -34,8 +35,8 @@ class SweepTable:
     diverged                        step (from 0) whose loss was not finite; -1 if none
     ==============================  =======================================================================
 
-    A run that diverged has nan in the columns of Δlog π and in ``last_loss``; ``diverged`` is the number of
-    steps where all losses were finite, but not the end.
+    A run that diverged has nan in the columns of Δlog π and in ``last_loss``; ``diverged`` is the
+    number of steps where all losses were finite, but not the end.
 
     Attributes:
         columns: one array a column.
@@ -86,14 +87,19 @@ class Found:
         self.header = {"kind": "sweep", "run": run, "provenance": provenance()}
         self.path = None if out is None else Path(out)
         self.done = np.zeros(count, bool)
-        self.results = {"change": np.full((count, pairs, 2), np.nan), "diverged": np.full(count, -1)}
+        self.results = {
+            "change": np.full((count, pairs, 2), np.nan),
+            "diverged": np.full(count, -1),
+        }
         self.results |= {name: np.full(count, np.nan) for name in ("first_loss", "last_loss")}
         self.kept, self.cost = time.monotonic(), 0.0
         if self.path is not None and self.path.exists():
             arrays, header = _stored(self.path)
             if differ := sorted(k for k in run if header["run"].get(k) != run[k]):
                 other = ", ".join(differ)
-                raise ValueError(f"{out} holds another sweep (other {other}): choose another out or delete it")
+                raise ValueError(
+                    f"{out} holds another sweep (other {other}): choose another out or delete it"
+                )
             self.done = arrays["done"]
             self.results = {name: arrays[name] for name in self.results}
 
@@ -114,7 +120,9 @@ class Found:
             return
         begin = time.monotonic()
         table = self.table()
-        save_arrays(self.path, {**table.columns, "change": table.change, "done": self.done}, self.header)
+        save_arrays(
+            self.path, {**table.columns, "change": table.change, "done": self.done}, self.header
+        )
         self.kept = time.monotonic()
         self.cost = self.kept - begin
 
@@ -141,12 +149,18 @@ def _labels(configs: Sequence[RunConfig], seeds: int, pairs: int) -> dict[str, n
     names, rows = sorted({name for given in numbers for name in given}), []
     for config, given in zip(configs, numbers, strict=True):
         row: dict[str, Any] = {
-            "objective": config.objective if isinstance(config.objective, str) else repr(config.objective)
+            "objective": config.objective
+            if isinstance(config.objective, str)
+            else repr(config.objective)
         }
         row |= {name: given.get(name) for name in names}
         row |= {"optimizer": config.optimizer, "learning_rate": config.learning_rate}
         row |= {name: config.of_optimizer(name) for name in ("momentum", "weight_decay")}
-        row |= {"clip": config.clip, "steps": config.steps, "batch_size": config.batch_size or pairs}
+        row |= {
+            "clip": config.clip,
+            "steps": config.steps,
+            "batch_size": config.batch_size or pairs,
+        }
         row |= {"include": " ".join(config.include or ()), "accumulate": config.accumulate}
         rows.append(row | {"mitigation": config.mitigation or ""})
     columns = {}
@@ -154,7 +168,9 @@ def _labels(configs: Sequence[RunConfig], seeds: int, pairs: int) -> dict[str, n
         values = [row[name] for row in rows]
         text = any(isinstance(value, str) for value in values)
         kept = ["" if value is None else str(value) for value in values] if text else values
-        columns[name] = np.repeat(np.array(kept, None if text or None not in kept else float), seeds)
+        columns[name] = np.repeat(
+            np.array(kept, None if text or None not in kept else float), seeds
+        )
     return columns
 
 

@@ -48,7 +48,8 @@ class Trace:
         logp: log π of the pairs.
         token_logp: log π(y_k | x, y_<k) of every response token, 0 where padded.
         coefficients: the objective's d_w and d_l of each pair (before any mitigation).
-        kernel: ‖g_w‖², ⟨g_w,g_l⟩, ‖g_l‖² of each pair over the trained parameters (None unless asked for).
+        kernel: ‖g_w‖², ⟨g_w,g_l⟩, ‖g_l‖² of each pair over the trained parameters (None unless
+            asked for).
         probes: log π of the probe pairs.
         watched: log π(z | prompt) of every token z after the watched prompts.
         token_weights: learned weights of the response tokens (None without a mask).
@@ -106,7 +107,9 @@ class Trace:
         if header.get("kind") not in ("trace", "training"):
             raise ValueError(f"{path} holds no trace")
         prefix = "trace/" if header["kind"] == "training" else ""
-        return from_arrays({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, header)
+        return from_arrays(
+            {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, header
+        )
 
 
 def _named(trace: Trace) -> list[tuple[tuple[str, ...], Array]]:
@@ -130,7 +133,11 @@ def to_arrays(trace: Trace, prefix: str = "") -> dict[str, np.ndarray]:
 def from_arrays(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> Trace:
     """Undo :func:`to_arrays`."""
     kinds: dict[str, type] = {"coefficients": Coefficients, "kernel": PairKernel}
-    values: dict[str, Any] = {"config": header.get("config", {}), "kernel": None, "token_weights": None}
+    values: dict[str, Any] = {
+        "config": header.get("config", {}),
+        "kernel": None,
+        "token_weights": None,
+    }
     for name, array in arrays.items():
         first, _, second = name.partition("/")
         if second:

@@ -19,13 +19,13 @@ from simgrad.dynamics.prompts import next_token_logp
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.trace import Trace, from_arrays, to_arrays
 from simgrad.models import Apply
+from simgrad.models.likelihood import in_chunks, require_shape
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
 from simgrad.provenance import provenance
 from simgrad.storage import digest, load_arrays, save_arrays
 from simgrad.theory import RunningCalibrated, pair_kernel, responses
-from simgrad.theory.likelihood import in_chunks, require_shape
-from simgrad.theory.steps import updated
+from simgrad.theory.prediction.steps import updated
 from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["DivergedError", "Training", "advance", "begin", "prepare", "train", "whole_policy"]
@@ -54,7 +54,8 @@ class DivergedError(FloatingPointError):
 
     def __init__(self, step: int, trace: Trace) -> None:
         super().__init__(
-            f"step {step} (counted from 0) met or left log-probs that are not finite: lower the learning rate or clip "
+            f"step {step} (counted from 0) met or left log-probs that are not finite: lower the "
+            "learning rate or clip "
             "gradients, and begin anew; the records so far are in this error's .trace"
         )
         self.step, self.trace = step, trace
@@ -79,8 +80,8 @@ def train(
 
         θ_{t+1} = θ_t + optimizer(∇ mean_{i ∈ batch t} L_i(θ_t))
 
-    The steps between two records are one compiled loop, the same program for every length. Log-probs of the
-    reference are computed once.
+    The steps between two records are one compiled loop, the same program for every length.
+    Log-probs of the reference are computed once.
 
     Args:
         apply: any model: of :mod:`simgrad.models`, a loaded checkpoint's, or with adapters
@@ -92,16 +93,20 @@ def train(
         probes: pairs to follow that are not trained on.
         watch: prompts whose whole next-token distribution is recorded (small vocabularies).
         record: steps between two records, or the steps to record; start and end always are.
-        kernels: record each pair's kernel too, hence regimes: a backward pass of all pairs a record.
+        kernels: record each pair's kernel too, hence regimes: a backward pass of all pairs a
+            record.
         resume: a run to continue up to ``recipe.steps``, exactly as if it had not stopped.
         out: .npz file kept up to date at every record. If it is there, the run continues from it.
         progress: called with (steps taken, steps in all).
 
     Raises:
-        DivergedError: a loss or log-prob that is not finite; it holds the step and the trace so far, and ``out`` keeps
+        DivergedError: a loss or log-prob that is not finite; it holds the step and the trace so
+        far, and ``out`` keeps
             the last finite record before it.
-        ValueError: parameters below float32 (small steps would be rounded away), shapes that do not fit,
-            pairs that the model knows nothing of, a run to continue that began with other arguments.
+        ValueError: parameters below float32 (small steps would be rounded away), shapes that do not
+        fit,
+            pairs that the model knows nothing of, a run to continue that began with other
+            arguments.
 
     >>> import optax
     >>> from simgrad.models import ModelConfig, create
@@ -114,14 +119,20 @@ def train(
     ([0, 2, 4], (3, 2, 2), True)
     """
     order, stops = jnp.asarray(recipe.order(batch.size)), _stops(record, recipe.steps)
-    run = _identity(apply, theta, batch, recipe, reference, (probes, [list(p) for p in watch], kernels))
+    run = _identity(
+        apply, theta, batch, recipe, reference, (probes, [list(p) for p in watch], kernels)
+    )
     if out is not None and resume is not None:
         raise ValueError("give out or resume: a file that is there is continued by itself")
     data, rest = prepare(apply, theta, batch, recipe, reference)
     look = functools.partial(_observe, apply, rest, recipe, data, probes, kernels=kernels)
 
     def see(learned: Theta) -> dict[str, Any]:
-        watched = next_token_logp(apply, whole_policy(learned, rest), watch) if len(watch) else jnp.zeros((0, 0))
+        watched = (
+            next_token_logp(apply, whole_policy(learned, rest), watch)
+            if len(watch)
+            else jnp.zeros((0, 0))
+        )
         return look(learned) | {"watched": watched}
 
     state = begin(apply, theta, recipe)
@@ -164,18 +175,28 @@ def train(
 
 
 def prepare(
-    apply: Apply, theta: Theta, batch: Batch, recipe: Recipe, reference: Float[Array, "B 2"] | None = None
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    recipe: Recipe,
+    reference: Float[Array, "B 2"] | None = None,
 ) -> tuple[Data, Theta]:
     """The run's data with its reference's log-probs, and the parameters that are not trained."""
     trained, rest = tree.partition(theta, recipe.include, apply.frozen)
     if narrow := [str(x.dtype) for x in jax.tree.leaves(trained) if x.dtype.itemsize < 4]:
-        raise ValueError(f"parameters are {narrow[0]}: small steps would be rounded away; convert theta to float32")
+        raise ValueError(
+            f"parameters are {narrow[0]}: small steps would be rounded away; convert theta to "
+            "float32"
+        )
     tokens = None
     if reference is None:
         tokens = _reference(apply, theta, batch)
         start = tokens.sum(-1)
     elif recipe.mask is not None:
-        raise ValueError("a mask weights the reference's tokens too: the reference is then the policy at the start")
+        raise ValueError(
+            "a mask weights the reference's tokens too: the reference is then the policy at the "
+            "start"
+        )
     else:
         start = reference
     require_shape("reference", start, (batch.size, 2))
@@ -192,18 +213,28 @@ def begin(apply: Apply, theta: Theta, recipe: Recipe) -> State:
         memory = recipe.mitigation.init(dtype)
     with jax.numpy_dtype_promotion("standard"):
         inner = recipe.optimizer.init(cast(Any, learned))
-    return State(jnp.zeros((), jnp.int32), learned, inner, memory, jnp.full(recipe.steps, jnp.nan, dtype))
+    return State(
+        jnp.zeros((), jnp.int32), learned, inner, memory, jnp.full(recipe.steps, jnp.nan, dtype)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "recipe"))
 def advance(
-    apply: Apply, rest: Theta, recipe: Recipe, data: Data, state: State, order: Int[Array, "E M"], until: Any
+    apply: Apply,
+    rest: Theta,
+    recipe: Recipe,
+    data: Data,
+    state: State,
+    order: Int[Array, "E M"],
+    until: Any,
 ) -> State:
     """Steps up to ``until``, compiled; differentiable and mappable like any function of arrays."""
 
     def gradient(learned: Theta, index: Array, memory: Any) -> tuple[Array, Theta, Any]:
         whole = learned if isinstance(learned, Learned) else Learned(learned)
-        loss, slope, memory = preference_gradient(apply, rest, recipe, data.take(index), whole, memory)
+        loss, slope, memory = preference_gradient(
+            apply, rest, recipe, data.take(index), whole, memory
+        )
         return loss, slope if isinstance(learned, Learned) else slope.policy, memory
 
     return descend(gradient, recipe.optimizer, state, order, until)
@@ -263,12 +294,16 @@ def _observe(
     return seen
 
 
-def _result(rest: Theta, data: Data, config: dict[str, Any], state: State, records: list[Any]) -> Training:
+def _result(
+    rest: Theta, data: Data, config: dict[str, Any], state: State, records: list[Any]
+) -> Training:
     steps, seen = zip(*records, strict=True)
     columns = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
     absent = {"kernel": None, "token_weights": None}
     losses = state.losses[: int(state.step)]
-    trace = Trace(jnp.asarray(steps), losses, data.reference, **{**absent, **columns}, config=config)
+    trace = Trace(
+        jnp.asarray(steps), losses, data.reference, **{**absent, **columns}, config=config
+    )
     return Training(whole_policy(state.learned, rest), state, trace)
 
 
@@ -283,7 +318,8 @@ def _require_start(seen: dict[str, Any]) -> None:
         bad = ~np.isfinite(np.asarray(seen[name])).all(axis=tuple(range(1, seen[name].ndim)))
         if bad.any():
             raise ValueError(
-                f"log π of {what} {int(bad.argmax())} is not finite before the first step: token ids beyond the "
+                f"log π of {what} {int(bad.argmax())} is not finite before the first step: token "
+                "ids beyond the "
                 "vocabulary, a context that the model does not hold, or overflow"
             )
 
@@ -291,7 +327,8 @@ def _require_start(seen: dict[str, Any]) -> None:
 def _require_same(run: dict[str, Any], there: Mapping[str, Any], what: str) -> None:
     if differ := sorted(k for k in run if there.get(k) != run[k]):
         raise ValueError(
-            f"{what} is another one (other {', '.join(differ)}): give the arguments it began with (theta: the "
+            f"{what} is another one (other {', '.join(differ)}): give the arguments it began with "
+            "(theta: the "
             "parameters at its start), or begin anew"
         )
 
@@ -307,7 +344,9 @@ def _continued(run: Training, fresh: State, steps: int) -> tuple[State, list[Any
     room = jnp.full(steps, jnp.nan, state.losses.dtype).at[:done].set(state.losses[:done])
     names = ("token_logp", "token_weights", "kernel", "logp", "coefficients", "probes", "watched")
     columns = {n: getattr(trace, n) for n in names if getattr(trace, n) is not None}
-    records = [(int(s), jax.tree.map(lambda x, i=i: x[i], columns)) for i, s in enumerate(trace.steps)]
+    records = [
+        (int(s), jax.tree.map(lambda x, i=i: x[i], columns)) for i, s in enumerate(trace.steps)
+    ]
     return State(state.step, state.learned, state.optimizer, state.memory, room), records
 
 
@@ -344,7 +383,9 @@ def _probed(recipe: Recipe, learned: Theta) -> Float[Array, " E"]:
     def step(state: Any, t: Array) -> tuple[Any, Array]:
         slope = jax.tree.map(lambda x: jnp.cos(3 * t).astype(x.dtype) * x, ones)
         update, state = updated(recipe.optimizer, slope, state, ones)
-        return state, jnp.stack([jnp.abs(u).mean().astype(jnp.float32) for u in jax.tree.leaves(update)]).mean()
+        return state, jnp.stack(
+            [jnp.abs(u).mean().astype(jnp.float32) for u in jax.tree.leaves(update)]
+        ).mean()
 
     with jax.numpy_dtype_promotion("standard"):
         state = recipe.optimizer.init(cast(Any, ones))
@@ -363,8 +404,14 @@ def _read(path: Path, run: dict[str, Any], state: State, theta: Theta, rest: The
     leaves, treedef = jax.tree.flatten(state)
     count = sum(name.startswith("state/") for name in arrays)
     stored = [jnp.asarray(arrays[f"state/{i}"]) for i in range(count)]
-    if count != len(leaves) or any(a.shape != b.shape for a, b in zip(stored[:-1], leaves[:-1], strict=True)):
-        raise ValueError(f"{path} was written with another optimizer: choose another out, or delete the file")
-    trace = from_arrays({k.removeprefix("trace/"): v for k, v in arrays.items() if k.startswith("trace/")}, header)
+    if count != len(leaves) or any(
+        a.shape != b.shape for a, b in zip(stored[:-1], leaves[:-1], strict=True)
+    ):
+        raise ValueError(
+            f"{path} was written with another optimizer: choose another out, or delete the file"
+        )
+    trace = from_arrays(
+        {k.removeprefix("trace/"): v for k, v in arrays.items() if k.startswith("trace/")}, header
+    )
     state = treedef.unflatten(stored)
     return Training(whole_policy(state.learned, rest), state, trace)

@@ -15,11 +15,11 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simgrad.drawing.draw import panel_letters, regime_plane
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED
 from simgrad.dynamics import Recipe, directional_score, train
 from simgrad.dynamics.agreement import spearman
-from simgrad.figures.draw import panel_letters, regime_plane
 from simgrad.figures.stored import NotDrawn
-from simgrad.figures.style import CHOSEN, GUIDE, REJECTED
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
 from simgrad.typing import Float
@@ -27,19 +27,37 @@ from simgrad.typing import Float
 if TYPE_CHECKING:
     from simgrad.bridge import Policy
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "Source", "compute", "inputs", "loaded", "plot"]
+__all__ = [
+    "BEARS_ON",
+    "CAPTION",
+    "TITLE",
+    "Config",
+    "Result",
+    "Source",
+    "compute",
+    "inputs",
+    "loaded",
+    "plot",
+]
 
 TITLE = "A real checkpoint"
 CAPTION = (
-    "{model} on at most {limit} pairs of {data}, those of at most {max_length} tokens. (a) Cosines of the pairs' "
-    "gradients. (b) The pairs in the plane of regimes for d_w = d_l, each by itself (without those of negative "
-    "inner product). Then DPO with Adam, learning rate {learning_rate:g}, batches of {batch_size}, for {epochs} "
-    "pass(es): measured Δ log π of the chosen responses (c) against CHES and (d) against the directional score, "
-    "both computed before training, with rank correlations (if CHES foretold falls, that of (c) would be negative). "
-    "(e) The pairs of lowest directional score: beginnings of chosen (blue) and rejected (vermilion)."
+    "{model} on at most {limit} pairs of {data}, those of at most {max_length} tokens. (a) Cosines "
+    "of the pairs' "
+    "gradients. (b) The pairs in the plane of regimes for d_w = d_l, each by itself (without those "
+    "of negative "
+    "inner product). Then DPO with Adam, learning rate {learning_rate:g}, batches of {batch_size}, "
+    "for {epochs} "
+    "pass(es): measured Δ log π of the chosen responses (c) against CHES and (d) against the "
+    "directional score, "
+    "both computed before training, with rank correlations (if CHES foretold falls, that of (c) "
+    "would be negative). "
+    "(e) The pairs of lowest directional score: beginnings of chosen (blue) and rejected "
+    "(vermilion)."
 )
 BEARS_ON = (
-    "Whether what the papers say of one pair foretells a run on many: CHES (Razin et al., arXiv 2410.08847) looks "
+    "Whether what the papers say of one pair foretells a run on many: CHES (Razin et al., arXiv "
+    "2410.08847) looks "
     "at a pair alone, the directional score at the whole run."
 )
 
@@ -122,11 +140,16 @@ def loaded(config: Source) -> tuple[Policy, list[Any], list[Pair], list[int]]:
     rows = read_rows(config.data, 40 * config.limit)
     encoded = encode(rows, policy.tokenizer, policy.config.max_length)
     if not encoded.pairs:
-        raise ValueError(f"{config.data}: no row can be used; the first: {encoded.skipped[0].reason}")
+        raise ValueError(
+            f"{config.data}: no row can be used; the first: {encoded.skipped[0].reason}"
+        )
     long = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in encoded.pairs]
     fits = [k for k, n in enumerate(long) if n <= config.max_length][: config.limit]
     if not fits:
-        raise ValueError(f"{config.data}: no pair of at most {config.max_length} tokens; the shortest has {min(long)}")
+        raise ValueError(
+            f"{config.data}: no pair of at most {config.max_length} tokens; the shortest has "
+            f"{min(long)}"
+        )
     return policy, rows, [encoded.pairs[k] for k in fits], [encoded.indices[k] for k in fits]
 
 
@@ -140,8 +163,12 @@ def compute(config: Config) -> Result:
     batch = padded(pairs)
     steps = -(-config.epochs * len(pairs) // size)
     recipe = Recipe(DPO(), optax.adam(config.learning_rate), steps, size)
-    predicted = np.asarray(directional_score(policy.apply, policy.theta, batch, recipe).change[:, 0], float)
-    measured = np.asarray(train(policy.apply, policy.theta, batch, recipe).trace.change[-1, :, 0], float)
+    predicted = np.asarray(
+        directional_score(policy.apply, policy.theta, batch, recipe).change[:, 0], float
+    )
+    measured = np.asarray(
+        train(policy.apply, policy.theta, batch, recipe).trace.change[-1, :, 0], float
+    )
     ches, inner = (np.asarray(table[name], float) for name in ("ches", "grad_inner"))
     worst = np.argsort(predicted, kind="stable")[: config.worst]
     sides = ([_words(rows[index[k]], side) for k in worst] for side in ("chosen", "rejected"))
@@ -163,7 +190,11 @@ def _words(row: Mapping[str, Any], side: str) -> str:
     """The beginning of a response, as one line."""
     response = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
     prompt = row.get("prompt")
-    response = response[len(prompt) :] if isinstance(prompt, str) and response.startswith(prompt) else response
+    response = (
+        response[len(prompt) :]
+        if isinstance(prompt, str) and response.startswith(prompt)
+        else response
+    )
     return textwrap.shorten(response, 92, placeholder=" …")
 
 
@@ -172,24 +203,33 @@ def plot(result: Result) -> Figure:
     width = plt.rcParams["figure.figsize"][0]
     figure = plt.figure(figsize=(width, 0.95 * width), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=[1, 1, 0.62])
-    cosines, plane, left, right = (figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2))
+    cosines, plane, left, right = (
+        figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)
+    )
     words = figure.add_subplot(grid[2, :])
     cosines.hist(result.cosine, bins=np.linspace(-1, 1, 41).tolist(), color="#444444")
     cosines.axvline(0, color=GUIDE, lw=0.7)
     cosines.set(xlabel=r"$\cos(g_w, g_l)$", ylabel="pairs", title="entanglement")
     regime_plane(plane, least=1e-2, most=10.0)
-    x, y = (v[result.over_chosen > 0].clip(1.1e-2, 9) for v in (result.over_chosen, result.over_rejected))
+    x, y = (
+        v[result.over_chosen > 0].clip(1.1e-2, 9)
+        for v in (result.over_chosen, result.over_rejected)
+    )
     plane.scatter(x, y, s=8, color="#444444", linewidths=0)
     plane.set_title("regimes")
     _against(left, result.ches, result.measured, "CHES", result.correlations[0])
-    _against(right, result.predicted, result.measured, "directional score (nats)", result.correlations[1])
+    _against(
+        right, result.predicted, result.measured, "directional score (nats)", result.correlations[1]
+    )
     left.set_ylabel("measured Δ log π(chosen)\n(nats)")
     _pairs_in_words(words, result)
     panel_letters([cosines, plane, left, right, words])
     return figure
 
 
-def _against(axis: Axes, x: np.ndarray, measured: np.ndarray, name: str, correlation: float) -> None:
+def _against(
+    axis: Axes, x: np.ndarray, measured: np.ndarray, name: str, correlation: float
+) -> None:
     axis.scatter(x, measured, s=10, color=CHOSEN, alpha=0.8, linewidths=0)
     axis.axhline(0, color=GUIDE, lw=0.6)
     if "nats" in name:
@@ -206,8 +246,14 @@ def _pairs_in_words(axis: Axes, result: Result) -> None:
     axis.set_title("lowest predictions: predicted → measured Δ log π(chosen), nats")
     write = functools.partial(axis.text, transform=axis.transAxes, va="top", in_layout=False)
     step = 1 / max(1, len(result.worst))
-    for i, (k, chosen, rejected) in enumerate(zip(result.worst, result.chosen, result.rejected, strict=True)):
-        change = f"row {result.rows[k]}: {result.predicted[k]:+.2f} → {result.measured[k]:+.2f}".replace("-", "−")
+    for i, (k, chosen, rejected) in enumerate(
+        zip(result.worst, result.chosen, result.rejected, strict=True)
+    ):
+        change = (
+            f"row {result.rows[k]}: {result.predicted[k]:+.2f} → {result.measured[k]:+.2f}".replace(
+                "-", "−"
+            )
+        )
         write(0, 1 - i * step, change, fontsize=6.5)
         write(0.23, 1 - i * step, chosen.replace("$", r"\$"), color=CHOSEN, fontsize=6)
         write(0.23, 1 - (i + 0.42) * step, rejected.replace("$", r"\$"), color=REJECTED, fontsize=6)

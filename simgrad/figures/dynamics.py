@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from simgrad import objectives
+from simgrad.drawing.draw import band
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.dynamics import train
-from simgrad.figures.draw import band
-from simgrad.figures.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.pairs import padded
 from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
@@ -23,16 +23,23 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Ten objectives, one world"
 CAPTION = (
-    "Mean Δ log π of chosen (blue) and rejected (vermilion) responses while {pairs} pairs of the world “suffix”, "
-    "which share their last {suffix} tokens, are trained together: the same policies, pairs and Adam (learning rate "
-    "{learning_rate:g}), only the objective differs. Bands: 95 % over {count} seeds. Objectives that differ in the "
-    "shape of the loss only all lower the chosen at first; an SFT term and DPOP keep it up, DPO-Shift on some seeds "
-    "only. In SLiC, CPO and ORPO d_w exceeds d_l many times at the start (SLiC's d_l is even 0), and under Adam "
+    "Mean Δ log π of chosen (blue) and rejected (vermilion) responses while {pairs} pairs of the "
+    "world “suffix”, "
+    "which share their last {suffix} tokens, are trained together: the same policies, pairs and "
+    "Adam (learning rate "
+    "{learning_rate:g}), only the objective differs. Bands: 95 % over {count} seeds. Objectives "
+    "that differ in the "
+    "shape of the loss only all lower the chosen at first; an SFT term and DPOP keep it up, "
+    "DPO-Shift on some seeds "
+    "only. In SLiC, CPO and ORPO d_w exceeds d_l many times at the start (SLiC's d_l is even 0), "
+    "and under Adam "
     "only the ratio matters: they act as fine-tuning first, and the rejected rises too."
 )
 BEARS_ON = (
-    "“Chosen and rejected log-probs both fall” (Yuan et al., arXiv 2410.13828; Razin et al., arXiv 2410.08847; Pal "
-    "et al., arXiv 2402.13228, for DPOP): it is the ratio d_w/d_l, not the loss curve of the margin, that decides."
+    "“Chosen and rejected log-probs both fall” (Yuan et al., arXiv 2410.13828; Razin et al., arXiv "
+    "2410.08847; Pal "
+    "et al., arXiv 2402.13228, for DPOP): it is the ratio d_w/d_l, not the loss curve of the "
+    "margin, that decides."
 )
 
 
@@ -93,7 +100,13 @@ def plot(result: Result) -> Figure:
     rows = 2 if len(result.objectives) > 3 else 1
     columns = -(-len(result.objectives) // rows)
     figure, axes = plt.subplots(
-        rows, columns, figsize=size(rows, columns, 1.25), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=size(rows, columns, 1.25),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, name, change in zip(axes.ravel(), result.objectives, result.change, strict=False):
         axis.axhline(0, color=GUIDE, lw=0.6)

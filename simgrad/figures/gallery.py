@@ -15,6 +15,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from simgrad.drawing.style import paper_style
 from simgrad.figures import (
     checkpoint,
     checkpoint_layers,
@@ -34,7 +35,6 @@ from simgrad.figures import (
     verdicts,
 )
 from simgrad.figures.stored import NotDrawn, computed, plain, to_json
-from simgrad.figures.style import paper_style
 from simgrad.provenance import provenance
 
 __all__ = [
@@ -68,7 +68,15 @@ class Entry(NamedTuple):
 
 def _entry(module: ModuleType) -> Entry:
     nothing: Callable[[Any], tuple[Any, ...]] = lambda config: ()  # noqa: E731
-    parts = (module.Config(), module.compute, module.plot, module.Result, module.TITLE, module.CAPTION, module.BEARS_ON)
+    parts = (
+        module.Config(),
+        module.compute,
+        module.plot,
+        module.Result,
+        module.TITLE,
+        module.CAPTION,
+        module.BEARS_ON,
+    )
     return Entry(*parts, getattr(module, "inputs", nothing))
 
 
@@ -90,7 +98,9 @@ _MODULES: tuple[ModuleType, ...] = (
     checkpoint,
     checkpoint_layers,
 )
-FIGURES: Mapping[str, Entry] = {module.__name__.rpartition(".")[2]: _entry(module) for module in _MODULES}
+FIGURES: Mapping[str, Entry] = {
+    module.__name__.rpartition(".")[2]: _entry(module) for module in _MODULES
+}
 """In the order of the gallery."""
 
 
@@ -105,7 +115,10 @@ def require_formats(formats: Sequence[str]) -> None:
     if unknown := [kind for kind in formats if kind not in FORMATS]:
         raise ValueError(f"no format {unknown[0]!r}; there are: {', '.join(FORMATS)}")
     if "pgf" in formats and shutil.which(tex := str(mpl.rcParams["pgf.texsystem"])) is None:
-        raise ValueError(f"pgf measures its texts with {tex}, which is not installed: install TeX Live, or use pdf")
+        raise ValueError(
+            f"pgf measures its texts with {tex}, which is not installed: install TeX Live, or use "
+            "pdf"
+        )
 
 
 def render(
@@ -142,9 +155,17 @@ def render(
     numbers = folder / f"{name}.json"
     numbers.write_text(to_json(record), encoding="utf-8")
     source = f"simgrad {where['simgrad']} {where['git_revision'] or ''}".strip()
-    about = json.dumps({"config": plain(settings), "provenance": where}, sort_keys=True, ensure_ascii=False)
+    about = json.dumps(
+        {"config": plain(settings), "provenance": where}, sort_keys=True, ensure_ascii=False
+    )
     metadata: dict[Format, dict[str, Any] | None] = {
-        "pdf": {"Title": name, "Creator": source, "Keywords": about, "CreationDate": None, "ModDate": None},
+        "pdf": {
+            "Title": name,
+            "Creator": source,
+            "Keywords": about,
+            "CreationDate": None,
+            "ModDate": None,
+        },
         "png": {"Title": name, "Software": source, "Description": about},
         "svg": {"Title": name, "Creator": source, "Description": about, "Date": None},
         "pgf": None,
@@ -171,7 +192,9 @@ def require_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is a file: --out takes a folder")
     index = folder / "README.md"
     if index.exists() and not index.read_text(encoding="utf-8").startswith(_HEADING):
-        raise ValueError(f"{index} is not an index of figures and would be overwritten: give another --out")
+        raise ValueError(
+            f"{index} is not an index of figures and would be overwritten: give another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -182,7 +205,8 @@ def write_index(folder: Path) -> Path:
     """README.md of a folder of figures: what to see in each, what it bears on, the command that makes it."""
     parts = [
         _HEADING,
-        "Every figure with the numbers in it (JSON), its configuration and versions. All of them: `simgrad figures`. "
+        "Every figure with the numbers in it (JSON), its configuration and versions. All of them: "
+        "`simgrad figures`. "
         "For a paper: `simgrad figures NAME --venue icml --format pdf`.\n",
     ]
     for name, entry in FIGURES.items():
@@ -196,10 +220,14 @@ def write_index(folder: Path) -> Path:
         links = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("json", *there))
         parts.append(
             f"## {entry.title}\n\n{picture}**What to see.** {record['caption']}\n\n"
-            f"**What it bears on.** {record['bears_on']}\n\n`{command(name, record['config'])}`: {links}\n"
+            f"**What it bears on.** {record['bears_on']}\n\n`{command(name, record['config'])}`: "
+            f"{links}\n"
         )
     if (folder / "validation" / "validation.html").exists():
-        parts.append("Theory held against measured training steps: [validation](validation/validation.html).\n")
+        parts.append(
+            "Theory held against measured training steps: "
+            "[validation](validation/validation.html).\n"
+        )
     index = folder / "README.md"
     index.write_text("\n".join(parts), encoding="utf-8")
     return index
@@ -207,5 +235,7 @@ def write_index(folder: Path) -> Path:
 
 def command(name: str, config: Mapping[str, Any]) -> str:
     """The command that makes a figure."""
-    files = [part for key in ("model", "data") if config.get(key) for part in (f"--{key}", config[key])]
+    files = [
+        part for key in ("model", "data") if config.get(key) for part in (f"--{key}", config[key])
+    ]
     return shlex.join(["simgrad", "figures", name, *files])

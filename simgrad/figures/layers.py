@@ -12,25 +12,39 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.figures.draw import panel_letters
-from simgrad.figures.style import CHOSEN, GUIDE, size
+from simgrad.drawing.draw import panel_letters
+from simgrad.drawing.style import CHOSEN, GUIDE, size
+from simgrad.models.likelihood import in_chunks
 from simgrad.pairs import Batch, padded
 from simgrad.theory import by_layer, by_matrix, pair_kernel_blocks
-from simgrad.theory.likelihood import in_chunks
 from simgrad.typing import Float
 from simgrad.worlds import get
 from simgrad.worlds.suffix import Suffix
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "blocks_of", "compute", "plot", "summary"]
+__all__ = [
+    "BEARS_ON",
+    "CAPTION",
+    "TITLE",
+    "Config",
+    "Result",
+    "blocks_of",
+    "compute",
+    "plot",
+    "summary",
+]
 
 TITLE = "Which layers carry the entanglement"
 CAPTION = (
-    "Each block's share of ‖g_w‖² (blue) and of ⟨g_w,g_l⟩/‖g_w‖² (black; the total is the pair's x in the plane of "
-    "regimes), medians over {pairs} pairs with quartiles, before training, in two worlds. Top: by layer; bottom: by "
-    "kind of matrix. A score that reads the unembedding alone (the head gap, CHES) sees the last bar only."
+    "Each block's share of ‖g_w‖² (blue) and of ⟨g_w,g_l⟩/‖g_w‖² (black; the total is the pair's x "
+    "in the plane of "
+    "regimes), medians over {pairs} pairs with quartiles, before training, in two worlds. Top: by "
+    "layer; bottom: by "
+    "kind of matrix. A score that reads the unembedding alone (the head gap, CHES) sees the last "
+    "bar only."
 )
 BEARS_ON = (
-    "Whether the head suffices: CHES (Razin et al., arXiv 2410.08847) is the head's part of the gap with all "
+    "Whether the head suffices: CHES (Razin et al., arXiv 2410.08847) is the head's part of the "
+    "gap with all "
     "prediction errors set to 1."
 )
 
@@ -102,8 +116,13 @@ def _in_order(layers: dict[str, Any]) -> dict[str, Any]:
 def _quartiles(groups: dict[str, Any]) -> tuple:
     """For each block the quartiles of its part of ‖g_w‖² and of ⟨g_w,g_l⟩, over the whole ‖g_w‖²."""
     whole = sum(np.asarray(block.sq_chosen, float) for block in groups.values())
-    parts = ((np.asarray(b.sq_chosen, float) / whole, np.asarray(b.inner, float) / whole) for b in groups.values())
-    return tuple(tuple(tuple(np.quantile(x, [0.25, 0.5, 0.75]).tolist()) for x in pair) for pair in parts)
+    parts = (
+        (np.asarray(b.sq_chosen, float) / whole, np.asarray(b.inner, float) / whole)
+        for b in groups.values()
+    )
+    return tuple(
+        tuple(tuple(np.quantile(x, [0.25, 0.5, 0.75]).tolist()) for x in pair) for pair in parts
+    )
 
 
 def plot(result: Result) -> Figure:
@@ -118,8 +137,13 @@ def plot(result: Result) -> Figure:
         axes[0, i].set_title(subject)
     for axis in axes[:, 0]:
         axis.set_ylabel(r"share of $\|g_w\|^2$")
-    for height, text, colour in ((0.97, r"$\|g_w\|^2$", CHOSEN), (0.85, r"$\langle g_w, g_l\rangle$", "black")):
-        axes[0, 0].text(0.4, height, text, color=colour, transform=axes[0, 0].transAxes, va="top", fontsize=7)
+    for height, text, colour in (
+        (0.97, r"$\|g_w\|^2$", CHOSEN),
+        (0.85, r"$\langle g_w, g_l\rangle$", "black"),
+    ):
+        axes[0, 0].text(
+            0.4, height, text, color=colour, transform=axes[0, 0].transAxes, va="top", fontsize=7
+        )
     panel_letters(list(axes[0]))
     return figure
 
@@ -130,12 +154,29 @@ def _bars(axis: Axes, names: list[str], quartiles: Float[np.ndarray, "blocks 2 3
         low, middle, high = quartiles[:, k].T
         reach = np.maximum([middle - low, high - middle], 0)
         axis.bar(
-            place + shift, middle, 0.4, color=colour, yerr=reach, error_kw={"lw": 0.3 if many else 0.6, "ecolor": GUIDE}
+            place + shift,
+            middle,
+            0.4,
+            color=colour,
+            yerr=reach,
+            error_kw={"lw": 0.3 if many else 0.6, "ecolor": GUIDE},
         )
     axis.axhline(0, color=GUIDE, lw=0.6)
     short = [
-        name.replace("layer ", "").replace("attention/", "att. ").replace("final_norm", "norm").replace("_", " ")
+        name.replace("layer ", "")
+        .replace("attention/", "att. ")
+        .replace("final_norm", "norm")
+        .replace("_", " ")
         for name in names
     ]
-    shown = [i for i, s in enumerate(short) if not (many and s.isdigit()) or int(s) % 5 == 0 < int(s)]
-    axis.set_xticks(shown, [short[i] for i in shown], rotation=55, ha="right", rotation_mode="anchor", fontsize=6)
+    shown = [
+        i for i, s in enumerate(short) if not (many and s.isdigit()) or int(s) % 5 == 0 < int(s)
+    ]
+    axis.set_xticks(
+        shown,
+        [short[i] for i in shown],
+        rotation=55,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=6,
+    )

@@ -12,10 +12,10 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simgrad.drawing.draw import panel_letters
+from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED
 from simgrad.dynamics import Recipe, train
 from simgrad.dynamics.agreement import spearman
-from simgrad.figures.draw import panel_letters
-from simgrad.figures.style import CHOSEN, GUIDE, OTHERS, REJECTED
 from simgrad.models import Apply
 from simgrad.objectives import DPO
 from simgrad.pairs import Batch, padded
@@ -28,15 +28,22 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Every optimizer has its own kernel"
 CAPTION = (
-    "{pairs} pairs of the world “suffix” (shared ending of {suffix} tokens). (a) J Jᵀ, the kernel that rules SGD, "
-    "and (b) J P Jᵀ with Adam's preconditioner at its first step, both as cosines between responses (chosen first, "
-    "then rejected), first seed. Adam, whose first step is a sign, gives small gradients as much weight as large "
-    "ones and so entangles every response with every other. (c) What {steps} steps of Adam did to each chosen "
-    "response of the first seed against the first order of either kernel (divided by its largest); in words the "
-    "rank correlation ρ within a seed and the share of right signs, lowest and highest of {count} seeds."
+    "{pairs} pairs of the world “suffix” (shared ending of {suffix} tokens). (a) J Jᵀ, the kernel "
+    "that rules SGD, "
+    "and (b) J P Jᵀ with Adam's preconditioner at its first step, both as cosines between "
+    "responses (chosen first, "
+    "then rejected), first seed. Adam, whose first step is a sign, gives small gradients as much "
+    "weight as large "
+    "ones and so entangles every response with every other. (c) What {steps} steps of Adam did to "
+    "each chosen "
+    "response of the first seed against the first order of either kernel (divided by its largest); "
+    "in words the "
+    "rank correlation ρ within a seed and the share of right signs, lowest and highest of {count} "
+    "seeds."
 )
 BEARS_ON = (
-    "The entanglement of Yuan et al. (arXiv 2410.13828) is stated for SGD; with Adam (Kingma & Ba, arXiv 1412.6980) "
+    "The entanglement of Yuan et al. (arXiv 2410.13828) is stated for SGD; with Adam (Kingma & Ba, "
+    "arXiv 1412.6980) "
     "the same theory needs K_P = J P Jᵀ."
 )
 
@@ -64,7 +71,8 @@ class Config:
 class Result:
     """Kernels in nats² per unit of θ² (times that of P) and changes in nats of the first seed; rows: chosen, rejected.
 
-    The last two have one row a kernel (SGD's, Adam's) and one column a seed, of the chosen responses only.
+    The last two have one row a kernel (SGD's, Adam's) and one column a seed, of the chosen
+    responses only.
     """
 
     pairs: int
@@ -88,7 +96,9 @@ def compute(config: Config) -> Result:
         found.append(_seed(apply, theta, padded(world.pairs(seed, config.suffix)), recipe))
     n = config.pairs
     ranks = [[spearman(f[2][k][:n], f[3][:n]) for f in found] for k in (0, 1)]
-    signs = [[float((np.sign(f[2][k][:n]) == np.sign(f[3][:n])).mean()) for f in found] for k in (0, 1)]
+    signs = [
+        [float((np.sign(f[2][k][:n]) == np.sign(f[3][:n])).mean()) for f in found] for k in (0, 1)
+    ]
     sgd, adam, says, change = found[0]
     return Result(n, sgd, adam, says[0], says[1], change, np.array(ranks), np.array(signs))
 
@@ -100,9 +110,13 @@ def _seed(
     gradient = loss_gradient(apply, theta, batch, DPO())
     scale = preconditioning.adam(optax.adam(1.0).init(theta), gradient).scale
     logp = responses(apply, theta, batch).logp
-    pull = np.asarray(DPO().signed_coefficients(logp, logp, batch.lengths), float).ravel() / batch.size
+    pull = (
+        np.asarray(DPO().signed_coefficients(logp, logp, batch.lengths), float).ravel() / batch.size
+    )
     order = np.arange(2 * batch.size).reshape(-1, 2).T.ravel()
-    sgd, adam = (np.asarray(entanglement_kernel(apply, theta, batch, scale=s), float) for s in (None, scale))
+    sgd, adam = (
+        np.asarray(entanglement_kernel(apply, theta, batch, scale=s), float) for s in (None, scale)
+    )
     change = np.asarray(train(apply, theta, batch, recipe).trace.change[-1], float).ravel()[order]
     square = np.ix_(order, order)
     return sgd[square], adam[square], [(kernel @ pull)[order] for kernel in (sgd, adam)], change
@@ -112,10 +126,17 @@ def plot(result: Result) -> Figure:
     """Two heat maps and one scatter."""
     width = plt.rcParams["figure.figsize"][0]
     figure, axes = plt.subplots(
-        1, 3, figsize=(width, 0.4 * width), layout="constrained", gridspec_kw={"width_ratios": [1, 1, 1.15]}
+        1,
+        3,
+        figsize=(width, 0.4 * width),
+        layout="constrained",
+        gridspec_kw={"width_ratios": [1, 1, 1.15]},
     )
     image = None
-    for axis, kernel, name in ((axes[0], result.sgd, "SGD"), (axes[1], result.adam, "Adam, first step")):
+    for axis, kernel, name in (
+        (axes[0], result.sgd, "SGD"),
+        (axes[1], result.adam, "Adam, first step"),
+    ):
         norm = np.sqrt(np.diag(kernel))
         image = axis.imshow(kernel / np.outer(norm, norm), cmap="RdBu", vmin=-1, vmax=1)
         n = result.pairs
@@ -147,10 +168,20 @@ def _scatter(axis: Axes, result: Result) -> None:
         ranks, signs = result.correlations[k], 100 * result.signs[k]
         text = f"{name}'s: ρ {ranks.min():.2f} to {ranks.max():.2f}, signs {signs.min():.0f} to {signs.max():.0f} %"
         axis.text(
-            0.0, 1.0 - 0.09 * k, text.replace("-", "−"), color=colour, transform=axis.transAxes, va="top", fontsize=6.5
+            0.0,
+            1.0 - 0.09 * k,
+            text.replace("-", "−"),
+            color=colour,
+            transform=axis.transAxes,
+            va="top",
+            fontsize=6.5,
         )
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.axvline(0, color=GUIDE, lw=0.6)
     low, high = axis.get_ylim()
-    axis.set(xlabel="predicted (relative)", ylabel="measured Δ log π (nats)", ylim=(low, high + 0.25 * (high - low)))
+    axis.set(
+        xlabel="predicted (relative)",
+        ylabel="measured Δ log π (nats)",
+        ylim=(low, high + 0.25 * (high - low)),
+    )
     axis.set_title("chosen, in a run of Adam")

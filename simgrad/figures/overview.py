@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simgrad.drawing.draw import band, panel_letters
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.dynamics import PREDICTORS, Setting, train
-from simgrad.figures.draw import band, panel_letters
-from simgrad.figures.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.objectives import DPO, SFT, Objective
 from simgrad.pairs import padded
 from simgrad.typing import Float, Int
@@ -24,15 +24,21 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Both fall: foretold, and stopped"
 CAPTION = (
-    "{pairs} preference pairs that share their last {suffix} tokens (world “suffix”), trained together by DPO and "
-    "Adam, {count} seeds; bands are 95 %. (a) Mean Δ log π of chosen and rejected responses: both fall. (b) Every "
-    "chosen response of every seed, with all weights λ of an SFT term as in (c): the run as foretold by two big "
-    "steps, two passes of gradients before any training, against what {steps} steps did. (c) The knob: the more an "
-    "SFT term adds to the pull on the chosen, d_w/d_l, the fewer chosen responses fall, as read off the prediction "
+    "{pairs} preference pairs that share their last {suffix} tokens (world “suffix”), trained "
+    "together by DPO and "
+    "Adam, {count} seeds; bands are 95 %. (a) Mean Δ log π of chosen and rejected responses: both "
+    "fall. (b) Every "
+    "chosen response of every seed, with all weights λ of an SFT term as in (c): the run as "
+    "foretold by two big "
+    "steps, two passes of gradients before any training, against what {steps} steps did. (c) The "
+    "knob: the more an "
+    "SFT term adds to the pull on the chosen, d_w/d_l, the fewer chosen responses fall, as read "
+    "off the prediction "
     "before any run (line: mean of the seeds, which are the thin lines; dots: measured mean)."
 )
 BEARS_ON = (
-    "Both central results, gradient entanglement (Yuan et al., arXiv 2410.13828) and likelihood displacement (Razin "
+    "Both central results, gradient entanglement (Yuan et al., arXiv 2410.13828) and likelihood "
+    "displacement (Razin "
     "et al., arXiv 2410.08847), as the question that practitioners ask."
 )
 
@@ -81,7 +87,9 @@ def compute(config: Config) -> Result:
         says, does = [], []
         for i, batch in enumerate(batches):
             theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
-            says.append(PREDICTORS["two big steps"](Setting(apply, theta, batch, recipe)).astype(float))
+            says.append(
+                PREDICTORS["two big steps"](Setting(apply, theta, batch, recipe)).astype(float)
+            )
             trace = train(apply, theta, batch, recipe, record=1 if not weight else None).trace
             does.append(np.asarray(trace.change[-1], float))
             if not weight:
@@ -89,7 +97,9 @@ def compute(config: Config) -> Result:
                 paths.append(np.asarray(trace.change.mean(1), float))
         predicted.append(says)
         measured.append(does)
-    return Result(steps, np.array(paths), np.array(config.weights), np.array(predicted), np.array(measured))
+    return Result(
+        steps, np.array(paths), np.array(config.weights), np.array(predicted), np.array(measured)
+    )
 
 
 def plot(result: Result) -> Figure:
@@ -108,7 +118,9 @@ def _problem(axis: Axes, result: Result) -> None:
         band(axis, result.steps, result.path[:, :, side], colour)
         place = (float(result.steps[middle]), float(result.path[:, middle, side].mean()))
         shift, at = ((-4, -6), "top") if side else ((-4, 6), "bottom")
-        axis.annotate(name, place, shift, textcoords="offset points", color=colour, ha="right", va=at)
+        axis.annotate(
+            name, place, shift, textcoords="offset points", color=colour, ha="right", va=at
+        )
     axis.set_ylim(top=0.3 * float(np.abs(result.path.mean(0)).max()))
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.set(xlabel="training step", ylabel="mean Δ log π (nats)", title="both fall")
@@ -122,7 +134,14 @@ def _prediction(axis: Axes, result: Result) -> None:
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.axvline(0, color=GUIDE, lw=0.6)
     right = (np.sign(says) == np.sign(does)).mean()
-    axis.text(0.04, 0.96, f"signs right: {100 * right:.0f} %", transform=axis.transAxes, va="top", fontsize=7)
+    axis.text(
+        0.04,
+        0.96,
+        f"signs right: {100 * right:.0f} %",
+        transform=axis.transAxes,
+        va="top",
+        fontsize=7,
+    )
     axis.set(xlabel="predicted Δ log π (nats)", ylabel="measured (nats)", title="foretold")
 
 
@@ -133,4 +152,9 @@ def _knob(axis: Axes, result: Result) -> None:
     axis.plot(places, says.mean(1), color=CHOSEN)
     axis.plot(places, (result.measured[..., 0] < 0).mean((1, 2)), "o", color="black")
     axis.set_xticks(places, [f"{w:g}" for w in result.weights])
-    axis.set(xlabel="weight λ of an SFT term", ylabel="share of chosen that fall", title="the knob", ylim=(-0.03, 1.05))
+    axis.set(
+        xlabel="weight λ of an SFT term",
+        ylabel="share of chosen that fall",
+        title="the knob",
+        ylim=(-0.03, 1.05),
+    )

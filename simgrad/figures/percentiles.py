@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from simgrad.drawing.draw import band, direct_labels, panel_letters
+from simgrad.drawing.style import GUIDE, OTHERS
 from simgrad.dynamics.agreement import percentile_means, spearman
-from simgrad.dynamics.predictors import compare
-from simgrad.figures.draw import band, direct_labels, panel_letters
-from simgrad.figures.style import GUIDE, OTHERS
-from simgrad.findings import interval
+from simgrad.experiments.comparison import compare
+from simgrad.experiments.findings import interval
 from simgrad.typing import Float
 from simgrad.worlds.percentiles import Percentiles
 
@@ -24,14 +24,20 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Which score predicts displacement"
 CAPTION = (
-    "World “percentiles”: {n_pairs} pairs of varied kinds and lengths. (a) Rank correlation of each prediction with "
-    "the measured Δ log π of the chosen responses (1: perfect), when each pair is trained alone by SGD and when all "
-    "are trained together by SGD or Adam; means with 95 % over {count} seeds. (b), (c) Mean Δ log π of the eighth "
-    "of the pairs around five percentiles of a score, those said to fall most on the right. In joint runs the exact "
-    "gaps of a pair alone still rank fairly, CHES hardly; scores that see all pairs come near the rerun."
+    "World “percentiles”: {n_pairs} pairs of varied kinds and lengths. (a) Rank correlation of "
+    "each prediction with "
+    "the measured Δ log π of the chosen responses (1: perfect), when each pair is trained alone by "
+    "SGD and when all "
+    "are trained together by SGD or Adam; means with 95 % over {count} seeds. (b), (c) Mean Δ log "
+    "π of the eighth "
+    "of the pairs around five percentiles of a score, those said to fall most on the right. In "
+    "joint runs the exact "
+    "gaps of a pair alone still rank fairly, CHES hardly; scores that see all pairs come near the "
+    "rerun."
 )
 BEARS_ON = (
-    "The percentile test of CHES (Razin et al., arXiv 2410.08847, Sec. 5), repeated with exact gradients and in "
+    "The percentile test of CHES (Razin et al., arXiv 2410.08847, Sec. 5), repeated with exact "
+    "gradients and in "
     "joint training, where CHES does not order the pairs and the directional score does."
 )
 
@@ -78,9 +84,14 @@ def compute(config: Config) -> Result:
         for label, setting in world.settings(apply, theta, seed).items():
             found = compare(setting, config.predictors)
             guesses = found.predicted
-            row = [spearman(guesses[p], found.measured) if p in guesses else np.nan for p in config.predictors]
+            row = [
+                spearman(guesses[p], found.measured) if p in guesses else np.nan
+                for p in config.predictors
+            ]
             correlation.setdefault(label, []).append(row)
-            windows.setdefault(label, []).append([percentile_means(guesses[p], found.measured) for p in config.shown])
+            windows.setdefault(label, []).append(
+                [percentile_means(guesses[p], found.measured) for p in config.shown]
+            )
     correlations = np.array(list(correlation.values())).swapaxes(1, 2)
     return Result(
         tuple(correlation),
@@ -91,7 +102,11 @@ def compute(config: Config) -> Result:
     )
 
 
-_MARKS = (("alone, SGD", "o", "#000000"), ("together, SGD", "s", OTHERS[0]), ("together, Adam", "D", OTHERS[1]))
+_MARKS = (
+    ("alone, SGD", "o", "#000000"),
+    ("together, SGD", "s", OTHERS[0]),
+    ("together, Adam", "D", OTHERS[1]),
+)
 
 
 def plot(result: Result) -> Figure:
@@ -114,16 +129,32 @@ def _correlations(axis: Axes, result: Result) -> None:
         for height, name in enumerate(reversed(names)):
             found = interval(result.correlation[k, names.index(name)])
             place = height + 0.22 * (1 - k)
-            axis.plot([max(found.low, -1), min(found.high, 1)], [place, place], color=colour, lw=0.8)
-            axis.plot(found.mean, place, marker, color=colour, ms=3.2, label=setting if height == 0 else None)
+            axis.plot(
+                [max(found.low, -1), min(found.high, 1)], [place, place], color=colour, lw=0.8
+            )
+            axis.plot(
+                found.mean,
+                place,
+                marker,
+                color=colour,
+                ms=3.2,
+                label=setting if height == 0 else None,
+            )
     axis.axvline(0, color=GUIDE, lw=0.7)
     axis.set_yticks(range(len(names)), list(reversed(names)))
-    axis.set(xlim=(-1.02, 1.04), ylim=(-0.6, len(names) - 0.3), xlabel="Spearman with measured Δ log π")
+    axis.set(
+        xlim=(-1.02, 1.04), ylim=(-0.6, len(names) - 0.3), xlabel="Spearman with measured Δ log π"
+    )
     axis.set_title("predictions")
     for height in range(len(names) - 1):
         axis.axhline(height + 0.5, color="#EEEEEE", lw=0.5, zorder=0)
-    handles = [Line2D([], [], marker=m, color=c, ls="", ms=3.5, label=s) for s, m, c in _MARKS[: len(result.settings)]]
-    axis.legend(handles=handles, loc="lower left", handletextpad=0.1, fontsize=6.5, borderaxespad=0.2)
+    handles = [
+        Line2D([], [], marker=m, color=c, ls="", ms=3.5, label=s)
+        for s, m, c in _MARKS[: len(result.settings)]
+    ]
+    axis.legend(
+        handles=handles, loc="lower left", handletextpad=0.1, fontsize=6.5, borderaxespad=0.2
+    )
 
 
 def _percentiles(axis: Axes, result: Result, setting: int) -> None:
@@ -131,7 +162,10 @@ def _percentiles(axis: Axes, result: Result, setting: int) -> None:
     colours = (OTHERS[2], OTHERS[3], "black")
     for k, colour in enumerate(colours[: len(result.shown)]):
         band(axis, x, result.windows[setting, k], colour, marker="o")
-    ends = {name: (float(result.windows[setting, k, :, -1].mean()), colours[k]) for k, name in enumerate(result.shown)}
+    ends = {
+        name: (float(result.windows[setting, k, :, -1].mean()), colours[k])
+        for k, name in enumerate(result.shown)
+    }
     direct_labels(axis, 100.0, ends, gap=0.13)
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.set_xticks(x)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simgrad import objectives
-from simgrad.figures.style import CHOSEN, GUIDE, REJECTED, size
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.models import Apply, ModelConfig, create, linear_softmax, unconstrained_features
 from simgrad.objectives import Coefficients, Objective
 from simgrad.pairs import Batch, Pair, padded
@@ -25,14 +25,19 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Predicted against measured"
 
 CAPTION = (
-    "One SGD step of DPO on a single pair, in float64. Top: first-order prediction of Δ log π against the measured "
-    "change, chosen and rejected, for {pairs} random pairs at {rates} learning rates; points leave the diagonal as "
-    "the step grows. Bottom: remainder |measured − predicted| (median and quartiles over pairs). A slope of 2 says "
-    "that the prediction holds every first-order term; the number is the fitted slope over rates where it is below "
+    "One SGD step of DPO on a single pair, in float64. Top: first-order prediction of Δ log π "
+    "against the measured "
+    "change, chosen and rejected, for {pairs} random pairs at {rates} learning rates; points leave "
+    "the diagonal as "
+    "the step grows. Bottom: remainder |measured − predicted| (median and quartiles over pairs). A "
+    "slope of 2 says "
+    "that the prediction holds every first-order term; the number is the fitted slope over rates "
+    "where it is below "
     "1 % of the change, with its standard error over pairs."
 )
 BEARS_ON = (
-    "Gradient entanglement (Yuan et al., arXiv 2410.13828, Sec. 3): Δ log π_w = η (d_w‖g_w‖² − d_l⟨g_w,g_l⟩) + "
+    "Gradient entanglement (Yuan et al., arXiv 2410.13828, Sec. 3): Δ log π_w = η (d_w‖g_w‖² − "
+    "d_l⟨g_w,g_l⟩) + "
     "O(η²), and likewise for the rejected."
 )
 
@@ -44,8 +49,8 @@ class Config:
     Attributes:
         pairs: random pairs per model.
         rates: learning rates, log-spaced over four decades up to the largest of each model.
-        largest: largest learning rate of the linear-softmax model, the unconstrained-features model and
-            the transformer.
+        largest: largest learning rate of the linear-softmax model, the unconstrained-features model
+            and the transformer.
         vocab_size: tokens.
         seed: of pairs and parameters.
     """
@@ -74,8 +79,12 @@ def _random_pairs(config: Config) -> list[Pair]:
     rng = np.random.default_rng(config.seed)
     pairs = []
     while len(pairs) < config.pairs:
-        prompt, shared = (rng.integers(0, config.vocab_size, n).tolist() for n in (3, rng.integers(0, 5)))
-        chosen, rejected = (rng.integers(0, config.vocab_size, rng.integers(1, 4)).tolist() for _ in range(2))
+        prompt, shared = (
+            rng.integers(0, config.vocab_size, n).tolist() for n in (3, rng.integers(0, 5))
+        )
+        chosen, rejected = (
+            rng.integers(0, config.vocab_size, rng.integers(1, 4)).tolist() for _ in range(2)
+        )
         pair = Pair(prompt, chosen + shared, rejected + shared)
         if pair.problem() is None:
             pairs.append(pair)
@@ -83,15 +92,21 @@ def _random_pairs(config: Config) -> list[Pair]:
 
 
 def _models(config: Config, pairs: list[Pair]) -> dict[str, tuple[Apply, Theta]]:
-    shape = ModelConfig(vocab_size=config.vocab_size, width=32, depth=2, heads=4, max_length=16, dtype="float64")
+    shape = ModelConfig(
+        vocab_size=config.vocab_size, width=32, depth=2, heads=4, max_length=16, dtype="float64"
+    )
     return {
         "Linear softmax": linear_softmax(pairs, config.vocab_size, 16, config.seed, "float64"),
-        "Unconstrained features": unconstrained_features(pairs, config.vocab_size, 16, config.seed, "float64"),
+        "Unconstrained features": unconstrained_features(
+            pairs, config.vocab_size, 16, config.seed, "float64"
+        ),
         "Transformer, 2 layers": create(shape, config.seed),
     }
 
 
-def _steps(apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates: Array) -> tuple[Array, Array]:
+def _steps(
+    apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates: Array
+) -> tuple[Array, Array]:
     """Predicted and measured change of one pair at every rate: arrays (E, 2)."""
     logp, trained = log_probs(apply, theta, batch)
     start = logp(trained)
@@ -125,7 +140,9 @@ def compute(config: Config) -> Result:
             measured.append(np.asarray(m).swapaxes(0, 1))
     fits = [_slope(*columns) for columns in zip(rates, predicted, measured, strict=True)]
     slopes, errors = np.array(fits).T
-    return Result(tuple(models), np.stack(rates), np.stack(predicted), np.stack(measured), slopes, errors)
+    return Result(
+        tuple(models), np.stack(rates), np.stack(predicted), np.stack(measured), slopes, errors
+    )
 
 
 def _slope(rates: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
@@ -145,7 +162,9 @@ def _slope(rates: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> tu
 
 def plot(result: Result) -> Figure:
     """Two rows of panels, one column a model."""
-    figure, axes = plt.subplots(2, len(result.models), figsize=size(2, len(result.models), 1.0), layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(result.models), figsize=size(2, len(result.models), 1.0), layout="constrained"
+    )
     sides = (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "^"))
     for column, name in enumerate(result.models):
         top, bottom = axes[:, column]
@@ -173,8 +192,12 @@ def _scatter(axis: Axes, predicted: np.ndarray, measured: np.ndarray, sides: tup
     axis.set_xlim(-reach, reach)
     axis.set_ylim(-reach, reach)
     axis.set_xlabel("predicted Δ log π (nats)")
-    axis.text(0.04, 0.96, "chosen", color=sides[0][1], transform=axis.transAxes, va="top", fontsize=7)
-    axis.text(0.04, 0.86, "rejected", color=sides[1][1], transform=axis.transAxes, va="top", fontsize=7)
+    axis.text(
+        0.04, 0.96, "chosen", color=sides[0][1], transform=axis.transAxes, va="top", fontsize=7
+    )
+    axis.text(
+        0.04, 0.86, "rejected", color=sides[1][1], transform=axis.transAxes, va="top", fontsize=7
+    )
 
 
 def _remainder(axis: Axes, result: Result, column: int, sides: tuple) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.figures.draw import panel_letters
-from simgrad.figures.style import CHOSEN, GUIDE, OTHERS
-from simgrad.findings import interval
+from simgrad.drawing.draw import panel_letters
+from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS
+from simgrad.experiments.findings import interval
 from simgrad.typing import Float, Int
 from simgrad.worlds.refusals import Refusals
 
@@ -19,16 +19,23 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Safety tuning that unlearns refusing, and what prevents it"
 CAPTION = (
-    "World “refusals”: {n_pairs} pairs, 80 % of them refusal against refusal, the softer one preferred. Mean "
-    "probability of refusing held-out harmful prompts (blue; higher is safer) and harmless ones (orange; lower is "
-    "better): means with 95 % over {count} seeds, small dots are seeds. (a) DPO on all pairs, with other "
-    "preferences, other objectives and corrected gradients. (b) DPO on 15 % of the pairs, kept by a score, with as "
-    "many passes (filled) and with as many steps (open) as DPO on all of them: with equal passes even random "
+    "World “refusals”: {n_pairs} pairs, 80 % of them refusal against refusal, the softer one "
+    "preferred. Mean "
+    "probability of refusing held-out harmful prompts (blue; higher is safer) and harmless ones "
+    "(orange; lower is "
+    "better): means with 95 % over {count} seeds, small dots are seeds. (a) DPO on all pairs, with "
+    "other "
+    "preferences, other objectives and corrected gradients. (b) DPO on 15 % of the pairs, kept by "
+    "a score, with as "
+    "many passes (filled) and with as many steps (open) as DPO on all of them: with equal passes "
+    "even random "
     "filtering looks like a remedy, because it takes fewer steps."
 )
 BEARS_ON = (
-    "Razin et al. (arXiv 2410.08847, Sec. 6): preference tuning for safety can lower refusal, and filtering by "
-    "length-normalised CHES prevents it. Here the preference for the softer refusal supplies the direction (random "
+    "Razin et al. (arXiv 2410.08847, Sec. 6): preference tuning for safety can lower refusal, and "
+    "filtering by "
+    "length-normalised CHES prevents it. Here the preference for the softer refusal supplies the "
+    "direction (random "
     "preferences lose nothing), and the exact full gap filters at least as well."
 )
 
@@ -64,7 +71,10 @@ def compute(config: Config) -> Result:
     table = Refusals(n_pairs=config.n_pairs, epochs=config.epochs).arms(config.seeds)
     settings = table.settings()
     rows = [table.where(**setting) for setting in settings]
-    rates = (np.stack([row[name] for row in rows]).astype(float) for name in ("refuses harmful", "refuses harmless"))
+    rates = (
+        np.stack([row[name] for row in rows]).astype(float)
+        for name in ("refuses harmful", "refuses harmless")
+    )
     counts = (np.array([setting[name] for setting in settings]) for name in ("pairs", "steps"))
     return Result(tuple(setting["arm"] for setting in settings), *counts, *rates)
 
@@ -80,7 +90,10 @@ def plot(result: Result) -> Figure:
     filtered = [arm for arm in result.arms if arm + _MORE in place]
     whole = [arm for arm in result.arms if arm not in filtered and not arm.endswith(_MORE)]
     _arms(axes[0], whole, {arm: [(place[arm], True)] for arm in whole}, result)
-    short = {arm.replace("15 % ", ""): [(place[arm], True), (place[arm + _MORE], False)] for arm in filtered}
+    short = {
+        arm.replace("15 % ", ""): [(place[arm], True), (place[arm + _MORE], False)]
+        for arm in filtered
+    }
     _arms(axes[1], list(short), short, result)
     axes[0].set_title("all pairs")
     share = result.pairs[place[filtered[0]]] / result.pairs.max() if filtered else 0
@@ -94,15 +107,37 @@ def plot(result: Result) -> Figure:
     return figure
 
 
-def _arms(axis: Axes, names: list[str], rows: dict[str, list[tuple[int, bool]]], result: Result) -> None:
+def _arms(
+    axis: Axes, names: list[str], rows: dict[str, list[tuple[int, bool]]], result: Result
+) -> None:
     for height, name in enumerate(reversed(names)):
         for index, filled in rows[name]:
             shift = 0.0 if len(rows[name]) == 1 else 0.17 if filled else -0.17
             for rates, colour in ((result.harmful, CHOSEN), (result.harmless, OTHERS[2])):
                 found = interval(rates[index])
-                axis.plot([max(found.low, 0), min(found.high, 1)], [height + shift] * 2, color=colour, lw=1)
-                axis.plot(rates[index], np.full(rates.shape[1], height + shift), ".", ms=2, color=colour, alpha=0.5)
-                axis.plot(found.mean, height + shift, "o", ms=4, mec=colour, mfc=colour if filled else "white", mew=1)
+                axis.plot(
+                    [max(found.low, 0), min(found.high, 1)],
+                    [height + shift] * 2,
+                    color=colour,
+                    lw=1,
+                )
+                axis.plot(
+                    rates[index],
+                    np.full(rates.shape[1], height + shift),
+                    ".",
+                    ms=2,
+                    color=colour,
+                    alpha=0.5,
+                )
+                axis.plot(
+                    found.mean,
+                    height + shift,
+                    "o",
+                    ms=4,
+                    mec=colour,
+                    mfc=colour if filled else "white",
+                    mew=1,
+                )
     start = result.harmful[0].mean()
     axis.plot([start, start], [-0.6, len(names) - 0.4], color=GUIDE, lw=0.7, ls=":")
     axis.set_yticks(range(len(names)), list(reversed(names)))

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simgrad import objectives
-from simgrad.figures.draw import direct_labels, panel_letters, regime_plane
-from simgrad.figures.style import CHOSEN, GUIDE, OTHERS, REJECTED
+from simgrad.drawing.draw import direct_labels, panel_letters, regime_plane
+from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED
 from simgrad.pairs import Pair, padded
 from simgrad.theory import pair_kernel
 from simgrad.typing import Float, Int
@@ -24,18 +24,27 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Regimes, pairs and objectives"
 CAPTION = (
-    "(a) Where pairs of four worlds stand before training (each its own first order): for d_w = d_l the chosen "
-    "rises where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner product are ideal for all d_w, "
-    "d_l > 0 and counted in the legend. An objective with another ratio r = d_w/d_l moves the corner along the "
-    "hyperbola xy = 1 to (r, 1/r). (b) r of every objective that treats pairs one by one, at its defaults, as the "
-    "margin m grows, half of it by a rising chosen and half by a falling rejected (responses of {tokens} tokens "
-    "that start at −{start:g} nats); a line ends where d_w or d_l is no longer positive; the black line are those "
-    "with r = 1 for as long as both are. (c) Share of each world's pairs that are ideal at a given r: between the "
+    "(a) Where pairs of four worlds stand before training (each its own first order): for d_w = "
+    "d_l the chosen "
+    "rises where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner product are "
+    "ideal for all d_w, "
+    "d_l > 0 and counted in the legend. An objective with another ratio r = d_w/d_l moves the "
+    "corner along the "
+    "hyperbola xy = 1 to (r, 1/r). (b) r of every objective that treats pairs one by one, at its "
+    "defaults, as the "
+    "margin m grows, half of it by a rising chosen and half by a falling rejected (responses of "
+    "{tokens} tokens "
+    "that start at −{start:g} nats); a line ends where d_w or d_l is no longer positive; the black "
+    "line are those "
+    "with r = 1 for as long as both are. (c) Share of each world's pairs that are ideal at a given "
+    "r: between the "
     "two conditions of (a)."
 )
 BEARS_ON = (
-    "The gradient condition of Yuan et al. (arXiv 2410.13828, Sec. 3) and the disentanglement band of Chen et al. "
-    "(arXiv 2604.18239): which objective keeps which pair ideal is a question of one number, d_w/d_l."
+    "The gradient condition of Yuan et al. (arXiv 2410.13828, Sec. 3) and the disentanglement band "
+    "of Chen et al. "
+    "(arXiv 2604.18239): which objective keeps which pair ideal is a question of one number, "
+    "d_w/d_l."
 )
 
 
@@ -93,7 +102,9 @@ def compute(config: Config) -> Result:
         x += [np.asarray(kernel.inner / kernel.sq_chosen, float)]
         y += [np.asarray(kernel.inner / kernel.sq_rejected, float)]
         owner += [np.full(len(x[-1]), i)]
-    names = [name for name in objectives.names() if not objectives.batch_coupled(objectives.get(name))]
+    names = [
+        name for name in objectives.names() if not objectives.batch_coupled(objectives.get(name))
+    ]
     margins = np.linspace(-config.reach, config.reach, 121)
     with jax.enable_x64(True):
         ratio = [_ratio(objectives.get(name), margins, config) for name in names]
@@ -105,7 +116,9 @@ def _ratio(objective: objectives.Objective, margins: np.ndarray, config: Config)
     half = jnp.asarray(margins) / 2
     reference = jnp.full((len(margins), 2), -config.start)
     lengths = jnp.full((len(margins), 2), config.tokens)
-    pull = np.asarray(objective.signed_coefficients(reference + jnp.stack([half, -half], -1), reference, lengths))
+    pull = np.asarray(
+        objective.signed_coefficients(reference + jnp.stack([half, -half], -1), reference, lengths)
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((pull[:, 0] > 0) & (pull[:, 1] < 0), pull[:, 0] / -pull[:, 1], np.nan)
 
@@ -147,10 +160,23 @@ def _plane(axis: Axes, result: Result) -> None:
 def _ratios(axis: Axes, result: Result) -> None:
     groups: dict[tuple, list[str]] = {}
     for name, curve in zip(result.objectives, result.ratio, strict=True):
-        groups.setdefault(tuple(np.round(np.log(np.nan_to_num(curve, nan=1e9)), 4)), []).append(name)
+        groups.setdefault(tuple(np.round(np.log(np.nan_to_num(curve, nan=1e9)), 4)), []).append(
+            name
+        )
     axis.set(yscale="log", ylim=(0.04, 40))
     colours = iter(
-        [*OTHERS[:4], "#8C6D31", "#7F7F7F", "#17BECF", "#9467BD", "#BCBD22", "#E377C2", "#637939", "#843C39"] * 3
+        [
+            *OTHERS[:4],
+            "#8C6D31",
+            "#7F7F7F",
+            "#17BECF",
+            "#9467BD",
+            "#BCBD22",
+            "#E377C2",
+            "#637939",
+            "#843C39",
+        ]
+        * 3
     )
     constant, labels = [], {}
     for members in groups.values():
@@ -170,7 +196,11 @@ def _ratios(axis: Axes, result: Result) -> None:
     axis.axhline(1, color="black", lw=1.4)
     labels[f"{len(constant)} others"] = (1.0, "black")
     direct_labels(axis, float(result.margins[-1]), labels, gap=0.075)
-    axis.set(xlabel="margin m (nats)", ylabel=r"$r = d_w/d_l$", xlim=(result.margins[0], result.margins[-1]))
+    axis.set(
+        xlabel="margin m (nats)",
+        ylabel=r"$r = d_w/d_l$",
+        xlim=(result.margins[0], result.margins[-1]),
+    )
     axis.set_title("r of the objectives")
 
 
@@ -182,7 +212,13 @@ def _share(axis: Axes, result: Result) -> None:
         ideal = ((x[:, None] <= r) & (y[:, None] <= 1 / r)).mean(0)
         axis.plot(r, ideal, color=_COLOURS[i], lw=1.1)
         labels[world] = (float(ideal[-1]), _COLOURS[i])
-    axis.set(xscale="log", ylim=(0, 1.04), xlim=(r[0], r[-1]), xlabel=r"$r = d_w/d_l$", ylabel="share of ideal pairs")
+    axis.set(
+        xscale="log",
+        ylim=(0, 1.04),
+        xlim=(r[0], r[-1]),
+        xlabel=r"$r = d_w/d_l$",
+        ylabel="share of ideal pairs",
+    )
     axis.axvline(1, color=GUIDE, lw=0.7)
     axis.text(0.055, 0.04, "chosen falls", color=CHOSEN, fontsize=7)
     axis.text(18, 0.04, "rejected rises", color=REJECTED, fontsize=7, ha="right")

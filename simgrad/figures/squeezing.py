@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.figures.draw import band, direct_labels, panel_letters
-from simgrad.figures.style import GUIDE, OTHERS, size
+from simgrad.drawing.draw import band, direct_labels, panel_letters
+from simgrad.drawing.style import GUIDE, OTHERS, size
 from simgrad.typing import Float
 from simgrad.worlds.squeezing import FIRST, Squeezing
 
@@ -18,16 +18,23 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Squeezing"
 CAPTION = (
-    "World “squeezing”, float64, 95 % over {count} seeds. Logits z drawn from N(0, peak²) over 50 tokens; 20 steps "
-    "push the least likely token down. (a) Probability of the likeliest token before and after: the peakier the "
-    "start, the more of the freed mass it takes; a uniform start (peak 0) is the null. (b) How many of the 49 other "
-    "tokens rise. (c) Linear-softmax model fine-tuned first on what the axis says, then pushed for 20 steps: Δ log "
-    "π of tokens that are in no pair. After fine-tuning on the rejected too (“chosen, rejected”) they fall less "
-    "than after the chosen alone, but after an equally flat start that never saw it (“chosen, third”) they fall no "
+    "World “squeezing”, float64, 95 % over {count} seeds. Logits z drawn from N(0, peak²) over 50 "
+    "tokens; 20 steps "
+    "push the least likely token down. (a) Probability of the likeliest token before and after: "
+    "the peakier the "
+    "start, the more of the freed mass it takes; a uniform start (peak 0) is the null. (b) How "
+    "many of the 49 other "
+    "tokens rise. (c) Linear-softmax model fine-tuned first on what the axis says, then pushed for "
+    "20 steps: Δ log "
+    "π of tokens that are in no pair. After fine-tuning on the rejected too (“chosen, rejected”) "
+    "they fall less "
+    "than after the chosen alone, but after an equally flat start that never saw it (“chosen, "
+    "third”) they fall no "
     "more."
 )
 BEARS_ON = (
-    "Ren & Sutherland (arXiv 2407.10490, Sec. 4): the squeezing effect, and their fix of fine-tuning on both "
+    "Ren & Sutherland (arXiv 2407.10490, Sec. 4): the squeezing effect, and their fix of "
+    "fine-tuning on both "
     "responses first, against a control for the flatness of the start."
 )
 
@@ -67,11 +74,16 @@ def compute(config: Config) -> Result:
     squeeze, extend = found["squeeze"], found["extend"]
     rows = [squeeze.where(pushed="least likely", peak=peak) for peak in config.peaks]
     top_before, top_after, rise = (
-        np.stack([row[name] for row in rows], 1).astype(float) for name in ("top before", "top after", "rise")
+        np.stack([row[name] for row in rows], 1).astype(float)
+        for name in ("top before", "top after", "rise")
     )
     steps, pushes = max(world.push_steps), ("rejected", "DPO")
-    others = [[extend.where(push=p, first=f, steps=steps)["Δ others"] for f in FIRST] for p in pushes]
-    return Result(np.array(config.peaks), top_before, top_after, rise, FIRST, pushes, np.array(others, float))
+    others = [
+        [extend.where(push=p, first=f, steps=steps)["Δ others"] for f in FIRST] for p in pushes
+    ]
+    return Result(
+        np.array(config.peaks), top_before, top_after, rise, FIRST, pushes, np.array(others, float)
+    )
 
 
 def plot(result: Result) -> Figure:
@@ -80,9 +92,22 @@ def plot(result: Result) -> Figure:
     band(axes[0], result.peaks, result.before, GUIDE, marker="o")
     band(axes[0], result.peaks, result.after, OTHERS[0], marker="o")
     axes[0].text(
-        result.peaks[-1], result.before[:, -1].mean() - 0.12, "before", color=GUIDE, ha="right", va="top", fontsize=7
+        result.peaks[-1],
+        result.before[:, -1].mean() - 0.12,
+        "before",
+        color=GUIDE,
+        ha="right",
+        va="top",
+        fontsize=7,
     )
-    axes[0].text(result.peaks[-2], result.after[:, -2].mean() + 0.03, "after", color=OTHERS[0], ha="right", fontsize=7)
+    axes[0].text(
+        result.peaks[-2],
+        result.after[:, -2].mean() + 0.03,
+        "after",
+        color=OTHERS[0],
+        ha="right",
+        fontsize=7,
+    )
     axes[0].set(ylim=(0, 1.03), ylabel="probability", xlabel="peak (std of logits)")
     axes[0].set_title("likeliest token")
     band(axes[1], result.peaks, result.rise, "black", marker="o")

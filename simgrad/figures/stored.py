@@ -25,12 +25,14 @@ class NotDrawn(ValueError):
     """A figure that needs something that was not given; the text says what."""
 
 
-def computed(compute: Callable[[Any], Any], config: Any, result: type, fresh: bool = False, *inputs: Any) -> Any:
+def computed(
+    compute: Callable[[Any], Any], config: Any, result: type, fresh: bool = False, *inputs: Any
+) -> Any:
     """``compute(config)``, taken from the cache where the same was computed before.
 
-    The key holds the configuration, ``inputs`` (what was read from files), versions and device, the source of
-    the library below the figures, and that of the figure's module, with those whose functions it takes, up to
-    ``def plot``: redrawing, and other words, are free.
+    The key holds the configuration, ``inputs`` (what was read from files), versions and device, the
+    source of the library below the figures, and that of the figure's module, with those whose
+    functions it takes, up to ``def plot``: redrawing, and other words, are free.
     ``result`` is a dataclass of arrays and plain values.
     """
     name = compute.__module__.rpartition(".")[2]
@@ -48,10 +50,18 @@ def computed(compute: Callable[[Any], Any], config: Any, result: type, fresh: bo
 def _key(compute: Callable[[Any], Any], result: type, config: Any, inputs: tuple[Any, ...]) -> str:
     package = Path(simgrad.__file__).parent
     above = {package / "cli", package / "figures"}
-    sources = [p.read_text(encoding="utf-8") for p in sorted(package.rglob("*.py")) if not above & set(p.parents)]
+    sources = [
+        p.read_text(encoding="utf-8")
+        for p in sorted(package.rglob("*.py"))
+        if not above & set(p.parents)
+    ]
     modules = [inspect.getmodule(thing) for thing in (compute, result)]
-    modules += [inspect.getmodule(f) for m in modules for f in vars(m).values() if inspect.isfunction(f)]
-    files = sorted({str(m.__file__) for m in modules if m is not None and "simgrad.figures" in m.__name__})
+    modules += [
+        inspect.getmodule(f) for m in modules for f in vars(m).values() if inspect.isfunction(f)
+    ]
+    files = sorted(
+        {str(m.__file__) for m in modules if m is not None and "simgrad.figures" in m.__name__}
+    )
     own = [Path(file).read_text(encoding="utf-8").partition("\ndef plot(")[0] for file in files]
     own = [_CAPTIONS.sub("", text) for text in own]
     where = {name: value for name, value in provenance().items() if name != "git_revision"}
@@ -86,8 +96,13 @@ def plain(value: Any) -> Any:
 
 def to_json(record: dict[str, Any]) -> str:
     """One line an entry, and one a field of ``data``."""
-    lines = [f" {json.dumps(k)}: {json.dumps(plain(v), ensure_ascii=False)}" for k, v in record.items() if k != "data"]
+    lines = [
+        f" {json.dumps(k)}: {json.dumps(plain(v), ensure_ascii=False)}"
+        for k, v in record.items()
+        if k != "data"
+    ]
     data = ",\n".join(
-        f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in plain(record["data"]).items()
+        f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}"
+        for k, v in plain(record["data"]).items()
     )
     return "{\n" + ",\n".join([*lines, ' "data": {\n' + data + "\n }"]) + "\n}\n"

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.figures.draw import panel_letters, token_heatmap
-from simgrad.figures.style import CHOSEN, GUIDE, REJECTED, size
+from simgrad.drawing.draw import panel_letters, token_heatmap
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
 from simgrad.theory import contrastive_mask, responses, token_kernel
@@ -24,16 +24,23 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Which tokens are entangled"
 CAPTION = (
-    "⟨∇log π(chosen token i), ∇log π(rejected token j)⟩ of two pairs before training. (a) World “suffix”: one word "
-    "differs, {suffix} tokens are shared. (b) World “percentiles”: a response and its edited copy. Tokens from the "
-    "first difference to the last have coloured, bold names, shared ones grey. Blue: raising one raises the other; "
-    "red: raising one lowers the other. Below: what one DPO step on this pair alone does to each token of the "
-    "chosen (blue) and of the rejected (vermilion), to first order per unit learning rate. In (a) the words that "
-    "differ repel each other and move apart while everything shared is dragged down; the diagonal of (b) shows that "
+    "⟨∇log π(chosen token i), ∇log π(rejected token j)⟩ of two pairs before training. (a) World "
+    "“suffix”: one word "
+    "differs, {suffix} tokens are shared. (b) World “percentiles”: a response and its edited copy. "
+    "Tokens from the "
+    "first difference to the last have coloured, bold names, shared ones grey. Blue: raising one "
+    "raises the other; "
+    "red: raising one lowers the other. Below: what one DPO step on this pair alone does to each "
+    "token of the "
+    "chosen (blue) and of the rejected (vermilion), to first order per unit learning rate. In (a) "
+    "the words that "
+    "differ repel each other and move apart while everything shared is dragged down; the diagonal "
+    "of (b) shows that "
     "most of an edited copy is pulled as one."
 )
 BEARS_ON = (
-    "Yuan et al. (arXiv 2410.13828, Sec. 4): the inner product of a pair is the sum over this matrix, positive on "
+    "Yuan et al. (arXiv 2410.13828, Sec. 4): the inner product of a pair is the sum over this "
+    "matrix, positive on "
     "shared and negative on contrastive tokens."
 )
 
@@ -116,9 +123,16 @@ def compute(config: Config) -> Result:
 def plot(result: Result) -> Figure:
     """Heat maps above, changes of the tokens below."""
     figure, axes = plt.subplots(
-        2, 2, figsize=size(2, 2, 0.78), layout="constrained", gridspec_kw={"height_ratios": [1.5, 1]}
+        2,
+        2,
+        figsize=size(2, 2, 0.78),
+        layout="constrained",
+        gridspec_kw={"height_ratios": [1.5, 1]},
     )
-    cases = ((result.first, result.first_change, "shared ending"), (result.second, result.second_change, "edited copy"))
+    cases = (
+        (result.first, result.first_change, "shared ending"),
+        (result.second, result.second_change, "edited copy"),
+    )
     for i, (kernel, change, name) in enumerate(cases):
         shared: tuple[Bool[np.ndarray, "..."], ...] = (
             np.array(result.shared_chosen[i]),
@@ -143,7 +157,9 @@ def _changes(axis: Axes, change: np.ndarray, result: Result, i: int) -> None:
     axis.axhline(0, color=GUIDE, lw=0.6)
     longest = max(words, key=len)
     every = 1 if len(longest) < 10 else 3
-    axis.set_xticks(range(0, len(longest), every), [str(k + 1) for k in range(0, len(longest), every)])
+    axis.set_xticks(
+        range(0, len(longest), every), [str(k + 1) for k in range(0, len(longest), every)]
+    )
     top = 10.0 ** np.floor(np.log10(np.abs(change).max()))
     ticks = np.array([-1, -0.1, 0, 0.1, 1]) * top
     axis.set_yscale("symlog", linthresh=top / 10, linscale=0.7)

@@ -13,8 +13,8 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.figures.draw import direct_labels, panel_letters
-from simgrad.figures.style import GUIDE, OTHERS, size
+from simgrad.drawing.draw import direct_labels, panel_letters
+from simgrad.drawing.style import GUIDE, OTHERS, size
 from simgrad.models import Apply
 from simgrad.objectives import DPO
 from simgrad.pairs import Batch, padded
@@ -33,15 +33,21 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Trust radius"
 CAPTION = (
-    "{pairs} pairs of the world “percentiles”, DPO by SGD on all of them, float64; errors are ‖predicted − "
-    "measured‖ / ‖measured‖ over all responses. (a) One step, first and second order: sizes are lost well before η* "
-    "= ‖first‖/‖second‖ (dashed). (b) Signs last longer: share of responses that go the other way than the first "
-    "order says. (c) Runs of {steps} steps, by how far they move the response that moves most: {steps} first-order "
-    "steps with the force of the start; the kernel flow, frozen at the start; the same read off at the predicted "
+    "{pairs} pairs of the world “percentiles”, DPO by SGD on all of them, float64; errors are "
+    "‖predicted − "
+    "measured‖ / ‖measured‖ over all responses. (a) One step, first and second order: sizes are "
+    "lost well before η* "
+    "= ‖first‖/‖second‖ (dashed). (b) Signs last longer: share of responses that go the other way "
+    "than the first "
+    "order says. (c) Runs of {steps} steps, by how far they move the response that moves most: "
+    "{steps} first-order "
+    "steps with the force of the start; the kernel flow, frozen at the start; the same read off at "
+    "the predicted "
     "parameters (“ray”); and refreshed every {refresh} steps."
 )
 BEARS_ON = (
-    "First-order statements (Yuan et al., arXiv 2410.13828; Razin et al., arXiv 2410.08847) and kernel (NTK) "
+    "First-order statements (Yuan et al., arXiv 2410.13828; Razin et al., arXiv 2410.08847) and "
+    "kernel (NTK) "
     "dynamics (Jacot et al., arXiv 1806.07572) are limits of small steps; this is how small."
 )
 
@@ -98,11 +104,16 @@ def compute(config: Config) -> Result:
         gradient = loss_gradient(apply, theta, batch, DPO())
         change = displacement(apply, theta, batch, jax.tree.map(jnp.negative, gradient))
         after = jax.jit(lambda rate, steps: _trained(apply, theta, batch, start, rate, steps))
-        one, many = (np.stack([np.asarray(after(rate, n) - start) for rate in rates]) for n in (1, config.steps))
+        one, many = (
+            np.stack([np.asarray(after(rate, n) - start) for rate in rates])
+            for n in (1, config.steps)
+        )
         eta = rates[:, None, None]
         first, second = np.asarray(change.first), np.asarray(change.second)
         kernel = entanglement_kernel(apply, theta, batch)
-        flow, ray, refreshed = np.stack([_runs(apply, theta, batch, start, kernel, r, config) for r in rates], 1)
+        flow, ray, refreshed = np.stack(
+            [_runs(apply, theta, batch, start, kernel, r, config) for r in rates], 1
+        )
     norms = np.linalg.norm(first), np.linalg.norm(second)
     return Result(
         learning_rates=rates,
@@ -119,7 +130,9 @@ def compute(config: Config) -> Result:
     )
 
 
-def _trained(apply: Apply, theta: Theta, batch: Batch, start: Array, rate: Array, steps: Array) -> Array:
+def _trained(
+    apply: Apply, theta: Theta, batch: Batch, start: Array, rate: Array, steps: Array
+) -> Array:
     """Log-probs after plain gradient descent."""
 
     def step(_: Array, theta: Theta) -> Theta:
@@ -133,7 +146,13 @@ _SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
 
 
 def _runs(
-    apply: Apply, theta: Theta, batch: Batch, start: Array, kernel: Array, rate: float, config: Config
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    start: Array,
+    kernel: Array,
+    rate: float,
+    config: Config,
 ) -> np.ndarray:
     """Changes that the frozen flow, its ray and the refreshed flow predict."""
 
@@ -142,15 +161,33 @@ def _runs(
         fresh.hyperparams["learning_rate"] = jnp.asarray(rate)
         return fresh
 
-    flow = kernel_flow(kernel, start, batch.lengths, DPO(), _SGD, config.steps, state=state(jnp.zeros(2 * batch.size)))
+    flow = kernel_flow(
+        kernel,
+        start,
+        batch.lengths,
+        DPO(),
+        _SGD,
+        config.steps,
+        state=state(jnp.zeros(2 * batch.size)),
+    )
 
     def run(refresh: int | None) -> Array:
         found = linearized_run(
-            apply, theta, batch, DPO(), _SGD, config.steps, refresh=refresh, read="ray", state=state(theta)
+            apply,
+            theta,
+            batch,
+            DPO(),
+            _SGD,
+            config.steps,
+            refresh=refresh,
+            read="ray",
+            state=state(theta),
         )
         return found.logp[-1]
 
-    return np.stack([np.asarray(x - start) for x in (flow.logp[-1], run(None), run(config.refresh))])
+    return np.stack(
+        [np.asarray(x - start) for x in (flow.logp[-1], run(None), run(config.refresh))]
+    )
 
 
 def _errors(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
@@ -180,12 +217,18 @@ def plot(result: Result) -> Figure:
         "refreshed": (result.refreshed, OTHERS[1]),
     }
     _errors_of(run, result.largest_change, lines, 1e-4)
-    run.set(title=f"{result.steps} steps: error", xlabel="largest |Δ log π| (nats)", ylabel="relative error")
+    run.set(
+        title=f"{result.steps} steps: error",
+        xlabel="largest |Δ log π| (nats)",
+        ylabel="relative error",
+    )
     panel_letters([step, signs, run])
     return figure
 
 
-def _errors_of(axis: Axes, x: np.ndarray, lines: dict[str, tuple[np.ndarray, str]], least: float) -> None:
+def _errors_of(
+    axis: Axes, x: np.ndarray, lines: dict[str, tuple[np.ndarray, str]], least: float
+) -> None:
     axis.set(xscale="log", yscale="log", ylim=(least, 30), xlim=(x.min(), x.max()))
     ends = {}
     for (name, (errors, colour)), style in zip(lines.items(), ("-", "--", "-.", ":"), strict=False):

@@ -10,8 +10,8 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.figures.draw import mass_bars, panel_letters
-from simgrad.figures.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
+from simgrad.drawing.draw import mass_bars, panel_letters
+from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
 from simgrad.typing import Float
 from simgrad.worlds.verdicts import NEGATIVE, POSITIVE, SGD_RATE, Verdicts
 
@@ -19,15 +19,21 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 
 TITLE = "Where the mass goes"
 CAPTION = (
-    "World “verdicts”: DPO on one prompt, one-word answers on a scale from refusal to assent. Top: probability of "
-    "every answer before (grey) and after (chosen blue, rejected vermilion, others green), means with 95 % over "
-    "{count} seeds. Bottom: change of each other answer against ⟨W_z, W₊ − W₋⟩ before training, one point an answer "
-    "and seed. Preferring No to Never hands the mass to Yes, the answer furthest along W₊ − W₋, when Adam trains "
+    "World “verdicts”: DPO on one prompt, one-word answers on a scale from refusal to assent. Top: "
+    "probability of "
+    "every answer before (grey) and after (chosen blue, rejected vermilion, others green), means "
+    "with 95 % over "
+    "{count} seeds. Bottom: change of each other answer against ⟨W_z, W₊ − W₋⟩ before training, "
+    "one point an answer "
+    "and seed. Preferring No to Never hands the mass to Yes, the answer furthest along W₊ − W₋, "
+    "when Adam trains "
     "everything; not for Yes over Never; and not under SGD."
 )
 BEARS_ON = (
-    "Razin et al. (arXiv 2410.08847, Secs. 3 and 4): catastrophic likelihood displacement, and mass that flows "
-    "along the projection on W₊ − W₋. That the optimizer decides whether it happens here is this figure's own "
+    "Razin et al. (arXiv 2410.08847, Secs. 3 and 4): catastrophic likelihood displacement, and "
+    "mass that flows "
+    "along the projection on W₊ − W₋. That the optimizer decides whether it happens here is this "
+    "figure's own "
     "finding."
 )
 
@@ -72,7 +78,9 @@ def compute(config: Config) -> Result:
         np.stack([getattr(o, name)[:, answers] for o in found]).astype(float)
         for name in ("before", "after", "direction")
     ]
-    return Result(tuple(c[0] for c in cases), tuple(c[1] for c in cases), (*NEGATIVE, *POSITIVE), *parts)
+    return Result(
+        tuple(c[0] for c in cases), tuple(c[1] for c in cases), (*NEGATIVE, *POSITIVE), *parts
+    )
 
 
 def plot(result: Result) -> Figure:
@@ -95,10 +103,19 @@ def plot(result: Result) -> Figure:
 def _geometry(axis: Axes, result: Result, i: int) -> None:
     moved = result.after[i] - result.before[i]
     others = [k for k, answer in enumerate(result.answers) if answer not in result.pairs[i]]
-    for group, colour, label in ((NEGATIVE, OTHERS[1], "refusals"), (POSITIVE, OTHERS[0], "assents")):
+    for group, colour, label in (
+        (NEGATIVE, OTHERS[1], "refusals"),
+        (POSITIVE, OTHERS[0], "assents"),
+    ):
         mine = [k for k in others if result.answers[k] in group]
         axis.scatter(
-            result.direction[i][:, mine], moved[:, mine], s=8, color=colour, alpha=0.7, linewidths=0, label=label
+            result.direction[i][:, mine],
+            moved[:, mine],
+            s=8,
+            color=colour,
+            alpha=0.7,
+            linewidths=0,
+            label=label,
         )
     axis.axhline(0, color=GUIDE, lw=0.6)
     axis.set_ylim(-0.3, 0.85)
@@ -109,7 +126,17 @@ def _geometry(axis: Axes, result: Result, i: int) -> None:
         axis.annotate(result.answers[top], (float(result.direction[i][:, top].max()), float(mean[top])), (2, 4),
                       textcoords="offset points", fontsize=7, color=OTHERS[0])  # fmt: skip
     if i == 0:
-        axis.legend(loc="center left", bbox_to_anchor=(0, 0.62), fontsize=6, handletextpad=0.1, borderaxespad=0)
+        axis.legend(
+            loc="center left",
+            bbox_to_anchor=(0, 0.62),
+            fontsize=6,
+            handletextpad=0.1,
+            borderaxespad=0,
+        )
     w, l = result.pairs[i]  # noqa: E741
-    axis.text(0.03, 0.97, f"$W_+$ {w}", color=CHOSEN, transform=axis.transAxes, va="top", fontsize=6)
-    axis.text(0.03, 0.88, f"$W_-$ {l}", color=REJECTED, transform=axis.transAxes, va="top", fontsize=6)
+    axis.text(
+        0.03, 0.97, f"$W_+$ {w}", color=CHOSEN, transform=axis.transAxes, va="top", fontsize=6
+    )
+    axis.text(
+        0.03, 0.88, f"$W_-$ {l}", color=REJECTED, transform=axis.transAxes, va="top", fontsize=6
+    )

@@ -1,8 +1,9 @@
 """A transformer's backward pass, layer by layer, for many cotangents at once and without weight gradients.
 
-Each cotangent has a copy of every sequence on the batch axis. A layer's nonlinear parts are computed again for
-the copies; its linear maps are not, since their outputs were kept (:class:`simgrad.models.layers.Tape`), so a layer
-costs one matrix product a map. What ``visit`` makes of its signals is all that is kept of them.
+Each cotangent has a copy of every sequence on the batch axis. A layer's nonlinear parts are
+computed again for the copies; its linear maps are not, since their outputs were kept
+(:class:`simgrad.models.layers.Tape`), so a layer costs one matrix product a map. What ``visit``
+makes of its signals is all that is kept of them.
 """
 
 from __future__ import annotations
@@ -35,15 +36,23 @@ def backward(
     found: dict[str, Any] = {}
     if hasattr(model, "final_norm"):
         last = {name: uses[name] for name in ("state", "final_norm")}
-        signal, found = _through(lambda x, tape: model.final_norm(x, "final_norm", tape), last, signal, copies, visit)
+        signal, found = _through(
+            lambda x, tape: model.final_norm(x, "final_norm", tape), last, signal, copies, visit
+        )
     if model.config.depth:
-        layers = {name.removeprefix("layers/"): use for name, use in uses.items() if name.startswith("layers/")}
+        layers = {
+            name.removeprefix("layers/"): use
+            for name, use in uses.items()
+            if name.startswith("layers/")
+        }
         graph, stacked = nnx.split(model.layers)
         at, mask = (_copied(x, copies) for x in (positions, visible(positions, streams)))
 
         def step(signal: Array, layer: tuple[Any, dict[str, Use]]) -> tuple[Array, dict[str, Any]]:
             block = nnx.merge(graph, layer[0])
-            return _through(lambda x, tape: block(x, at, mask, tape), layer[1], signal, copies, visit)
+            return _through(
+                lambda x, tape: block(x, at, mask, tape), layer[1], signal, copies, visit
+            )
 
         signal, layered = jax.lax.scan(step, signal, (stacked, layers), reverse=True)
         found |= layered
@@ -61,7 +70,11 @@ def _by_copy(x: Array, copies: int) -> Array:
 
 
 def _through(
-    run: Callable[[Array, Tape], Array], uses: dict[str, Use], signal: Array, copies: int, visit: Visit
+    run: Callable[[Array, Tape], Array],
+    uses: dict[str, Use],
+    signal: Array,
+    copies: int,
+    visit: Visit,
 ) -> tuple[Array, dict[str, Any]]:
     """The signal at the state that ``run`` received, and what was made of those on the way."""
     operations = [use for use in uses.values() if use.sites]
@@ -73,10 +86,16 @@ def _through(
             if use.outputs:
                 known[name] = _copied(y, copies)
     _, pullback = jax.vjp(
-        lambda x, taps: run(x, Tape(known=known, taps=taps)), _copied(uses["state"].input, copies), taps
+        lambda x, taps: run(x, Tape(known=known, taps=taps)),
+        _copied(uses["state"].input, copies),
+        taps,
     )
-    signal, at = jax.lax.optimization_barrier(pullback(signal))  # each signal is made once, then read
+    signal, at = jax.lax.optimization_barrier(
+        pullback(signal)
+    )  # each signal is made once, then read
     found: dict[str, Any] = {}
     for use in operations:
-        found |= visit(use, tuple(_by_copy(at[site.removeprefix("layers/")], copies) for site in use.sites))
+        found |= visit(
+            use, tuple(_by_copy(at[site.removeprefix("layers/")], copies) for site in use.sites)
+        )
     return signal, found

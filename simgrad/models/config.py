@@ -37,9 +37,10 @@ class Rope:
 class InitScales:
     """Standard deviations at initialisation.
 
-    ``embedding`` and ``positions`` are absolute; ``matrices`` multiplies ``1/sqrt(fan_in)`` (matrices
-    that write to the residual stream are further divided by ``sqrt(2 * depth)``); ``unembedding``
-    multiplies ``1/sqrt(width)``; ``final_norm`` is the constant gain of the last norm.
+    ``embedding`` and ``positions`` are absolute; ``matrices`` multiplies ``1/sqrt(fan_in)``
+    (matrices that write to the residual stream are further divided by ``sqrt(2 * depth)``);
+    ``unembedding`` multiplies ``1/sqrt(width)``; ``final_norm`` is the constant gain of the last
+    norm.
     """
 
     embedding: float = 0.3
@@ -64,9 +65,11 @@ class ModelConfig:
         positions: learned table, rotary, or none at all.
         rope: used when ``positions="rope"``.
         norm: ``rmsnorm`` (gain), ``layernorm`` (gain and bias) or ``none``.
-        norm_placement: ``pre``: x + f(norm(x)) with a final norm; ``post``: norm(x + f(x)) without one.
+        norm_placement: ``pre``: x + f(norm(x)) with a final norm; ``post``: norm(x + f(x)) without
+            one.
         norm_eps: added to the (mean) square before the root.
-        mlp: ``gated``: down(act(gate(x)) * up(x)); ``plain``: down(act(up(x))); ``none``: attention only.
+        mlp: ``gated``: down(act(gate(x)) * up(x)); ``plain``: down(act(up(x))); ``none``: attention
+            only.
         mlp_width: hidden features of the MLP (``None``: ``4 * width``).
         activation: ``gelu_tanh`` is GPT-2's "gelu_new".
         qkv_bias: bias on query, key and value.
@@ -107,7 +110,9 @@ class ModelConfig:
         if self.heads % self.n_kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.n_kv_heads}")
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: set head_dim")
+            raise ValueError(
+                f"width={self.width} is not a multiple of heads={self.heads}: set head_dim"
+            )
         if self.positions == "rope" and self.head_features % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_features}")
 

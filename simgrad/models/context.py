@@ -58,7 +58,9 @@ class ContextApply:
     ) -> Output:
         """Logits ``W h`` and the features h."""
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape)
+            positions = jnp.broadcast_to(
+                jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape
+            )
         if streams is None:
             streams = jnp.ones_like(tokens)
         index = self._lookup(tokens, positions, streams)
@@ -66,7 +68,9 @@ class ContextApply:
         hidden = jnp.where((index >= 0)[:, :, None], features[index], jnp.nan)
         hidden = jnp.where((streams > 0)[:, :, None], hidden, jnp.zeros((), features.dtype))
         read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
-        logits = jnp.einsum("nqd,vd->nqv", read, table, preferred_element_type=accumulator(table.dtype))
+        logits = jnp.einsum(
+            "nqd,vd->nqv", read, table, preferred_element_type=accumulator(table.dtype)
+        )
         return Output(logits, hidden)
 
     def _lookup(self, tokens: Array, positions: Array, streams: Array) -> Int[Array, "N T"]:
@@ -76,7 +80,10 @@ class ContextApply:
         for i, context in enumerate(self.contexts):
             table[i, : len(context)] = context
         # prefix[n, t, p] is the token that position t reads at sequence position p, -1 if none
-        at = positions[:, None, :, None] == jnp.arange(longest, dtype=positions.dtype)[None, None, None, :]
+        at = (
+            positions[:, None, :, None]
+            == jnp.arange(longest, dtype=positions.dtype)[None, None, None, :]
+        )
         seen = visible(positions, streams)[:, :, :, None] & at
         prefix = jnp.where(seen, tokens[:, None, :, None] + 1, 0).max(axis=2) - 1
         same = (prefix[:, :, None, :] == jnp.asarray(table, tokens.dtype)[None, None]).all(-1)
@@ -84,7 +91,9 @@ class ContextApply:
         return jnp.where(same.any(-1), same.argmax(-1), -1)
 
 
-def _theta(contexts: int, vocab_size: int, width: int, scale: float, seed: int, dtype: str) -> Theta:
+def _theta(
+    contexts: int, vocab_size: int, width: int, scale: float, seed: int, dtype: str
+) -> Theta:
     features, unembedding = jax.random.split(jax.random.key(seed))
     wide = accumulator(dtype)
 
@@ -114,4 +123,6 @@ def unconstrained_features(
     The setting of Razin et al. (arXiv 2410.08847, Sec. 4). Returns ``(apply, theta)``.
     """
     contexts = contexts_of(pairs)
-    return ContextApply(contexts), _theta(len(contexts), vocab_size, width, 1 / math.sqrt(width), seed, dtype)
+    return ContextApply(contexts), _theta(
+        len(contexts), vocab_size, width, 1 / math.sqrt(width), seed, dtype
+    )

@@ -1,8 +1,8 @@
 """Linear maps, norms, rotary positions, attention and MLP in plain jnp, as flax-nnx modules.
 
-Attention and norms are written out because the library's versions lose float64 or use fast variance.
-Every parameterised operation reports to a :class:`Tape`, which is how exact gradient inner products
-are later formed without ever forming a weight gradient.
+Attention and norms are written out because the library's versions lose float64 or use fast
+variance. Every parameterised operation reports to a :class:`Tape`, which is how exact gradient
+inner products are later formed without ever forming a weight gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from simgrad.models.output import Use
 from simgrad.tree import accumulator
 from simgrad.typing import Array, Bool, Float, Int
 
-__all__ = ["Attention", "Block", "Linear", "Mlp", "Norm", "Table", "Tape", "rope_frequencies", "rotate", "visible"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Linear",
+    "Mlp",
+    "Norm",
+    "Table",
+    "Tape",
+    "rope_frequencies",
+    "rotate",
+    "visible",
+]
 
 _ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -33,13 +44,17 @@ _ACTIVATIONS = {
 class Tape:
     """Notes what parameterised operations act on, or stands in for a forward pass that was noted.
 
-    With ``known`` outputs of linear maps, each keeps its value and is not computed again; ``taps`` have no effect
-    on any value, and the gradient with respect to one is the gradient at that operation's output. With neither,
-    nothing is changed, and inputs and outputs are kept in ``uses`` if ``record``.
+    With ``known`` outputs of linear maps, each keeps its value and is not computed again; ``taps``
+    have no effect on any value, and the gradient with respect to one is the gradient at that
+    operation's output. With neither, nothing is changed, and inputs and outputs are kept in
+    ``uses`` if ``record``.
     """
 
     def __init__(
-        self, record: bool = False, known: dict[str, Array] | None = None, taps: dict[str, Array] | None = None
+        self,
+        record: bool = False,
+        known: dict[str, Array] | None = None,
+        taps: dict[str, Array] | None = None,
     ) -> None:
         self.record, self.known, self.taps = record, known or {}, taps
         self.uses: dict[str, Use] = {}
@@ -48,7 +63,10 @@ class Tape:
         """Report that the parameters at the sites ``outputs`` read ``x``; return the outputs to go on with."""
         values = tuple(outputs.values())
         if self.taps is not None:
-            return tuple(_recalled(y, self.taps[site], self.known.get(site, y)) for site, y in outputs.items())
+            return tuple(
+                _recalled(y, self.taps[site], self.known.get(site, y))
+                for site, y in outputs.items()
+            )
         if self.record:
             kept = values if kind == "linear" else ()
             self.uses[next(iter(outputs))] = Use(kind, tuple(outputs), x, kept)  # type: ignore[arg-type]
@@ -78,7 +96,9 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> n
 class Linear(nnx.Module):
     """y = x W + b with W of shape (I, O)."""
 
-    def __init__(self, fan_in: int, out: int, bias: bool, std: float, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, fan_in: int, out: int, bias: bool, std: float, dtype: str, rngs: nnx.Rngs
+    ) -> None:
         self.kernel = _normal(rngs, (fan_in, out), std, dtype)
         if bias:
             self.bias = nnx.Param(jnp.zeros(out, dtype))
@@ -120,8 +140,9 @@ class Norm(nnx.Module):
 def rope_frequencies(rope: Rope, head_dim: int, max_length: int) -> tuple[np.ndarray, float]:
     """Angular frequencies (radians per position) and the factor on cos and sin.
 
-    linear: f / factor (position interpolation, arXiv 2306.15595). llama3: long wavelengths divided by
-    ``factor``, short ones kept, linear blend between (Llama 3.1). yarn: arXiv 2309.00071, eqs. 22-25.
+    linear: f / factor (position interpolation, arXiv 2306.15595). llama3: long wavelengths divided
+    by ``factor``, short ones kept, linear blend between (Llama 3.1). yarn: arXiv 2309.00071, eqs.
+    22-25.
 
     >>> rope_frequencies(Rope(theta=100.0), 4, 16)[0].tolist()
     [1.0, 0.1]
@@ -140,7 +161,9 @@ def rope_frequencies(rope: Rope, head_dim: int, max_length: int) -> tuple[np.nda
     return frequency, 1.0
 
 
-def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int, original: int) -> tuple[np.ndarray, float]:
+def _yarn(
+    rope: Rope, frequency: np.ndarray, head_dim: int, original: int
+) -> tuple[np.ndarray, float]:
     def dimension(turns: float) -> float:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
@@ -156,7 +179,9 @@ def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int, original: int) -> tu
     factor = rope.attention_factor
     if factor is None and rope.mscale and rope.mscale_all_dim:
         factor = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
-    return frequency * (1 - divide + divide / rope.factor), magnitude(1.0) if factor is None else factor
+    return frequency * (1 - divide + divide / rope.factor), magnitude(
+        1.0
+    ) if factor is None else factor
 
 
 def rotate(
@@ -164,8 +189,12 @@ def rotate(
 ) -> Float[Array, "N T H E"]:
     """Rotate the two halves of each head by its position's angles (Llama layout)."""
     frequency, factor = rope_frequencies(rope, x.shape[-1], max_length)
-    wide = jax.dtypes.canonicalize_dtype(jnp.float64)  # angles grow with position: best precision on offer
-    angle = positions.astype(wide)[:, :, None, None] * jnp.asarray(frequency, wide)[None, None, None, :]
+    wide = jax.dtypes.canonicalize_dtype(
+        jnp.float64
+    )  # angles grow with position: best precision on offer
+    angle = (
+        positions.astype(wide)[:, :, None, None] * jnp.asarray(frequency, wide)[None, None, None, :]
+    )
     cos, sin = ((f(angle) * factor).astype(accumulator(x.dtype)) for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -220,7 +249,9 @@ class Attention(nnx.Module):
         self.query = projection(config.heads)
         self.key = projection(config.n_kv_heads)
         self.value = projection(config.n_kv_heads)
-        self.output = Linear(config.heads * e, d, config.attention_output_bias, out_std, config.dtype, rngs)
+        self.output = Linear(
+            config.heads * e, d, config.attention_output_bias, out_std, config.dtype, rngs
+        )
 
     def __call__(
         self,
@@ -289,7 +320,9 @@ class Block(nnx.Module):
         slots: Slots | None = None,
     ) -> Float[Array, "N T D"]:
         """One layer of the residual stream."""
-        x = self._residual(x, "attention_norm", tape, lambda y: self.attention(y, positions, mask, tape, slots))
+        x = self._residual(
+            x, "attention_norm", tape, lambda y: self.attention(y, positions, mask, tape, slots)
+        )
         if hasattr(self, "mlp"):
             x = self._residual(x, "mlp_norm", tape, lambda y: self.mlp(y, tape))
         return x

@@ -45,14 +45,19 @@ class LoraApply:
 
 
 def add_lora(
-    apply: Apply, theta: Theta, targets: Sequence[str], rank: int = 8, alpha: float = 16.0, seed: int = 0
+    apply: Apply,
+    theta: Theta,
+    targets: Sequence[str],
+    rank: int = 8,
+    alpha: float = 16.0,
+    seed: int = 0,
 ) -> tuple[LoraApply, Theta]:
     """Adapters W + (α/r) A B on every linear map whose path matches ``targets``, base parameters frozen.
 
-    With inputs first, W is (I, O), A is (I, r) and B is (r, O); matrices stacked over layers get one
-    adapter a layer. A ~ N(0, 1/I) and B = 0, so the model starts unchanged and at first only B has a
-    gradient (Hu et al., arXiv 2106.09685, Sec. 4.1, where inputs come last: their A, B are Aᵀ, Bᵀ here).
-    r = 8 and α = 16 are common choices, not the paper's.
+    With inputs first, W is (I, O), A is (I, r) and B is (r, O); matrices stacked over layers get
+    one adapter a layer. A ~ N(0, 1/I) and B = 0, so the model starts unchanged and at first only B
+    has a gradient (Hu et al., arXiv 2106.09685, Sec. 4.1, where inputs come last: their A, B are
+    Aᵀ, Bᵀ here). r = 8 and α = 16 are common choices, not the paper's.
 
     With G = ∇_W log π the adapter's kernel is a projection of W's:
     (α/r)² (⟨G_w Bᵀ, G_l Bᵀ⟩ + ⟨Aᵀ G_w, Aᵀ G_l⟩).
@@ -65,7 +70,8 @@ def add_lora(
     {'layers/attention/query/kernel': (2, 8, 2)}
 
     Raises:
-        ValueError: a target matches no linear map (tables have no adapters), or the rank is not positive.
+        ValueError: a target matches no linear map (tables have no adapters), or the rank is not
+        positive.
     """
     if isinstance(targets, str) or not targets:
         raise ValueError(f"targets takes a list of one or more patterns, got {targets!r}")
@@ -81,7 +87,9 @@ def add_lora(
     for i, name in enumerate(m for m in matrices if tree.selected(m, targets)):
         *stack, fan_in, out = leaves[name].shape
         wide = tree.accumulator(leaves[name].dtype)
-        a = jax.random.normal(jax.random.fold_in(key, i), (*stack, fan_in, rank), wide) / math.sqrt(fan_in)
+        a = jax.random.normal(jax.random.fold_in(key, i), (*stack, fan_in, rank), wide) / math.sqrt(
+            fan_in
+        )
         adapters[name] = {
             "a": a.astype(leaves[name].dtype),
             "b": jnp.zeros((*stack, rank, out), leaves[name].dtype),
@@ -104,6 +112,8 @@ def merge_lora(apply: LoraApply, theta: Theta) -> Theta:
     for name, leaf in zip(tree.names(theta["base"]), leaves, strict=True):
         if name in theta["lora"]:
             a, b = theta["lora"][name]["a"], theta["lora"][name]["b"]
-            leaf = leaf + jnp.asarray(apply.scale, leaf.dtype) * jnp.matmul(a, b, precision="highest")
+            leaf = leaf + jnp.asarray(apply.scale, leaf.dtype) * jnp.matmul(
+                a, b, precision="highest"
+            )
         merged.append(leaf)
     return treedef.unflatten(merged)

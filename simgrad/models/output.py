@@ -14,15 +14,19 @@ from simgrad.typing import Array, Float, Int, Theta
 __all__ = ["Apply", "CachedApply", "Memory", "Output", "TappedApply", "Use", "Visit"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["input", "outputs"], meta_fields=["kind", "sites"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["input", "outputs"],
+    meta_fields=["kind", "sites"],
+)
 @dataclass(frozen=True)
 class Use:
     """One array that parameters acted on during a forward pass.
 
-    ``sites`` are the paths of the parameters that read it (query, key and value share one input), and
-    ``kind`` says how: ``linear`` y = x W + b, ``affine`` y = x * gain + b, ``lookup`` y = table[x],
-    ``readout`` y = table @ x; ``state`` is what a layer or the final norm received, which no parameter reads.
-    ``outputs`` are those of linear maps, which a backward pass needs again.
+    ``sites`` are the paths of the parameters that read it (query, key and value share one input),
+    and ``kind`` says how: ``linear`` y = x W + b, ``affine`` y = x * gain + b, ``lookup`` y =
+    table[x], ``readout`` y = table @ x; ``state`` is what a layer or the final norm received, which
+    no parameter reads. ``outputs`` are those of linear maps, which a backward pass needs again.
     """
 
     kind: Literal["linear", "affine", "lookup", "readout", "state"]
@@ -43,7 +47,8 @@ class Output:
     Attributes:
         logits: at the requested rows, or at every position.
         hidden: the state that multiplies the unembedding, at every position.
-        uses: what parameterised operations acted on (only of :meth:`TappedApply.record`), else empty.
+        uses: what parameterised operations acted on (only of :meth:`TappedApply.record`), else
+            empty.
     """
 
     logits: Float[Array, "N Q V"]
@@ -55,10 +60,10 @@ class Output:
 class Apply(Protocol):
     """A model as a pure, hashable function of parameters and tokens.
 
-    ``positions`` restart at each response of a packed sequence. ``streams`` are bit sets: a token sees
-    another when it stands no earlier and all its streams are also the other's, so a prompt (streams 1
-    and 2) is read by both responses and neither reads the other; 0 is padding. ``rows`` are the
-    positions that need logits. Missing arguments mean one plain sequence.
+    ``positions`` restart at each response of a packed sequence. ``streams`` are bit sets: a token
+    sees another when it stands no earlier and all its streams are also the other's, so a prompt
+    (streams 1 and 2) is read by both responses and neither reads the other; 0 is padding. ``rows``
+    are the positions that need logits. Missing arguments mean one plain sequence.
     """
 
     @property
@@ -104,8 +109,9 @@ class TappedApply(Apply, Protocol):
     ) -> dict[str, Any]:
         """Send cotangents of ``Output.hidden`` back, and collect what ``visit`` makes of the signals on the way.
 
-        Results of operations under ``layers/`` are stacked on a leading depth axis. Signals of one layer are
-        there at a time. The readout is the caller's: it reads no more than the hidden states.
+        Results of operations under ``layers/`` are stacked on a leading depth axis. Signals of one
+        layer are there at a time. The readout is the caller's: it reads no more than the hidden
+        states.
         """
         ...
 
@@ -137,7 +143,8 @@ class CachedApply(Apply, Protocol):
     ) -> tuple[Output, Any]:
         """Output at the new tokens, each of which reads all up to its own position, and the memory with them.
 
-        ``rows`` index the new tokens (None: logits at all of them). Writing at a position again replaces
-        what was there, so a right-padded prompt is read whole and its row goes on at its own length.
+        ``rows`` index the new tokens (None: logits at all of them). Writing at a position again
+        replaces what was there, so a right-padded prompt is read whole and its row goes on at its
+        own length.
         """
         ...

@@ -50,7 +50,9 @@ class Transformer(nnx.Module):
     ) -> Output:
         """Logits at ``rows`` (everywhere if None) and hidden states everywhere."""
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape)
+            positions = jnp.broadcast_to(
+                jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape
+            )
         if streams is None:
             streams = jnp.ones_like(tokens)
         return self._run(tokens, positions, visible(positions, streams), rows, Tape(record))[0]
@@ -85,7 +87,9 @@ class Transformer(nnx.Module):
         hidden = self.final_norm(x, "final_norm", tape) if hasattr(self, "final_norm") else x
         read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
         table = (self.embedding if self.config.tied else self.unembedding).table[...]
-        logits = jnp.einsum("nqd,vd->nqv", read, table, preferred_element_type=accumulator(table.dtype))
+        logits = jnp.einsum(
+            "nqd,vd->nqv", read, table, preferred_element_type=accumulator(table.dtype)
+        )
         (logits,) = tape("readout", read, {"unembedding": logits})
         return Output(logits, hidden, tape.uses), cache
 
@@ -95,15 +99,22 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.layers)
         layers = None if cache is None else jnp.arange(self.config.depth)
 
-        def step(carry: tuple[Array, Cache | None], layer: tuple) -> tuple[tuple[Array, Cache | None], dict[str, Use]]:
+        def step(
+            carry: tuple[Array, Cache | None], layer: tuple
+        ) -> tuple[tuple[Array, Cache | None], dict[str, Use]]:
             (x, kept), (state, number) = carry, layer
-            block_tape, slots = Tape(tape.record), None if kept is None else Slots(kept, number, positions)
+            block_tape, slots = (
+                Tape(tape.record),
+                None if kept is None else Slots(kept, number, positions),
+            )
             if tape.record:
                 block_tape.uses["state"] = Use("state", (), x)
             x = nnx.merge(graph, state)(x, positions, mask, block_tape, slots)
             return (x, None if slots is None else slots.cache), block_tape.uses
 
-        (x, cache), uses = jax.lax.scan(step, (x, cache), (stacked, layers), length=self.config.depth)
+        (x, cache), uses = jax.lax.scan(
+            step, (x, cache), (stacked, layers), length=self.config.depth
+        )
         for site, use in uses.items():
             sites = tuple(f"layers/{s}" for s in use.sites)
             tape.uses[f"layers/{site}"] = Use(use.kind, sites, use.input, use.outputs)
@@ -119,8 +130,8 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
 class TransformerApply:
     """The transformer of a configuration as a pure function: ``apply(theta, tokens, ...)``.
 
-    See :class:`simgrad.models.Apply` for the arguments. ``theta`` is a nested dictionary whose leaves
-    under ``layers/`` carry a leading axis of length ``depth``.
+    See :class:`simgrad.models.Apply` for the arguments. ``theta`` is a nested dictionary whose
+    leaves under ``layers/`` carry a leading axis of length ``depth``.
 
     >>> import jax.numpy as jnp
     >>> from simgrad.models import ModelConfig, create
@@ -196,7 +207,9 @@ class TransformerApply:
         visit: Visit,
     ) -> dict[str, Any]:
         """Signals at every parameterised operation, layer by layer; see :class:`simgrad.models.TappedApply`."""
-        return backward(nnx.merge(_graph(self.config), theta), positions, streams, uses, cotangents, visit)
+        return backward(
+            nnx.merge(_graph(self.config), theta), positions, streams, uses, cotangents, visit
+        )
 
 
 def init_transformer(config: ModelConfig, seed: int = 0) -> Theta:

@@ -1,6 +1,7 @@
 """Preference objectives as plain functions of log-probs, and the two numbers theory sees of them.
 
-Every pairwise objective L(log π_w, log π_l; references, lengths) reaches the parameters only through
+Every pairwise objective L(log π_w, log π_l; references, lengths) reaches the parameters only
+through
 
     -∇L = d_w ∇log π_w - d_l ∇log π_l,    d_w = -∂L/∂log π_w,    d_l = ∂L/∂log π_l
 
@@ -33,7 +34,17 @@ from simgrad.objectives.composed import CDPO, DPOSFT, FDPO, AlphaPO, GateDPO, Ro
 from simgrad.objectives.coupled import AOT, BCO, AOTUnpaired, KTOPair
 from simgrad.objectives.margin import DPO, EXO, IPO, RDPO, DiscoPOP, Hinge
 from simgrad.objectives.reference_free import CPO, ORPO, RRHF, SFT, OddsRatio, SimPO, SLiC
-from simgrad.objectives.separate import DPOP, KTO, APODown, APOZero, BCOPair, CalDPO, DPOShift, NCAPair, SPPOHard
+from simgrad.objectives.separate import (
+    DPOP,
+    KTO,
+    APODown,
+    APOZero,
+    BCOPair,
+    CalDPO,
+    DPOShift,
+    NCAPair,
+    SPPOHard,
+)
 from simgrad.objectives.trl import TRL_LOSS_TYPES, from_trl
 from simgrad.objectives.wrappers import (
     FDivergence,

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 
 from simgrad.typing import Array, Float, Int
 
-__all__ = ["REGISTRY", "Coefficients", "Combined", "Composed", "Objective", "Terms", "number", "require"]
+__all__ = [
+    "REGISTRY",
+    "Coefficients",
+    "Combined",
+    "Composed",
+    "Objective",
+    "Terms",
+    "number",
+    "require",
+]
 
 REGISTRY: dict[str, type[Objective]] = {}
 """Every objective that has a name."""
@@ -71,8 +80,9 @@ class Terms:
 class Objective:
     """Base of all pairwise objectives. Subclasses define :meth:`per_pair`; those with a ``name`` can be got by it.
 
-    Objectives add up: ``DPO() + 0.5 * SFT()``. The texts ``formula``, ``ratio`` and ``pushes_chosen_down`` are
-    written in the notation of :data:`simgrad.objectives.NOTATION` and proven by evaluating them.
+    Objectives add up: ``DPO() + 0.5 * SFT()``. The texts ``formula``, ``ratio`` and
+    ``pushes_chosen_down`` are written in the notation of :data:`simgrad.objectives.NOTATION` and
+    proven by evaluating them.
     """
 
     name: ClassVar[str] = ""
@@ -100,7 +110,9 @@ class Objective:
 
     def per_pair(self, x: Terms) -> Float[Array, "*pairs"]:
         """Loss of each pair: what a subclass defines."""
-        raise TypeError(f"{type(self).__name__} has no loss: get an objective by name, objectives.get('dpo')")
+        raise TypeError(
+            f"{type(self).__name__} has no loss: get an objective by name, objectives.get('dpo')"
+        )
 
     def loss(
         self,
@@ -113,7 +125,16 @@ class Objective:
     ) -> Float[Array, "*pairs"]:
         """Loss of each pair. Log-probs are sums over response tokens in nats; lengths count tokens."""
         n, m = len_chosen.astype(logp_chosen.dtype), len_rejected.astype(logp_chosen.dtype)
-        terms = Terms(logp_chosen, logp_rejected, ref_chosen, ref_rejected, n, m, logp_chosen / n, logp_rejected / m)
+        terms = Terms(
+            logp_chosen,
+            logp_rejected,
+            ref_chosen,
+            ref_rejected,
+            n,
+            m,
+            logp_chosen / n,
+            logp_rejected / m,
+        )
         return self.per_pair(terms)
 
     def coefficients(
@@ -127,20 +148,28 @@ class Objective:
     ) -> Coefficients:
         """d_w = -∂ΣL/∂log π_w and d_l = ∂ΣL/∂log π_l of each pair, by automatic differentiation.
 
-        ΣL is the sum over all pairs given, so that objectives which couple pairs are differentiated whole.
+        ΣL is the sum over all pairs given, so that objectives which couple pairs are differentiated
+        whole.
         """
 
         def total(chosen: Array, rejected: Array) -> Array:
-            return self.loss(chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_rejected).sum()
+            return self.loss(
+                chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_rejected
+            ).sum()
 
         to_chosen, to_rejected = jax.grad(total, argnums=(0, 1))(logp_chosen, logp_rejected)
         return Coefficients(-to_chosen, to_rejected)
 
     def signed_coefficients(
-        self, logp: Float[Array, "*pairs 2"], reference: Float[Array, "*pairs 2"], lengths: Int[Array, "*pairs 2"]
+        self,
+        logp: Float[Array, "*pairs 2"],
+        reference: Float[Array, "*pairs 2"],
+        lengths: Int[Array, "*pairs 2"],
     ) -> Float[Array, "*pairs 2"]:
         """(d_w, -d_l) = -∂ΣL/∂log π of each pair: the force on each log-prob; last axis (chosen, rejected)."""
-        d = self.coefficients(*(x[..., side] for x in (logp, reference, lengths) for side in (0, 1)))
+        d = self.coefficients(
+            *(x[..., side] for x in (logp, reference, lengths) for side in (0, 1))
+        )
         return jnp.stack([d.chosen, -d.rejected], axis=-1)
 
     def __mul__(self, weight: float | int) -> Combined:
@@ -172,7 +201,9 @@ class Combined(Objective):
         object.__setattr__(self, "objectives", tuple(self.objectives))
         object.__setattr__(self, "weights", tuple(number(w, "a weight") for w in self.weights))
         if len(self.objectives) != len(self.weights) or not self.objectives:
-            raise ValueError(f"a weight for each objective, got {len(self.objectives)} and {len(self.weights)}")
+            raise ValueError(
+                f"a weight for each objective, got {len(self.objectives)} and {len(self.weights)}"
+            )
         if not all(map(math.isfinite, self.weights)):
             raise ValueError(f"weights must be finite, got {self.weights}")
 
@@ -183,14 +214,17 @@ class Combined(Objective):
     def __mul__(self, weight: float | int) -> Combined:
         if isinstance(weight, Objective):
             return NotImplemented
-        return Combined(self.objectives, tuple(number(weight, "a weight") * w for w in self.weights))
+        return Combined(
+            self.objectives, tuple(number(weight, "a weight") * w for w in self.weights)
+        )
 
     __rmul__ = __mul__
 
     def per_pair(self, x: Terms) -> Float[Array, "*pairs"]:
         """Σ_k weight_k L_k."""
         return sum(
-            (w * o.per_pair(x) for w, o in zip(self.weights, self.objectives, strict=True)), jnp.zeros_like(x.chosen)
+            (w * o.per_pair(x) for w, o in zip(self.weights, self.objectives, strict=True)),
+            jnp.zeros_like(x.chosen),
         )
 
 

@@ -132,13 +132,17 @@ def get(name: str, **hyperparameters: Any) -> Objective:
         raise ValueError(_unknown(name))
     fields = [field.name for field in dataclasses.fields(REGISTRY[name])]
     if unknown := sorted(set(hyperparameters) - set(fields)):
-        raise ValueError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes: {', '.join(fields)}")
+        raise ValueError(
+            f"{name} has no hyperparameter {', '.join(unknown)}; it takes: {', '.join(fields)}"
+        )
     return REGISTRY[name](**hyperparameters)
 
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, REGISTRY, 1)
-    near = [f"trl:{trainer}/{name}" for trainer, kinds in TRL_LOSS_TYPES.items() if name in kinds] or near
+    near = [
+        f"trl:{trainer}/{name}" for trainer, kinds in TRL_LOSS_TYPES.items() if name in kinds
+    ] or near
     hint = f" did you mean {near[0].replace('dpo/', '')!r}?" if near else ""
     return f"unknown objective {name!r};{hint} there are: {', '.join(names())}; TRL's loss types as trl:sigmoid, ..."
 
@@ -152,7 +156,10 @@ def uses_reference(objective: Objective) -> bool:
     """
     with jax.ensure_compile_time_eval():
         w, l, ref_w, ref_l, *lengths = _example()  # noqa: E741
-        before, after = objective.loss(w, l, ref_w, ref_l, *lengths), objective.loss(w, l, ref_l, ref_w, *lengths)
+        before, after = (
+            objective.loss(w, l, ref_w, ref_l, *lengths),
+            objective.loss(w, l, ref_l, ref_w, *lengths),
+        )
         return bool((before != after).any())
 
 
@@ -165,8 +172,14 @@ def batch_coupled(objective: Objective) -> bool:
     """
     with jax.ensure_compile_time_eval():
         example = _example()
-        whole, half = objective.coefficients(*example), objective.coefficients(*(x[:4] for x in example))
-        moved = [jnp.abs(a[:4] - b).max() for a, b in ((whole.chosen, half.chosen), (whole.rejected, half.rejected))]
+        whole, half = (
+            objective.coefficients(*example),
+            objective.coefficients(*(x[:4] for x in example)),
+        )
+        moved = [
+            jnp.abs(a[:4] - b).max()
+            for a, b in ((whole.chosen, half.chosen), (whole.rejected, half.rejected))
+        ]
         return bool(max(moved) > 0)
 
 

@@ -25,8 +25,8 @@ __all__ = ["CDPO", "DPOSFT", "FDPO", "AlphaPO", "GateDPO", "RobustDPO", "Sigmoid
 class CDPO(Composed):
     """Conservative DPO: DPO with smoothed labels.
 
-    d_w = d_l = β (σ(-β m) - ε): negative once the margin is past that of the labels. Defaults: β = 0.1 as for
-    DPO, ε = 0.1 is our choice.
+    d_w = d_l = β (σ(-β m) - ε): negative once the margin is past that of the labels. Defaults: β =
+    0.1 as for DPO, ε = 0.1 is our choice.
     """
 
     name: ClassVar[str] = "cdpo"
@@ -45,8 +45,8 @@ class CDPO(Composed):
 class RobustDPO(Composed):
     """Provably robust DPO: unbiased for the clean loss when labels are flipped with probability ε.
 
-    d_w = d_l = β ((1-ε) σ(-β m) + ε σ(β m))/(1-2ε). Defaults: β = 0.1 as for DPO; ε = 0.1 is what TRL's
-    documentation reports as the paper's recommendation.
+    d_w = d_l = β ((1-ε) σ(-β m) + ε σ(β m))/(1-2ε). Defaults: β = 0.1 as for DPO; ε = 0.1 is what
+    TRL's documentation reports as the paper's recommendation.
     """
 
     name: ClassVar[str] = "robust_dpo"
@@ -81,8 +81,8 @@ class SigmoidNorm(Composed):
 class DPOSFT(Composed):
     """DPO plus λ times SFT on the chosen response, known as RPO.
 
-    d_w = β σ(-β m) + λ/|y_w|, d_l = β σ(-β m). With ``normalization="sum"`` the SFT term is the summed
-    log-prob and loses its 1/|y_w|. Defaults: β = 0.1 as for DPO, λ = 1 is our choice.
+    d_w = β σ(-β m) + λ/|y_w|, d_l = β σ(-β m). With ``normalization="sum"`` the SFT term is the
+    summed log-prob and loses its 1/|y_w|. Defaults: β = 0.1 as for DPO, λ = 1 is our choice.
     """
 
     name: ClassVar[str] = "dpo_sft"
@@ -103,8 +103,9 @@ class DPOSFT(Composed):
 class FDPO(Composed):
     """DPO with another divergence than the reverse KL; see :class:`FDivergence` for the choices.
 
-    d_w = β s u_w f''(u_w), d_l = β s u_l f''(u_l), u = π/ref. The formula and ratio shown are those of the
-    default, the Jensen-Shannon divergence (our choice); β = 0.1 as for DPO, α = 0.5 as in TRL.
+    d_w = β s u_w f''(u_w), d_l = β s u_l f''(u_l), u = π/ref. The formula and ratio shown are those
+    of the default, the Jensen-Shannon divergence (our choice); β = 0.1 as for DPO, α = 0.5 as in
+    TRL.
     """
 
     name: ClassVar[str] = "f_dpo"
@@ -123,8 +124,8 @@ class FDPO(Composed):
 class AlphaPO(Composed):
     """SimPO with reward (1 - p^(-α))/α in place of log p, p = exp μ.
 
-    d_w = β s exp(-α μ_w)/|y_w| and d_l likewise: α > 0 pulls harder on improbable responses; α → 0 is SimPO.
-    Exponents are cut at 80. Defaults: β, γ as for SimPO; α = 0.25 is our choice.
+    d_w = β s exp(-α μ_w)/|y_w| and d_l likewise: α > 0 pulls harder on improbable responses; α → 0
+    is SimPO. Exponents are cut at 80. Defaults: β, γ as for SimPO; α = 0.25 is our choice.
     """
 
     name: ClassVar[str] = "alphapo"
@@ -138,7 +139,9 @@ class AlphaPO(Composed):
     def build(self) -> Objective:
         """The reward is f' of the alpha-divergence without reference, on mean log-probs."""
         require(self, "finite", "alpha")
-        return ReferenceFree(LengthNormalized(FDivergence(SimPO(self.beta, self.gamma), "alpha", 1 - self.alpha)))
+        return ReferenceFree(
+            LengthNormalized(FDivergence(SimPO(self.beta, self.gamma), "alpha", 1 - self.alpha))
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Objectives that couple the pairs of a batch: the d_w, d_l of a pair depend on the other pairs.
 
-In formulas a star marks what is taken from the batch. They reduce over all pairs they are given, so they need
-the whole batch at once and no ``vmap`` over pairs.
+In formulas a star marks what is taken from the batch. They reduce over all pairs they are given, so
+they need the whole batch at once and no ``vmap`` over pairs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from simgrad.typing import Array, Float
 __all__ = ["AOT", "BCO", "AOTUnpaired", "KTOPair"]
 
 
-def of_same_rank(values: Float[Array, "*pairs"], others: Float[Array, "*pairs"]) -> Float[Array, "*pairs"]:
+def of_same_rank(
+    values: Float[Array, "*pairs"], others: Float[Array, "*pairs"]
+) -> Float[Array, "*pairs"]:
     """For each value the one of the others that has the same rank.
 
     >>> of_same_rank(jnp.array([3.0, 1.0, 2.0]), jnp.array([10.0, 30.0, 20.0])).tolist()
@@ -55,8 +57,8 @@ class AOT(Objective):
 class AOTUnpaired(Objective):
     """Alignment via optimal transport, unpaired: DPO after sorting Δ_w and Δ_l of the batch apart.
 
-    A chosen response meets the rejected one of its rank, Δ_l*, a rejected one the chosen of its rank, Δ_w*:
-    d_w = β σ(β (Δ_l* - Δ_w)), d_l = β σ(β (Δ_l - Δ_w*)). Default β is TRL's.
+    A chosen response meets the rejected one of its rank, Δ_l*, a rejected one the chosen of its
+    rank, Δ_w*: d_w = β σ(β (Δ_l* - Δ_w)), d_l = β σ(β (Δ_l - Δ_w*)). Default β is TRL's.
     """
 
     name: ClassVar[str] = "aot_unpaired"
@@ -70,15 +72,18 @@ class AOTUnpaired(Objective):
         require(self)
 
     def per_pair(self, x: Terms):  # noqa: D102
-        return -jax.nn.log_sigmoid(self.beta * (x.delta_chosen - of_same_rank(x.delta_chosen, x.delta_rejected)))
+        return -jax.nn.log_sigmoid(
+            self.beta * (x.delta_chosen - of_same_rank(x.delta_chosen, x.delta_rejected))
+        )
 
 
 @dataclass(frozen=True)
 class KTOPair(Objective):
     """KTO on pairs as TRL once had it: each side's reference point is the other side's mean log-ratio, at least 0.
 
-    z_w* = max(0, mean Δ_w) of the batch serves the rejected responses and z_l* the chosen ones, both constants
-    of the gradient. d_w = β σ'(β(Δ_w - z_l*)), d_l = β σ'(β(z_w* - Δ_l)). Default β is TRL's.
+    z_w* = max(0, mean Δ_w) of the batch serves the rejected responses and z_l* the chosen ones,
+    both constants of the gradient. d_w = β σ'(β(Δ_w - z_l*)), d_l = β σ'(β(z_w* - Δ_l)). Default β
+    is TRL's.
     """
 
     name: ClassVar[str] = "kto_pair"
@@ -93,7 +98,8 @@ class KTOPair(Objective):
 
     def per_pair(self, x: Terms):  # noqa: D102
         point_w, point_l = (
-            jax.lax.stop_gradient(jax.nn.relu(delta.mean())) for delta in (x.delta_chosen, x.delta_rejected)
+            jax.lax.stop_gradient(jax.nn.relu(delta.mean()))
+            for delta in (x.delta_chosen, x.delta_rejected)
         )
         rises = jax.nn.sigmoid(-self.beta * (x.delta_chosen - point_l))
         return rises + jax.nn.sigmoid(-self.beta * (point_w - x.delta_rejected))
@@ -103,8 +109,9 @@ class KTOPair(Objective):
 class BCO(Objective):
     """Binary classifier optimisation with reward shift δ*, a constant of the gradient.
 
-    d_w = β σ(δ* - β Δ_w), d_l = β σ(β Δ_l - δ*). Without a given ``delta``, δ* is the mean reward β Δ of all the
-    batch's responses (the paper keeps a running mean over batches). Default β = 0.1 as for ``bco_pair``.
+    d_w = β σ(δ* - β Δ_w), d_l = β σ(β Δ_l - δ*). Without a given ``delta``, δ* is the mean reward β
+    Δ of all the batch's responses (the paper keeps a running mean over batches). Default β = 0.1 as
+    for ``bco_pair``.
     """
 
     name: ClassVar[str] = "bco"

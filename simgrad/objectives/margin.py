@@ -39,8 +39,9 @@ class DPO(Objective):
 class IPO(Objective):
     """Identity preference optimisation: the margin is regressed on its target 1/(2β), β being the paper's τ.
 
-    d_w = d_l = 2 (1/(2β) - m): negative once the margin exceeds its target. The textbook form, on summed
-    log-probs; TRL divides each log-ratio by its response's length (``trl:ipo``). Default β = 0.1 is TRL's.
+    d_w = d_l = 2 (1/(2β) - m): negative once the margin exceeds its target. The textbook form, on
+    summed log-probs; TRL divides each log-ratio by its response's length (``trl:ipo``). Default β =
+    0.1 is TRL's.
     """
 
     name: ClassVar[str] = "ipo"
@@ -99,16 +100,18 @@ class RDPO(Objective):
         require(self, "finite", "alpha")
 
     def per_pair(self, x: Terms):  # noqa: D102
-        return -jax.nn.log_sigmoid(self.beta * x.margin + self.alpha * (x.len_chosen - x.len_rejected))
+        return -jax.nn.log_sigmoid(
+            self.beta * x.margin + self.alpha * (x.len_chosen - x.len_rejected)
+        )
 
 
 @dataclass(frozen=True)
 class EXO(Objective):
     """EXO on pairs: KL(q ‖ p) from q = (σ(βm), σ(-βm)) to smoothed labels p = (1-ε, ε).
 
-    d_w = d_l = β σ'(β m) (log((1-ε)/ε) - β m): negative once the margin is past that of the labels, and
-    vanishing for very negative margins too. Defaults: TRL's β = 0.1; ε = 0.001 is what TRL's documentation
-    reports as the paper's.
+    d_w = d_l = β σ'(β m) (log((1-ε)/ε) - β m): negative once the margin is past that of the labels,
+    and vanishing for very negative margins too. Defaults: TRL's β = 0.1; ε = 0.001 is what TRL's
+    documentation reports as the paper's.
     """
 
     name: ClassVar[str] = "exo_pair"
@@ -136,9 +139,10 @@ class EXO(Objective):
 class DiscoPOP(Objective):
     """The discovered log-ratio modulated loss: logistic for z < 0, exponential for z > 0, z = β m.
 
-    d_w = d_l = β ((1-s) σ(-z) + s e⁻ᶻ - σ'(z/τ)/τ (e⁻ᶻ + logσ(z))), s = σ(z/τ). The loss has a valley and a
-    hill: with the default τ it pushes the chosen down around z = 0, where training starts. The exponent
-    logσ(z/τ) - z is held at 80. Defaults: β = 0.1 is TRL's, τ = 0.05 the paper's.
+    d_w = d_l = β ((1-s) σ(-z) + s e⁻ᶻ - σ'(z/τ)/τ (e⁻ᶻ + logσ(z))), s = σ(z/τ). The loss has a
+    valley and a
+    hill: with the default τ it pushes the chosen down around z = 0, where training starts. The
+    exponent logσ(z/τ) - z is held at 80. Defaults: β = 0.1 is TRL's, τ = 0.05 the paper's.
     """
 
     name: ClassVar[str] = "discopop"

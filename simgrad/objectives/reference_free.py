@@ -18,8 +18,8 @@ __all__ = ["CPO", "ORPO", "RRHF", "SFT", "OddsRatio", "SLiC", "SimPO"]
 class SimPO(Objective):
     """Simple preference optimisation: the logistic loss of the difference in mean log-prob, less a margin γ.
 
-    d_w = β σ(γ - β(μ_w - μ_l)) / |y_w| and d_l the same over |y_l|. Defaults β = 2, γ = 1 lie in the
-    ranges of the paper (its Table 7: β 2.0-2.5, γ/β 0.5).
+    d_w = β σ(γ - β(μ_w - μ_l)) / |y_w| and d_l the same over |y_l|. Defaults β = 2, γ = 1 lie in
+    the ranges of the paper (its Table 7: β 2.0-2.5, γ/β 0.5).
     """
 
     name: ClassVar[str] = "simpo"
@@ -42,9 +42,9 @@ class SimPO(Objective):
 class SFT(Objective):
     """Supervised fine-tuning on the chosen response, to be added to others: ``DPO() + 0.5 * SFT()``.
 
-    d_l = 0, and d_w = 1, 1/|y_w| or n/Σ|y_w| for normalization "sum" (the formula below), "length" or
-    "batch". The last is the mean over all chosen tokens of the batch, which TRL takes. Default: the plain
-    negative log-likelihood.
+    d_l = 0, and d_w = 1, 1/|y_w| or n/Σ|y_w| for normalization "sum" (the formula below), "length"
+    or "batch". The last is the mean over all chosen tokens of the batch, which TRL takes. Default:
+    the plain negative log-likelihood.
     """
 
     name: ClassVar[str] = "sft"
@@ -56,7 +56,10 @@ class SFT(Objective):
     def __post_init__(self) -> None:
         """Refuse an unknown normalization."""
         if self.normalization not in ("sum", "length", "batch"):
-            raise ValueError(f"{self.name}: normalization must be sum, length or batch, got {self.normalization!r}")
+            raise ValueError(
+                f"{self.name}: normalization must be sum, length or batch, got "
+                f"{self.normalization!r}"
+            )
 
     def per_pair(self, x: Terms):  # noqa: D102
         if self.normalization == "sum":
@@ -68,7 +71,8 @@ class SFT(Objective):
 class RRHF(Objective):
     """Rank responses to align: a hinge on mean log-probs plus λ times SFT on the chosen.
 
-    d_w = I(μ_l > μ_w)/|y_w| + λ, d_l = I(μ_l > μ_w)/|y_l|. Default λ = 1: the paper adds the two unweighted.
+    d_w = I(μ_l > μ_w)/|y_w| + λ, d_l = I(μ_l > μ_w)/|y_l|. Default λ = 1: the paper adds the two
+    unweighted.
     """
 
     name: ClassVar[str] = "rrhf"
@@ -89,7 +93,8 @@ class RRHF(Objective):
 class SLiC(Objective):
     """Sequence likelihood calibration: a hinge on log-probs plus λ times SFT on the chosen.
 
-    d_w = I + λ, d_l = I, where I = 1 while log π_w - log π_l < δ. Defaults δ = 1, λ = 1 are our choice.
+    d_w = I + λ, d_l = I, where I = 1 while log π_w - log π_l < δ. Defaults δ = 1, λ = 1 are our
+    choice.
     """
 
     name: ClassVar[str] = "slic_hf"
@@ -111,8 +116,8 @@ class SLiC(Objective):
 class CPO(Objective):
     """Contrastive preference optimisation: DPO without reference plus λ times SFT on the chosen.
 
-    d_w = β s + λ, d_l = β s with s = σ(-β(log π_w - log π_l)). Defaults: β = 0.1, λ = 1 as in TRL, whose
-    SFT term is however a mean over tokens (``trl:cpo/sigmoid``).
+    d_w = β s + λ, d_l = β s with s = σ(-β(log π_w - log π_l)). Defaults: β = 0.1, λ = 1 as in TRL,
+    whose SFT term is however a mean over tokens (``trl:cpo/sigmoid``).
     """
 
     name: ClassVar[str] = "cpo"
@@ -154,8 +159,9 @@ class OddsRatio(Objective):
 class ORPO(Composed):
     """Odds-ratio preference optimisation: mean NLL of the chosen plus λ times the logistic loss of log-odds.
 
-    d_w = (1 + λ s/(1-p_w))/|y_w|, d_l = λ s/((1-p_l)|y_l|), s = σ(o_l - o_w), o = log p/(1-p). 1 - p is held
-    at the dtype's resolution, which bounds d_l as p_l → 1. Default λ = 0.1 is TRL's (its ``beta``).
+    d_w = (1 + λ s/(1-p_w))/|y_w|, d_l = λ s/((1-p_l)|y_l|), s = σ(o_l - o_w), o = log p/(1-p). 1 -
+    p is held at the dtype's resolution, which bounds d_l as p_l → 1. Default λ = 0.1 is TRL's (its
+    ``beta``).
     """
 
     name: ClassVar[str] = "orpo"

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 
 from simgrad.objectives.base import Objective, Terms, require
 
-__all__ = ["DPOP", "KTO", "APODown", "APOZero", "BCOPair", "CalDPO", "DPOShift", "NCAPair", "SPPOHard"]
+__all__ = [
+    "DPOP",
+    "KTO",
+    "APODown",
+    "APOZero",
+    "BCOPair",
+    "CalDPO",
+    "DPOShift",
+    "NCAPair",
+    "SPPOHard",
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,9 @@ class DPOP(Objective):
         require(self, "non-negative", "penalty")
 
     def per_pair(self, x: Terms):  # noqa: D102
-        return -jax.nn.log_sigmoid(self.beta * (x.margin - self.penalty * jax.nn.relu(-x.delta_chosen)))
+        return -jax.nn.log_sigmoid(
+            self.beta * (x.margin - self.penalty * jax.nn.relu(-x.delta_chosen))
+        )
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,17 @@ class DPOShift(Objective):
         require(self)
 
     def per_pair(self, x: Terms):  # noqa: D102
-        return -jax.nn.log_sigmoid(self.beta * (x.delta_chosen - self.rejected_weight * x.delta_rejected))
+        return -jax.nn.log_sigmoid(
+            self.beta * (x.delta_chosen - self.rejected_weight * x.delta_rejected)
+        )
 
 
 @dataclass(frozen=True)
 class CalDPO(Objective):
     """Cal-DPO: DPO without β plus squares that tie each log-ratio to a target, Δ_w to 1/(2β) and Δ_l to -1/(2β).
 
-    d_w = σ(-m) + 1/(2β) - Δ_w and d_l = σ(-m) + 1/(2β) + Δ_l: d_w is negative once the chosen response is
-    past its target. Default β = 0.1 and the factor ½ of the squares are our choice.
+    d_w = σ(-m) + 1/(2β) - Δ_w and d_l = σ(-m) + 1/(2β) + Δ_l: d_w is negative once the chosen
+    response is past its target. Default β = 0.1 and the factor ½ of the squares are our choice.
     """
 
     name: ClassVar[str] = "cal_dpo"
@@ -88,9 +102,10 @@ class CalDPO(Objective):
 class KTO(Objective):
     """Kahneman-Tversky optimisation of a chosen and a rejected response, around a reference point z_0.
 
-    d_w = λ_D β σ'(β(Δ_w - z_0)), d_l = λ_U β σ'(β(z_0 - Δ_l)): both vanish far from z_0 on either side. z_0
-    (``kl``) is the KL divergence from the reference, a constant of the gradient; 0 is its value where
-    training starts, and ``kto_pair`` estimates it from the batch. Defaults: β and both weights are TRL's.
+    d_w = λ_D β σ'(β(Δ_w - z_0)), d_l = λ_U β σ'(β(z_0 - Δ_l)): both vanish far from z_0 on either
+    side. z_0 (``kl``) is the KL divergence from the reference, a constant of the gradient; 0 is its
+    value where training starts, and ``kto_pair`` estimates it from the batch. Defaults: β and both
+    weights are TRL's.
     """
 
     name: ClassVar[str] = "kto"
@@ -118,7 +133,8 @@ class KTO(Objective):
 class SPPOHard(Objective):
     """Self-play preference optimisation with hard labels: each log-ratio is regressed on ±1/(2β).
 
-    d_w = 2 (1/(2β) - Δ_w), d_l = 2 (Δ_l + 1/(2β)): either changes its sign at its target. Default β is TRL's.
+    d_w = 2 (1/(2β) - Δ_w), d_l = 2 (Δ_l + 1/(2β)): either changes its sign at its target. Default β
+    is TRL's.
     """
 
     name: ClassVar[str] = "sppo_hard"
@@ -155,14 +171,17 @@ class BCOPair(Objective):
         require(self)
 
     def per_pair(self, x: Terms):  # noqa: D102
-        return -jax.nn.log_sigmoid(self.beta * x.delta_chosen) - jax.nn.log_sigmoid(-self.beta * x.delta_rejected)
+        return -jax.nn.log_sigmoid(self.beta * x.delta_chosen) - jax.nn.log_sigmoid(
+            -self.beta * x.delta_rejected
+        )
 
 
 @dataclass(frozen=True)
 class NCAPair(Objective):
     """Noise contrastive alignment of pairs.
 
-    d_w = β (1 - 3/2 σ(β Δ_w)): negative once the chosen is likely enough. d_l = ½ β σ(β Δ_l). Default β is TRL's.
+    d_w = β (1 - 3/2 σ(β Δ_w)): negative once the chosen is likely enough. d_l = ½ β σ(β Δ_l).
+    Default β is TRL's.
     """
 
     name: ClassVar[str] = "nca_pair"
@@ -186,7 +205,8 @@ class NCAPair(Objective):
 class APOZero(Objective):
     """Anchored preference optimisation, "zero": chosen up and rejected down, each by itself.
 
-    d_w = β σ'(β Δ_w), d_l = β σ'(β Δ_l). It is KTO with z_0 = 0 and equal weights. Default β is TRL's.
+    d_w = β σ'(β Δ_w), d_l = β σ'(β Δ_l). It is KTO with z_0 = 0 and equal weights. Default β is
+    TRL's.
     """
 
     name: ClassVar[str] = "apo_zero"
@@ -207,7 +227,8 @@ class APOZero(Objective):
 class APODown(Objective):
     """Anchored preference optimisation, "down": both responses down, the rejected one more.
 
-    d_w = β (σ'(β m) - σ'(β Δ_w)), d_l = β σ'(β m): the chosen is pushed down by design. Default β is TRL's.
+    d_w = β (σ'(β m) - σ'(β Δ_w)), d_l = β σ'(β m): the chosen is pushed down by design. Default β
+    is TRL's.
     """
 
     name: ClassVar[str] = "apo_down"

@@ -10,7 +10,14 @@ from simgrad.objectives.coupled import AOT, AOTUnpaired
 from simgrad.objectives.margin import DPO, EXO, IPO, DiscoPOP, Hinge
 from simgrad.objectives.reference_free import SFT, OddsRatio, SimPO
 from simgrad.objectives.separate import KTO, APODown, APOZero, BCOPair, NCAPair, SPPOHard
-from simgrad.objectives.wrappers import FDivergence, LabelSmoothed, LengthNormalized, ReferenceFree, Robust, Swapped
+from simgrad.objectives.wrappers import (
+    FDivergence,
+    LabelSmoothed,
+    LengthNormalized,
+    ReferenceFree,
+    Robust,
+    Swapped,
+)
 
 __all__ = ["TRL_LOSS_TYPES", "from_trl"]
 
@@ -25,7 +32,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "use_weighting": False,
         "ld_alpha": None,
     },
-    "cpo": {"beta": 0.1, "label_smoothing": 0.0, "cpo_alpha": 1.0, "simpo_gamma": 0.5, "alpha": 0.0},
+    "cpo": {
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "cpo_alpha": 1.0,
+        "simpo_gamma": 0.5,
+        "alpha": 0.0,
+    },
     "orpo": {"beta": 0.1},
     "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "kl": 0.0},
 }
@@ -63,16 +76,20 @@ def from_trl(
     >>> from_trl("ipo")
     LengthNormalized(objective=IPO(beta=0.1))
 
-    ``trainer`` is dpo, cpo, orpo or kto. Keywords are the fields of DPOConfig, CPOConfig, ORPOConfig and KTOConfig
-    that define the loss, with their defaults. An option that TRL ignores for a loss type, as ``label_smoothing``
-    for most, is ignored here too. Where a trainer's loss is more than a function of the response's log-probs:
+    ``trainer`` is dpo, cpo, orpo or kto. Keywords are the fields of DPOConfig, CPOConfig,
+    ORPOConfig and KTOConfig that define the loss, with their defaults. An option that TRL ignores
+    for a loss type, as ``label_smoothing`` for most, is ignored here too. Where a trainer's loss is
+    more than a function of the response's log-probs:
 
-    * ``kto``: a batch of n pairs is 2n examples to TRL, so the mean over pairs is halved; its estimate of the
-      KL divergence, made on mismatched responses, is to be given as ``kl`` (not a field of TRL's).
-    * ``orpo``: TRL's NLL also covers the prompt, which is left out here; equal for prompts of one token.
+    * ``kto``: a batch of n pairs is 2n examples to TRL, so the mean over pairs is halved; its
+      estimate of the KL divergence, made on mismatched responses, is to be given as ``kl`` (not a
+      field of TRL's).
+    * ``orpo``: TRL's NLL also covers the prompt, which is left out here; equal for prompts of one
+      token.
 
     Raises:
-        ValueError: unknown trainer, loss type or option; an option that needs more than sequence log-probs.
+        ValueError: unknown trainer, loss type or option; an option that needs more than sequence
+        log-probs.
     """
     if trainer not in TRL_LOSS_TYPES:
         raise ValueError(f"unknown TRL trainer {trainer!r}; there are: {', '.join(TRL_LOSS_TYPES)}")
@@ -80,15 +97,21 @@ def from_trl(
     for name in loss_types:
         if name not in TRL_LOSS_TYPES[trainer]:
             known = ", ".join(TRL_LOSS_TYPES[trainer])
-            elsewhere = [f"trl:{other}/{name}" for other, kinds in TRL_LOSS_TYPES.items() if name in kinds]
+            elsewhere = [
+                f"trl:{other}/{name}" for other, kinds in TRL_LOSS_TYPES.items() if name in kinds
+            ]
             hint = f" did you mean {elsewhere[0]!r}?" if elsewhere else ""
-            raise ValueError(f"unknown loss type {name!r} of TRL's {trainer} trainer;{hint} there are: {known}")
+            raise ValueError(
+                f"unknown loss type {name!r} of TRL's {trainer} trainer;{hint} there are: {known}"
+            )
     if not loss_types:
         raise ValueError("no loss type given")
     defaults = _DEFAULTS[trainer]
     if unknown := sorted(set(config) - set(defaults)):
         known = ", ".join(defaults)
-        raise ValueError(f"TRL's {trainer} loss has no option {', '.join(unknown)}; it takes: {known}")
+        raise ValueError(
+            f"TRL's {trainer} loss has no option {', '.join(unknown)}; it takes: {known}"
+        )
     options = defaults | config
     if trainer == "dpo":
         return _dpo(loss_types, options)
@@ -99,15 +122,24 @@ def from_trl(
 
 def _dpo(loss_types: Sequence[str], options: Mapping[str, Any]) -> Objective:
     if options["use_weighting"]:
-        raise ValueError("use_weighting (WPO) needs whole next-token distributions, not only log-probs of responses")
+        raise ValueError(
+            "use_weighting (WPO) needs whole next-token distributions, not only log-probs of "
+            "responses"
+        )
     if options["ld_alpha"] is not None:
-        raise ValueError("ld_alpha (LD-DPO) splits responses, which log-probs of whole responses do not show")
+        raise ValueError(
+            "ld_alpha (LD-DPO) splits responses, which log-probs of whole responses do not show"
+        )
     divergence = options["f_divergence_type"]
     if divergence not in ("reverse_kl", *_DIVERGENCES):
         known = ", ".join(("reverse_kl", *_DIVERGENCES))
         raise ValueError(f"unknown f_divergence_type {divergence!r}; there are: {known}")
-    if divergence != "reverse_kl" and (alien := [name for name in loss_types if name not in _OF_SCORES]):
-        raise ValueError(f"f_divergence_type is only for {', '.join(_OF_SCORES)}, not for {', '.join(alien)}")
+    if divergence != "reverse_kl" and (
+        alien := [name for name in loss_types if name not in _OF_SCORES]
+    ):
+        raise ValueError(
+            f"f_divergence_type is only for {', '.join(_OF_SCORES)}, not for {', '.join(alien)}"
+        )
     weights = options["loss_weights"] or [1.0] * len(loss_types)
     if len(weights) != len(loss_types):
         raise ValueError(f"loss_weights: {len(weights)} for {len(loss_types)} loss types")
@@ -140,7 +172,9 @@ def _dpo_part(name: str, options: Mapping[str, Any]) -> Objective:
 
 def _with_divergence(part: Objective, divergence: str, alpha: float) -> Objective:
     # the scores replace the log-ratios first, whatever the loss then does with them
-    return part if divergence == "reverse_kl" else FDivergence(part, _DIVERGENCES[divergence], alpha)  # type: ignore[arg-type]
+    return (
+        part if divergence == "reverse_kl" else FDivergence(part, _DIVERGENCES[divergence], alpha)
+    )  # type: ignore[arg-type]
 
 
 def _smoothed(part: Objective, smoothing: float) -> Objective:
@@ -155,7 +189,9 @@ def _cpo(name: str, options: Mapping[str, Any]) -> Objective:
         if smoothing:  # TRL flips the sign of the whole logit, margin included
             part = (1 - smoothing) * part + smoothing * Swapped(SimPO(beta, -gamma))
     else:
-        part = {"sigmoid": _smoothed(DPO(beta), smoothing), "hinge": Hinge(beta), "ipo": IPO(beta)}[name]
+        part = {"sigmoid": _smoothed(DPO(beta), smoothing), "hinge": Hinge(beta), "ipo": IPO(beta)}[
+            name
+        ]
     if options["alpha"]:
         part = FDivergence(part, "alpha", 1 - options["alpha"])
     if name in ("ipo", "simpo", "alphapo"):
@@ -170,4 +206,6 @@ def _orpo(name: str, options: Mapping[str, Any]) -> Objective:
 
 def _kto(name: str, options: Mapping[str, Any]) -> Objective:
     kl = options["kl"] if name == "kto" else 0.0
-    return 0.5 * KTO(options["beta"], options["desirable_weight"], options["undesirable_weight"], kl)
+    return 0.5 * KTO(
+        options["beta"], options["desirable_weight"], options["undesirable_weight"], kl
+    )

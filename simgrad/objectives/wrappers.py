@@ -1,7 +1,7 @@
 """Modifiers: objectives made from any other objective. They nest, ``LengthNormalized(LabelSmoothed(DPO(), 0.1))``.
 
-A modifier that changes the log-probs hands changed :class:`Terms` to the objective inside it, so the outermost
-one acts first.
+A modifier that changes the log-probs hands changed :class:`Terms` to the objective inside it, so
+the outermost one acts first.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class LabelSmoothed(Composed):
     def build(self) -> Objective:
         """The weighted sum; refuses ε outside [0, 1)."""
         if not 0 <= self.epsilon < 1:
-            raise ValueError(f"{type(self).__name__}: epsilon must lie in [0, 1), got {self.epsilon}")
+            raise ValueError(
+                f"{type(self).__name__}: epsilon must lie in [0, 1), got {self.epsilon}"
+            )
         return (1 - self.epsilon) * self.objective + self.epsilon * Swapped(self.objective)
 
 
@@ -79,9 +81,13 @@ class Robust(Composed):
     def build(self) -> Objective:
         """The weighted difference; refuses ε outside [0, ½)."""
         if not 0 <= self.epsilon < 0.5:
-            raise ValueError(f"{type(self).__name__}: epsilon must lie in [0, 0.5), got {self.epsilon}")
+            raise ValueError(
+                f"{type(self).__name__}: epsilon must lie in [0, 0.5), got {self.epsilon}"
+            )
         scale = 1 - 2 * self.epsilon
-        return ((1 - self.epsilon) / scale) * self.objective + (-self.epsilon / scale) * Swapped(self.objective)
+        return ((1 - self.epsilon) / scale) * self.objective + (-self.epsilon / scale) * Swapped(
+            self.objective
+        )
 
 
 @dataclass(frozen=True)
@@ -129,9 +135,9 @@ class FDivergence(Objective):
     alpha        (u^(α-1) - 1)/(α-1)     u^(α-1); α → 1 is reverse_kl, 0 forward_kl
     ===========  ======================  ==========================================
 
-    f-DPO (arXiv 2309.16240) in the conventions of TRL, whose α is one minus the paper's. Exponents are cut
-    at 80, where the gradient vanishes. Meant for objectives of a margin, in which the divergence's unknown
-    normaliser cancels. Default α = 0.5 is TRL's.
+    f-DPO (arXiv 2309.16240) in the conventions of TRL, whose α is one minus the paper's. Exponents
+    are cut at 80, where the gradient vanishes. Meant for objectives of a margin, in which the
+    divergence's unknown normaliser cancels. Default α = 0.5 is TRL's.
     """
 
     objective: Objective
@@ -141,7 +147,9 @@ class FDivergence(Objective):
     def __post_init__(self) -> None:
         """Refuse an unknown divergence and α that is not finite."""
         if self.divergence not in DIVERGENCES:
-            raise ValueError(f"unknown divergence {self.divergence!r}; there are: {', '.join(DIVERGENCES)}")
+            raise ValueError(
+                f"unknown divergence {self.divergence!r}; there are: {', '.join(DIVERGENCES)}"
+            )
         require(self, "finite", "alpha")
 
     def score(self, delta: Float[Array, "*pairs"]) -> Float[Array, "*pairs"]:
@@ -165,11 +173,11 @@ class FDivergence(Objective):
 class Gated(Objective):
     """The objective with a gate on the gradient through log π_l: d_l is multiplied by g = σ((μ_l - τ)/T).
 
-    μ_l = log π_l/|y_l| of the policy, in whatever modifiers it is nested; g is a constant of the gradient,
-    and the loss's value and d_w are unchanged, so that a response which is already very improbable is no
-    longer pushed down. The idea is that of Gradient-Gated DPO
-    (arXiv 2605.02626), which attenuates updates on extremely improbable rejected responses; the form of the
-    gate and the defaults τ = -5 nats a token and T = 1 are ours.
+    μ_l = log π_l/|y_l| of the policy, in whatever modifiers it is nested; g is a constant of the
+    gradient, and the loss's value and d_w are unchanged, so that a response which is already very
+    improbable is no longer pushed down. The idea is that of Gradient-Gated DPO
+    (arXiv 2605.02626), which attenuates updates on extremely improbable rejected responses; the
+    form of the gate and the defaults τ = -5 nats a token and T = 1 are ours.
     """
 
     objective: Objective

@@ -13,8 +13,8 @@ closed forms                    modules ``linear_softmax``, ``unconstrained``, `
 ==============================  =========================================================================
 """
 
-from simgrad.theory import learning_dynamics, linear_softmax, preconditioning, unconstrained
-from simgrad.theory.blocks import by_layer, by_matrix
+from simgrad.models.likelihood import Responses, log_probs, responses
+from simgrad.theory.closed_forms import learning_dynamics, linear_softmax, unconstrained
 from simgrad.theory.conditions import (
     Band,
     Fate,
@@ -25,17 +25,6 @@ from simgrad.theory.conditions import (
     ideal_range,
     regime,
 )
-from simgrad.theory.entanglement import (
-    KernelPlan,
-    entanglement_blocks,
-    entanglement_kernel,
-    jacobian,
-    kernel_plan,
-    pair_pushes,
-)
-from simgrad.theory.flow import Flow, Run, kernel_flow, linearized_run
-from simgrad.theory.gainers import TokenGains, token_displacement, top_gainers
-from simgrad.theory.gram import PairKernel
 from simgrad.theory.groups import (
     Group,
     group_advantages,
@@ -46,9 +35,32 @@ from simgrad.theory.groups import (
     read_group,
     token_influence,
 )
-from simgrad.theory.kernel import head_kernel, kernel_and_responses, pair_kernel, pair_kernel_blocks
-from simgrad.theory.likelihood import Responses, log_probs, responses
-from simgrad.theory.mitigations import (
+from simgrad.theory.kernel import preconditioning
+from simgrad.theory.kernel.blocks import by_layer, by_matrix
+from simgrad.theory.kernel.dataset import (
+    KernelPlan,
+    entanglement_blocks,
+    entanglement_kernel,
+    jacobian,
+    kernel_plan,
+    pair_pushes,
+)
+from simgrad.theory.kernel.gram import PairKernel
+from simgrad.theory.kernel.pair import (
+    head_kernel,
+    kernel_and_responses,
+    pair_kernel,
+    pair_kernel_blocks,
+)
+from simgrad.theory.kernel.preconditioning import Preconditioner
+from simgrad.theory.kernel.tokens import (
+    masked_change,
+    masked_kernel,
+    token_changes,
+    token_columns,
+    token_kernel,
+)
+from simgrad.theory.mitigation import (
     Calibrated,
     Mitigation,
     PairwiseNormalized,
@@ -60,8 +72,16 @@ from simgrad.theory.mitigations import (
     masked_logp,
     surrogate_loss,
 )
-from simgrad.theory.preconditioning import Preconditioner
-from simgrad.theory.prediction import Change, StepChange, displacement, first_order, own_steps
+from simgrad.theory.prediction.changes import (
+    Change,
+    StepChange,
+    displacement,
+    first_order,
+    own_steps,
+)
+from simgrad.theory.prediction.gainers import TokenGains, token_displacement, top_gainers
+from simgrad.theory.prediction.runs import Flow, Run, kernel_flow, linearized_run
+from simgrad.theory.prediction.steps import OptimizerStep, loss_gradient, optimizer_step
 from simgrad.theory.similarity import (
     ches,
     embedding_cosine,
@@ -70,8 +90,6 @@ from simgrad.theory.similarity import (
     ln_ches,
     normalized_edit_distance,
 )
-from simgrad.theory.steps import OptimizerStep, loss_gradient, optimizer_step
-from simgrad.theory.tokens import masked_change, masked_kernel, token_changes, token_columns, token_kernel
 
 __all__ = [
     "Band",

@@ -10,11 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from simgrad.objectives import Coefficients, Objective
-from simgrad.theory.gram import PairKernel
-from simgrad.theory.prediction import Change, first_order
+from simgrad.theory.kernel.gram import PairKernel
+from simgrad.theory.prediction.changes import Change, first_order
 from simgrad.typing import Array, Bool, Float, Int
 
-__all__ = ["Band", "Fate", "IdealRange", "Regime", "band", "compare_objectives", "ideal_range", "regime"]
+__all__ = [
+    "Band",
+    "Fate",
+    "IdealRange",
+    "Regime",
+    "band",
+    "compare_objectives",
+    "ideal_range",
+    "regime",
+]
 
 
 class Regime(IntEnum):
@@ -36,8 +45,8 @@ def regime(kernel: PairKernel, coefficients: Coefficients) -> Int[Array, "*pairs
 
     The chosen rises when d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩ ≥ 0 and the rejected falls when
     d_w ⟨g_w,g_l⟩ - d_l ‖g_l‖² ≤ 0; for d_w, d_l > 0 these read ⟨g_w,g_l⟩ ≤ (d_w/d_l) ‖g_w‖² and
-    ⟨g_w,g_l⟩ ≤ (d_l/d_w) ‖g_l‖². REVERSED (chosen falls, rejected rises) is then impossible to first
-    order, because the weighted margin d_w Δ_w - d_l Δ_l = ‖d_w g_w - d_l g_l‖² cannot shrink.
+    ⟨g_w,g_l⟩ ≤ (d_l/d_w) ‖g_l‖². REVERSED (chosen falls, rejected rises) is then impossible to
+    first order, because the weighted margin d_w Δ_w - d_l Δ_l = ‖d_w g_w - d_l g_l‖² cannot shrink.
 
     Source: Yuan et al., arXiv 2410.13828, Sec. 3, for d_w, d_l > 0; stated here for any signs.
 
@@ -85,11 +94,11 @@ def band(kernel: PairKernel, coefficients: Coefficients) -> Band:
     """How far each pair stands from losing its chosen (or raising its rejected) response.
 
     With p = d_w ‖g_w‖ and q = d_l ‖g_l‖ the ideal regime is the cone p ≥ ρ q, q ≥ ρ p. For positive
-    coefficients it is an interval in log r; in the angle of (q, p) it is one for any signs, π/2 wide
-    at ρ = 0, a half-plane at ρ = -1, and closed at ρ = 1.
+    coefficients it is an interval in log r; in the angle of (q, p) it is one for any signs, π/2
+    wide at ρ = 0, a half-plane at ρ = -1, and closed at ρ = 1.
 
-    Source: Chen et al., arXiv 2604.18239 (disentanglement band, reward calibration) for d_w, d_l > 0;
-    the angular form is derived here.
+    Source: Chen et al., arXiv 2604.18239 (disentanglement band, reward calibration) for d_w, d_l >
+    0; the angular form is derived here.
 
     >>> import jax.numpy as jnp
     >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
@@ -103,11 +112,22 @@ def band(kernel: PairKernel, coefficients: Coefficients) -> Band:
     centre = 0.5 * (jnp.log(kernel.sq_rejected) - jnp.log(kernel.sq_chosen))
     cosine = jnp.clip(kernel.cosine, -1.0, 1.0)
     half_width = jnp.where(cosine > 0, -jnp.log(jnp.where(cosine > 0, cosine, 1.0)), jnp.inf)
-    angle = jnp.arctan2(d_w * jnp.sqrt(kernel.sq_chosen), d_l * jnp.sqrt(kernel.sq_rejected)) - jnp.pi / 4
+    angle = (
+        jnp.arctan2(d_w * jnp.sqrt(kernel.sq_chosen), d_l * jnp.sqrt(kernel.sq_rejected))
+        - jnp.pi / 4
+    )
     angle = jnp.where(angle < -jnp.pi, angle + 2 * jnp.pi, angle)
     half_angle = jnp.pi / 4 - jnp.arctan(cosine)
     inside = (jnp.abs(angle) <= half_angle) | ((d_w == 0) & (d_l == 0))
-    return Band(log_ratio, centre, half_width, angle, half_angle, inside, jnp.exp(0.5 * (centre - log_ratio)))
+    return Band(
+        log_ratio,
+        centre,
+        half_width,
+        angle,
+        half_angle,
+        inside,
+        jnp.exp(0.5 * (centre - log_ratio)),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -116,10 +136,11 @@ class IdealRange:
     """Values of r = d_w/d_l that keep each pair ideal.
 
     Attributes:
-        lower: for d_l > 0 the pair is ideal when lower ≤ r ≤ upper; below, the chosen falls. -inf if g_w
-            vanishes.
+        lower: for d_l > 0 the pair is ideal when lower ≤ r ≤ upper; below, the chosen falls. -inf
+            if g_w vanishes.
         upper: above, the rejected rises; infinite when the gradients do not point the same way.
-        negative: for d_l < 0 (the rejected is pulled up) it is ideal when r ≤ negative; -inf is never.
+        negative: for d_l < 0 (the rejected is pulled up) it is ideal when r ≤ negative; -inf is
+            never.
     """
 
     lower: Float[Array, "*pairs"]
@@ -130,12 +151,14 @@ class IdealRange:
 def ideal_range(kernel: PairKernel) -> IdealRange:
     """How much more weight the chosen needs, and may have, for the chosen to rise and the rejected to fall.
 
-        ⟨g_w,g_l⟩/‖g_w‖² ≤ d_w/d_l ≤ ‖g_l‖²/⟨g_w,g_l⟩     (d_l > 0; no upper bound for ⟨g_w,g_l⟩ ≤ 0)
+        ⟨g_w,g_l⟩/‖g_w‖² ≤ d_w/d_l ≤ ‖g_l‖²/⟨g_w,g_l⟩     (d_l > 0; no upper bound for ⟨g_w,g_l⟩ ≤
+        0)
 
-    It is never empty, by Cauchy-Schwarz. An objective whose d_w/d_l is below ``lower`` loses the chosen
-    (both fall); DPO, IPO and the like have d_w/d_l = 1, SimPO |y_l|/|y_w|.
+    It is never empty, by Cauchy-Schwarz. An objective whose d_w/d_l is below ``lower`` loses the
+    chosen (both fall); DPO, IPO and the like have d_w/d_l = 1, SimPO |y_l|/|y_w|.
 
-    Source: Yuan et al., arXiv 2410.13828, Sec. 3, solved for d_w/d_l; the case d_l < 0 is derived here.
+    Source: Yuan et al., arXiv 2410.13828, Sec. 3, solved for d_w/d_l; the case d_l < 0 is derived
+    here.
 
     >>> import jax.numpy as jnp
     >>> r = ideal_range(PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0])))

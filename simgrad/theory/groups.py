@@ -3,15 +3,18 @@
 A group update is -∇L = Σ_j a_j ∇ log π(y_j), a_j > 0 for responses to be reinforced. To first order
 (and for the unembedding W alone, from the forward pass),
 
-    d/dt log π(y_i) = Σ_j a_j K_ij,    K_ij = Σ_{k,m} ⟨h_k^i, h_m^j⟩ α_km^{ij},    α_km^{ij} = ⟨e_k^i, e_m^j⟩
+    d/dt log π(y_i) = Σ_j a_j K_ij,    K_ij = Σ_{k,m} ⟨h_k^i, h_m^j⟩ α_km^{ij},    α_km^{ij} =
+    ⟨e_k^i, e_m^j⟩
 
-with errors e = e_y - π. Everything is accumulated over blocks of R x G R token pairs, one response at a
-time; no gradient and no token x token x vocabulary array is formed. ``G`` counts a group's responses.
+with errors e = e_y - π. Everything is accumulated over blocks of R x G R token pairs, one response
+at a time; no gradient and no token x token x vocabulary array is formed. ``G`` counts a group's
+responses.
 
-How a paper scales a_j (division by the standard deviation, by lengths, by G) differs between papers and
-between implementations, so the weights are an argument; :func:`group_advantages` is one choice.
+How a paper scales a_j (division by the standard deviation, by lengths, by G) differs between papers
+and between implementations, so the weights are an argument; :func:`group_advantages` is one choice.
 
-Source: Deng et al., arXiv 2505.18830 (negative token hidden reward, group weighted hidden embedding score).
+Source: Deng et al., arXiv 2505.18830 (negative token hidden reward, group weighted hidden embedding
+score).
 """
 
 from __future__ import annotations
@@ -26,11 +29,20 @@ import numpy as np
 
 from simgrad import tree
 from simgrad.models import Apply
-from simgrad.theory.likelihood import prediction_error
-from simgrad.theory.linear_softmax import token_products
+from simgrad.models.likelihood import prediction_error
+from simgrad.theory.closed_forms.linear_softmax import token_products
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
-__all__ = ["Group", "group_advantages", "group_kernel", "group_rates", "gwhes", "nthr", "read_group", "token_influence"]
+__all__ = [
+    "Group",
+    "group_advantages",
+    "group_kernel",
+    "group_rates",
+    "gwhes",
+    "nthr",
+    "read_group",
+    "token_influence",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +63,9 @@ class Group:
     valid: Bool[Array, "G R"]
 
 
-def read_group(apply: Apply, theta: Theta, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> Group:
+def read_group(
+    apply: Apply, theta: Theta, prompt: Sequence[int], responses: Sequence[Sequence[int]]
+) -> Group:
     """Run the model on a prompt and its responses, right-padded to the longest.
 
     >>> from simgrad.models import ModelConfig, create
@@ -72,9 +86,13 @@ def read_group(apply: Apply, theta: Theta, prompt: Sequence[int], responses: Seq
     at = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     streams = (at < start + lengths).astype(np.int32)
     rows = at[:, start - 1 : -1]
-    logits, hidden = _forward(apply, theta, *map(jnp.asarray, (tokens, at * streams, streams, rows)))
+    logits, hidden = _forward(
+        apply, theta, *map(jnp.asarray, (tokens, at * streams, streams, rows))
+    )
     valid = np.arange(longest) < lengths
-    return Group(hidden[:, start - 1 : -1], logits, jnp.asarray(tokens[:, start:]), jnp.asarray(valid))
+    return Group(
+        hidden[:, start - 1 : -1], logits, jnp.asarray(tokens[:, start:]), jnp.asarray(valid)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -85,12 +103,14 @@ def _forward(
     return output.logits, output.hidden
 
 
-def group_advantages(rewards: Float[Array, " G"], ddof: int = 0, epsilon: float = 0.0) -> Float[Array, " G"]:
+def group_advantages(
+    rewards: Float[Array, " G"], ddof: int = 0, epsilon: float = 0.0
+) -> Float[Array, " G"]:
     """(r - mean) / (std + epsilon), the group-relative advantage; 0 for a group without contrast.
 
-    With 0/1 rewards and a fraction p of correct responses (``ddof=0``) it is √((1-p)/p) for correct and
-    -√(p/(1-p)) for wrong ones. Some implementations divide by the sample deviation (``ddof=1``) or add
-    an epsilon of 1e-4. Lengths and G are not divided out here.
+    With 0/1 rewards and a fraction p of correct responses (``ddof=0``) it is √((1-p)/p) for correct
+    and -√(p/(1-p)) for wrong ones. Some implementations divide by the sample deviation (``ddof=1``)
+    or add an epsilon of 1e-4. Lengths and G are not divided out here.
 
     >>> import jax.numpy as jnp
     >>> group_advantages(jnp.array([1.0, 1.0, 0.0, 0.0])).tolist()
@@ -156,9 +176,9 @@ def nthr(group: Group, correct: Bool[Array, " G"]) -> Float[Array, "G R"]:
 
         s_jm = Σ_{i correct} Σ_k α_km^{ij} ⟨h_k^i, h_m^j⟩
 
-    Punishing a token with a large positive score takes most from the correct responses: with the weight
-    -a on it, their log-probs change at the summed rate -a s_jm through the unembedding. Rows of correct
-    responses and of padding are 0, since the score is defined for wrong responses only.
+    Punishing a token with a large positive score takes most from the correct responses: with the
+    weight -a on it, their log-probs change at the summed rate -a s_jm through the unembedding. Rows
+    of correct responses and of padding are 0, since the score is defined for wrong responses only.
 
     Source: Deng et al., arXiv 2505.18830 (definition of NTHR).
 
@@ -173,14 +193,17 @@ def nthr(group: Group, correct: Bool[Array, " G"]) -> Float[Array, "G R"]:
     return jnp.where(correct[:, None], jnp.zeros((), scores.dtype), scores)
 
 
-def gwhes(group: Group, correct: Bool[Array, " G"], weights: Float[Array, " G"]) -> Float[Array, " G"]:
+def gwhes(
+    group: Group, correct: Bool[Array, " G"], weights: Float[Array, " G"]
+) -> Float[Array, " G"]:
     """Group weighted hidden embedding score of each correct response i, and 0 for wrong ones.
 
         GWHES_i = p⁻ Σ_{j wrong} K_ij - p⁺ Σ_{j correct} K_ij,    with signed weights a = p⁺ or -p⁻
 
     It is minus the unembedding's part of d/dt log π(y_i), so a positive score means that the group
     update lowers that correct response. ``weights`` may be any signed numbers
-    (:func:`group_advantages`, divided by lengths or not); only their normalisation differs between papers.
+    (:func:`group_advantages`, divided by lengths or not); only their normalisation differs between
+    papers.
 
     Source: Deng et al., arXiv 2505.18830 (definition of GWHES).
 

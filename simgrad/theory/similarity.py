@@ -1,6 +1,6 @@
 """How alike chosen and rejected are: CHES and its relatives.
 
-All take the :class:`~simgrad.theory.likelihood.Responses` of a batch and accumulate in float32 or
+All take the :class:`~simgrad.models.likelihood.Responses` of a batch and accumulate in float32 or
 better, so that bfloat16 states of width 4096 over hundreds of tokens stay finite.
 """
 
@@ -13,19 +13,31 @@ import jax.numpy as jnp
 from rapidfuzz.distance import Levenshtein
 
 from simgrad import tree
+from simgrad.models.likelihood import Responses
 from simgrad.pairs import Batch
-from simgrad.theory.kernel import head_kernel
-from simgrad.theory.likelihood import Responses
+from simgrad.theory.kernel.pair import head_kernel
 from simgrad.typing import Array, Float
 
-__all__ = ["ches", "embedding_cosine", "head_gap", "last_hidden_inner", "ln_ches", "normalized_edit_distance"]
+__all__ = [
+    "ches",
+    "embedding_cosine",
+    "head_gap",
+    "last_hidden_inner",
+    "ln_ches",
+    "normalized_edit_distance",
+]
 
 States = Literal["predicting", "all"]
 
 
-def _sums(result: Responses, batch: Batch, states: States) -> tuple[Float[Array, "B 2 D"], Float[Array, "B 2"]]:
+def _sums(
+    result: Responses, batch: Batch, states: States
+) -> tuple[Float[Array, "B 2 D"], Float[Array, "B 2"]]:
     if states not in ("predicting", "all"):
-        raise ValueError(f"states={states!r}: choose 'predicting' (the definition) or 'all' (keeps the final state)")
+        raise ValueError(
+            f"states={states!r}: choose 'predicting' (the definition) or 'all' (keeps the final "
+            "state)"
+        )
     total = tree.widen(result.hidden).sum(2)
     count = batch.lengths.astype(total.dtype)
     if states == "all":
@@ -41,10 +53,11 @@ def _centred(states: Float[Array, "B 2 D"]) -> Float[Array, " B"]:
 def ches(result: Responses, batch: Batch, states: States = "predicting") -> Float[Array, " B"]:
     """Centered hidden embedding similarity: ⟨Σ h⁺, Σ h⁻⟩ - ‖Σ h⁺‖².
 
-    ``states="predicting"`` sums over the states that predict the response tokens (last prompt position
-    to last-but-one response position), as in Definition 2 of Razin et al. (arXiv 2410.08847);
-    ``"all"`` also keeps the state at the final response token, as one of the authors' scripts does.
-    Unit: squared hidden units. A higher score predicts more displacement of the chosen response.
+    ``states="predicting"`` sums over the states that predict the response tokens (last prompt
+    position to last-but-one response position), as in Definition 2 of Razin et al. (arXiv
+    2410.08847); ``"all"`` also keeps the state at the final response token, as one of the authors'
+    scripts does. Unit: squared hidden units. A higher score predicts more displacement of the
+    chosen response.
 
     >>> import jax.numpy as jnp
     >>> from simgrad.pairs import Pair, padded
@@ -60,8 +73,8 @@ def ches(result: Responses, batch: Batch, states: States = "predicting") -> Floa
 def ln_ches(result: Responses, batch: Batch, states: States = "predicting") -> Float[Array, " B"]:
     """Length-normalised CHES: ⟨mean h⁺, mean h⁻⟩ - ‖mean h⁺‖², over the same states as :func:`ches`.
 
-    With ``states="predicting"`` the divisors are |y⁺||y⁻| and |y⁺|², with ``"all"`` each length is one
-    more (the number of states summed). Source: Razin et al., arXiv 2410.08847, Sec. 5.
+    With ``states="predicting"`` the divisors are |y⁺||y⁻| and |y⁺|², with ``"all"`` each length is
+    one more (the number of states summed). Source: Razin et al., arXiv 2410.08847, Sec. 5.
 
     >>> import jax.numpy as jnp
     >>> from simgrad.pairs import Pair, padded
@@ -93,8 +106,9 @@ def last_hidden_inner(result: Responses) -> Float[Array, " B"]:
 def embedding_cosine(result: Responses, batch: Batch) -> Float[Array, " B"]:
     """Cosine of the responses' mean states (over the states that predict their tokens), in [-1, 1].
 
-    The idea of selecting pairs by the similarity of response embeddings is that of REAL (Zhang et al.,
-    arXiv 2409.17169), which embeds responses without their prompt; here they are read in context.
+    The idea of selecting pairs by the similarity of response embeddings is that of REAL (Zhang et
+    al., arXiv 2409.17169), which embeds responses without their prompt; here they are read in
+    context.
 
     >>> import jax.numpy as jnp
     >>> from simgrad.pairs import Pair, padded
@@ -111,7 +125,7 @@ def embedding_cosine(result: Responses, batch: Batch) -> Float[Array, " B"]:
 def head_gap(result: Responses, batch: Batch) -> Float[Array, " B"]:
     """Exact ⟨g_w, g_l⟩ - ‖g_w‖² of the unembedding alone: CHES with every α_{kk'} kept.
 
-    See :func:`simgrad.theory.kernel.head_kernel`. Nats² per unit of W².
+    See :func:`simgrad.theory.kernel.pair.head_kernel`. Nats² per unit of W².
 
     >>> import jax.numpy as jnp
     >>> from simgrad.pairs import Pair, padded

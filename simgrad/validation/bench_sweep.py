@@ -1,8 +1,9 @@
 """Speed of sweeps, side by side with a plain PyTorch loop for every run, as ratios from one process.
 
-The loop is DPO as one would write it: one forward pass over chosen and rejected together, ``log_softmax`` and
-``gather``, ``loss.backward()``, ``optimizer.step()``. Both sides start from the same parameters, take the same
-batches in the same order, and are compared in what the runs did to the log-probs.
+The loop is DPO as one would write it: one forward pass over chosen and rejected together,
+``log_softmax`` and ``gather``, ``loss.backward()``, ``optimizer.step()``. Both sides start from the
+same parameters, take the same batches in the same order, and are compared in what the runs did to
+the log-probs.
 """
 
 from __future__ import annotations
@@ -124,7 +125,10 @@ def _pairs(config: SweepConfig, count: int, prompt: int, response: int) -> list[
     prompts[:, 0] = np.arange(count)
     chosen = random.integers(0, size, (count, response))
     rejected = (chosen + random.integers(1, size, chosen.shape)) % size
-    return [Pair(*sides) for sides in zip(prompts.tolist(), chosen.tolist(), rejected.tolist(), strict=True)]
+    return [
+        Pair(*sides)
+        for sides in zip(prompts.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
+    ]
 
 
 def _transformer(config: SweepConfig, batch_size: int) -> SweepMeasurement:
@@ -136,7 +140,12 @@ def _transformer(config: SweepConfig, batch_size: int) -> SweepMeasurement:
         max_length=config.prompt + config.response,
     )
     policies = [create(shape, seed) for seed in range(config.seeds)]
-    configs = grid(optimizer="sgd", learning_rate=config.learning_rate, steps=config.steps, batch_size=batch_size)
+    configs = grid(
+        optimizer="sgd",
+        learning_rate=config.learning_rate,
+        steps=config.steps,
+        batch_size=batch_size,
+    )
 
     def copy() -> Any:
         from simgrad.validation.torch_loop import Transformer
@@ -144,13 +153,22 @@ def _transformer(config: SweepConfig, batch_size: int) -> SweepMeasurement:
         return Transformer(jax.tree.map(np.asarray, policies[0][1]), shape)
 
     return _race(
-        f"{config.depth}-layer transformer", config, policies[0][0], [t for _, t in policies], pairs, configs, copy
+        f"{config.depth}-layer transformer",
+        config,
+        policies[0][0],
+        [t for _, t in policies],
+        pairs,
+        configs,
+        copy,
     )
 
 
 def _linear(config: SweepConfig) -> SweepMeasurement:
     pairs = _pairs(config, config.linear_pairs, 1, 1)
-    policies = [linear_softmax(pairs, config.vocab_size, config.linear_width, s) for s in range(config.linear_seeds)]
+    policies = [
+        linear_softmax(pairs, config.vocab_size, config.linear_width, s)
+        for s in range(config.linear_seeds)
+    ]
     apply, theta = policies[0]
     rates = np.geomspace(10, 100, config.linear_rates) * config.learning_rate
     configs = grid(optimizer="sgd", learning_rate=rates, steps=config.steps)
@@ -175,7 +193,11 @@ def _race(
     copy: Callable[[], Any],
 ) -> SweepMeasurement:
     """Both contestants in turn within each repeat; ``copy`` makes the PyTorch model of the first policy."""
-    stacked, batch, seeds = jax.tree.map(lambda *xs: np.stack(xs), *thetas), packed(pairs), range(len(thetas))
+    stacked, batch, seeds = (
+        jax.tree.map(lambda *xs: np.stack(xs), *thetas),
+        packed(pairs),
+        range(len(thetas)),
+    )
     first, runs = configs[0], len(configs) * len(thetas)
 
     def ours() -> tuple[float, np.ndarray]:
@@ -209,5 +231,7 @@ def _race(
         ratio=None if ratios is None else float(np.median(ratios)),
         ratio_range=None if ratios is None else (float(ratios.min()), float(ratios.max())),
         compiling=cold - runs * float(np.median(own)),
-        error=None if theirs is None else float(np.abs(change - theirs).max() / np.abs(theirs).max()),
+        error=None
+        if theirs is None
+        else float(np.abs(change - theirs).max() / np.abs(theirs).max()),
     )

@@ -16,8 +16,16 @@ from scipy import stats
 from simgrad import objectives, tree
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
-from simgrad.theory import PairKernel, StepChange, displacement, first_order, pair_kernel, regime, responses
-from simgrad.theory.steps import updated
+from simgrad.theory import (
+    PairKernel,
+    StepChange,
+    displacement,
+    first_order,
+    pair_kernel,
+    regime,
+    responses,
+)
+from simgrad.theory.prediction.steps import updated
 from simgrad.typing import Array, Float, Theta
 from simgrad.validation.checks import gap
 from simgrad.validation.grid import Grid, optimizer
@@ -78,8 +86,14 @@ def _forces(
     def one(loss: objectives.Objective, *x: Array) -> Array:
         return loss.signed_coefficients(*(y[None] for y in x))[0]
 
-    alone = {n: jax.vmap(functools.partial(one, loss))(logp, reference, lengths) for n, loss in losses.items()}
-    together = {n: loss.signed_coefficients(logp, reference, lengths) / len(logp) for n, loss in losses.items()}
+    alone = {
+        n: jax.vmap(functools.partial(one, loss))(logp, reference, lengths)
+        for n, loss in losses.items()
+    }
+    together = {
+        n: loss.signed_coefficients(logp, reference, lengths) / len(logp)
+        for n, loss in losses.items()
+    }
     return alone, together
 
 
@@ -88,8 +102,8 @@ class Cell:
     """What one setting gave. Relative errors are relative to the first-order change.
 
     Attributes:
-        kind: ``alone`` (each pair by itself, SGD, the pair kernel's prediction) or ``together`` (one step on all pairs,
-            the optimizer's own direction; probes are followed too).
+        kind: ``alone`` (each pair by itself, SGD, the pair kernel's prediction) or ``together``
+            (one step on all pairs, the optimizer's own direction; probes are followed too).
         model: of the grid.
         arithmetic: dtype and precision.
         device: where it ran.
@@ -97,22 +111,26 @@ class Cell:
         optimizer: by name.
         finite: whether every prediction and measurement is.
         trust_radius: ‖first‖/‖second‖ over all responses, in learning rates.
-        order_first: fitted order of ‖measured - first order‖ in η, with a 95 % jackknife interval over pairs (None: too
-            few rates at which rounding does not hide it).
+        order_first: fitted order of ‖measured - first order‖ in η, with a 95 % jackknife interval
+            over pairs (None: too few rates at which rounding does not hide it).
         order_second: the same for the second-order prediction.
         error_first: largest relative error of the first-order prediction inside the safe radius.
         error_second: of the second-order prediction.
-        signs: share of responses and rates inside the safe radius whose change has the predicted sign.
+        signs: share of responses and rates inside the safe radius whose change has the predicted
+            sign.
         signs_own: the same inside each response's own η* = |first|/|second|.
         signs_count: of how many.
-        regimes: share of pairs and rates with both responses inside whose regime is the predicted one.
+        regimes: share of pairs and rates with both responses inside whose regime is the predicted
+            one.
         regimes_count: of how many.
-        r2_first: R² of the first-order prediction over responses, at the rate next to a tenth of the trust radius.
+        r2_first: R² of the first-order prediction over responses, at the rate next to a tenth of
+            the trust radius.
         r2_second: the same for the second order.
-        holds_to: largest multiple of the trust radius up to which R² of the second-order prediction is above .9.
+        holds_to: largest multiple of the trust radius up to which R² of the second-order prediction
+            is above .9.
         holds_to_nats: the largest |Δ log π| there.
-        reference_error: of the first-order prediction against float64 on the CPU with the same d_w and d_l, relative to
-            the largest in the cell (None: this is that reference).
+        reference_error: of the first-order prediction against float64 on the CPU with the same d_w
+            and d_l, relative to the largest in the cell (None: this is that reference).
         multiples: the learning rates as multiples of the trust radius.
         curve_first: relative error of the first order at each rate: norm over all responses.
         curve_second: of the second order.
@@ -165,30 +183,46 @@ def _scaled(step: Theta) -> tuple[Theta, Array]:
     """Divided by the power of two next to the norm, which rounds nothing."""
     norm = jnp.sqrt(tree.inner(step, step))
     factor = jnp.where((norm > 0) & jnp.isfinite(norm), jnp.exp2(jnp.round(jnp.log2(norm))), 1.0)
-    return jax.tree.map(lambda x: (tree.widen(x) / factor.astype(tree.widen(x).dtype)).astype(x.dtype), step), factor
+    return jax.tree.map(
+        lambda x: (tree.widen(x) / factor.astype(tree.widen(x).dtype)).astype(x.dtype), step
+    ), factor
 
 
 def _predicted(base: Base, rays: Sequence[Ray]) -> tuple[np.ndarray, np.ndarray]:
     """First and second order of each pair's change along its ray, in float64."""
     s = base.subject
-    changes = [displacement(s.apply, s.theta, pair, ray.direction) for pair, ray in zip(base.every, rays, strict=False)]
+    changes = [
+        displacement(s.apply, s.theta, pair, ray.direction)
+        for pair, ray in zip(base.every, rays, strict=False)
+    ]
     first = [np.asarray(c.first, float) * ray.factor for c, ray in zip(changes, rays, strict=True)]
-    second = [np.asarray(c.second, float) * ray.factor**2 for c, ray in zip(changes, rays, strict=True)]
+    second = [
+        np.asarray(c.second, float) * ray.factor**2 for c, ray in zip(changes, rays, strict=True)
+    ]
     return np.concatenate(first), np.concatenate(second)
 
 
-def alone(base: Base, reference: Base, objective: str, grid: Grid, where: dict[str, str]) -> Cell | None:
+def alone(
+    base: Base, reference: Base, objective: str, grid: Grid, where: dict[str, str]
+) -> Cell | None:
     """Every pair by itself under SGD: the statement about its regime. None where the objective moves no pair."""
     s, force = base.subject, base.alone[objective]
     first = _first_alone(base, force)
-    rays = [_ray(pulled(s.apply, s.theta, pair, f[None])) for pair, f in zip(base.every, force, strict=False)]
-    exact = None if reference is base else _first_alone(reference, force.astype(reference.logp.dtype))
+    rays = [
+        _ray(pulled(s.apply, s.theta, pair, f[None]))
+        for pair, f in zip(base.every, force, strict=False)
+    ]
+    exact = (
+        None if reference is base else _first_alone(reference, force.astype(reference.logp.dtype))
+    )
     regimes = np.asarray(regime(base.kernel, Coefficients(force[:, 0], -force[:, 1])))
     where = {**where, "kind": "alone", "objective": objective, "optimizer": "sgd"}
     return _judged(base, where, first, _predicted(base, rays)[1], rays, regimes, grid, exact)
 
 
-def together(base: Base, reference: Base, objective: str, name: str, grid: Grid, where: dict[str, str]) -> Cell | None:
+def together(
+    base: Base, reference: Base, objective: str, name: str, grid: Grid, where: dict[str, str]
+) -> Cell | None:
     """One step of an optimizer on all pairs: what it does to them, and to the probes.
 
     None where the objective moves no pair.
@@ -198,7 +232,9 @@ def together(base: Base, reference: Base, objective: str, name: str, grid: Grid,
     exact = None
     if reference is not base:
         force = base.together[objective].astype(reference.logp.dtype)
-        exact, _ = _predicted(reference, [_ray(_step(reference, force, name))] * len(reference.every))
+        exact, _ = _predicted(
+            reference, [_ray(_step(reference, force, name))] * len(reference.every)
+        )
     where = {**where, "kind": "together", "objective": objective, "optimizer": name}
     return _judged(base, where, first, second, rays, regimes_of(first), grid, exact)
 
@@ -218,7 +254,12 @@ def _step(base: Base, force: Array, name: str, settled: bool = True) -> Theta:
     trained, _ = tree.partition(s.theta, None, s.apply.frozen)
 
     def gradient(pull: Array) -> Array:
-        return _minus_sum([pulled(s.apply, s.theta, pair, f[None]) for pair, f in zip(base.every, pull, strict=False)])
+        return _minus_sum(
+            [
+                pulled(s.apply, s.theta, pair, f[None])
+                for pair, f in zip(base.every, pull, strict=False)
+            ]
+        )
 
     forces = (0.7 * force, jnp.roll(force, 1, 0), force) if settled else (force,)
     return _whole(_last_update(name, [gradient(pull) for pull in forces], _flat(trained)), trained)
@@ -243,7 +284,9 @@ def _whole(vector: Array, trained: Theta) -> Theta:
 
 
 @functools.partial(jax.jit, static_argnames="name")
-def _last_update(name: str, gradients: list[Float[Array, " n"]], point: Float[Array, " n"]) -> Float[Array, " n"]:
+def _last_update(
+    name: str, gradients: list[Float[Array, " n"]], point: Float[Array, " n"]
+) -> Float[Array, " n"]:
     """The update that follows the others, on parameters in one vector: a program that every model can share."""
     transform = optimizer(name)
     state, step = transform.init(point), point
@@ -284,7 +327,13 @@ def _judged(
     rates = np.array(grid.learning_rates or [m * unit for m in grid.rates])
     s, dtype = base.subject, base.logp.dtype
     pieces = [
-        measured_along(s.apply, s.theta, base.every[i], rays[i].direction, jnp.asarray(rates * rays[i].factor, dtype))
+        measured_along(
+            s.apply,
+            s.theta,
+            base.every[i],
+            rays[i].direction,
+            jnp.asarray(rates * rays[i].factor, dtype),
+        )
         for i in moves
     ]
     measured = np.concatenate([np.asarray(x, float) for x in pieces], 1)
@@ -293,7 +342,9 @@ def _judged(
     one, two = eta * first, eta * first + eta**2 * second
     misses, size = [np.abs(measured - x) for x in (one, two)], np.abs(eta * first)
     relative = [np.where(size > 0, miss / np.where(size > 0, size, 1), 0.0) for miss in misses]
-    inside, own = (np.asarray(eta <= np.asarray(r, float)) for r in (moved.safe_radius, moved.trust_radius))
+    inside, own = (
+        np.asarray(eta <= np.asarray(r, float)) for r in (moved.safe_radius, moved.trust_radius)
+    )
     right = np.sign(measured) == np.sign(one)
     norms = [np.linalg.norm(x, axis=(1, 2)) for x in (*misses, one)]
     r2 = [np.array([_r2(m, p) for m, p in zip(measured, x, strict=True)]) for x in (one, two)]
@@ -345,13 +396,19 @@ def _order(
     rates: np.ndarray, multiple: np.ndarray, miss: np.ndarray, measured: np.ndarray, rounding: float
 ) -> tuple[float, float, float] | None:
     """Slope of log ‖miss‖ over log η, norms over all responses; interval by leaving out one pair after the other."""
-    clear = np.linalg.norm(miss, axis=(1, 2)) > NOISE * rounding * np.linalg.norm(measured, axis=(1, 2))
+    clear = np.linalg.norm(miss, axis=(1, 2)) > NOISE * rounding * np.linalg.norm(
+        measured, axis=(1, 2)
+    )
     use = np.flatnonzero(clear & (multiple <= NEAR))[:POINTS]
     if len(use) < 3:
         return None
 
     def slope(keep: np.ndarray) -> float:
-        return float(np.polyfit(np.log(rates[use]), np.log(np.linalg.norm(miss[use][:, keep], axis=(1, 2))), 1)[0])
+        return float(
+            np.polyfit(
+                np.log(rates[use]), np.log(np.linalg.norm(miss[use][:, keep], axis=(1, 2))), 1
+            )[0]
+        )
 
     count = miss.shape[1]
     whole = slope(np.arange(count))

@@ -51,5 +51,8 @@ def gap(a: Any, b: Any) -> float:
         difference = np.abs(x - y).max(initial=0.0)
         if not np.isfinite(difference):
             return float("inf")
-        worst = max(worst, float(difference / max(np.abs(y).max(initial=0.0), 1e-300)) if difference else 0.0)
+        worst = max(
+            worst,
+            float(difference / max(np.abs(y).max(initial=0.0), 1e-300)) if difference else 0.0,
+        )
     return worst

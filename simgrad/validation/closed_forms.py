@@ -1,6 +1,7 @@
 """Closed forms of the theory against automatic differentiation, on the device at hand.
 
-The oracle is the Jacobian of log-probs, one plain backward pass a response; each closed form reads a forward pass.
+The oracle is the Jacobian of log-probs, one plain backward pass a response; each closed form reads
+a forward pass.
 """
 
 from __future__ import annotations
@@ -48,9 +49,14 @@ def closed_forms(seed: int, device: str, limit: float = 1e-10) -> list[Check]:
     """Every closed form on random models and pairs in float64."""
     random = np.random.default_rng(seed)
     found = [
-        item for part in (_linear, _unconstrained, _one_context, _dynamics, _geometry) for item in part(random, seed)
+        item
+        for part in (_linear, _unconstrained, _one_context, _dynamics, _geometry)
+        for item in part(random, seed)
     ]
-    return [Check("closed forms", name, model, "float64", device, gap(*both), limit) for name, model, both in found]
+    return [
+        Check("closed forms", name, model, "float64", device, gap(*both), limit)
+        for name, model, both in found
+    ]
 
 
 Both = tuple[Any, Any]
@@ -94,7 +100,10 @@ def _linear(random: np.random.Generator, seed: int) -> Found:
         total = PairKernel(tokens[:, 0, 0], tokens[:, 0, 1], tokens[:, 1, 1])
         return {
             "Σ⟨h,h'⟩⟨e−π,e'−π'⟩ is the unembedding's kernel": (head_kernel(result, batch), kernel),
-            "prefix + contrast + suffix + cross": (linear.shared_parts(result, batch).total, kernel),
+            "prefix + contrast + suffix + cross": (
+                linear.shared_parts(result, batch).total,
+                kernel,
+            ),
             "token kernel sums to the pair kernel": (total, kernel),
         }
 
@@ -102,11 +111,17 @@ def _linear(random: np.random.Generator, seed: int) -> Found:
     apply_one, theta = linear_softmax(one, VOCAB, WIDTH, seed, "float64")
 
     def single(theta: Theta) -> dict[str, Both]:
-        result, kernel = responses(apply_one, theta, padded(one)), _kernel(_rows(apply_one, theta, one))
+        result, kernel = (
+            responses(apply_one, theta, padded(one)),
+            _kernel(_rows(apply_one, theta, one)),
+        )
         tokens = jnp.asarray([[p.chosen[0], p.rejected[0]] for p in one]).T
         at = (result.hidden[:, 0, 0], result.logits[:, 0, 0], tokens[0], tokens[1])
         return {
-            "one token: ‖h‖²(1−2π_w+‖π‖²), ‖h‖²(‖π‖²−π_w−π_l)": (linear.single_token_kernel(*at), kernel),
+            "one token: ‖h‖²(1−2π_w+‖π‖²), ‖h‖²(‖π‖²−π_w−π_l)": (
+                linear.single_token_kernel(*at),
+                kernel,
+            ),
             "one token cannot fall: ‖h‖²(1−π_w+π_l)": (linear.single_token_rise(*at), -kernel.gap),
         }
 
@@ -122,19 +137,34 @@ def _unconstrained(random: np.random.Generator, seed: int) -> Found:
 
     def several(theta: Theta) -> dict[str, Both]:
         batch, rows = padded(pairs), _rows(apply, theta, pairs)
-        result, kernel, w = responses(apply, theta, batch), _kernel(rows), theta["unembedding"]["table"]
-        every = unconstrained.token_states(
-            w, *(x.reshape(-1, *x.shape[2:]) for x in (result.hidden, batch.targets, _contexts(pairs), batch.valid))
+        result, kernel, w = (
+            responses(apply, theta, batch),
+            _kernel(rows),
+            theta["unembedding"]["table"],
         )
-        own = jax.vmap(lambda s: unconstrained.contributions(w, s, every, weights).total.sum())(every)
-        w_states, l_states = (jax.tree.map(lambda x, s=s: x[2 * different + s], every) for s in (0, 1))
+        every = unconstrained.token_states(
+            w,
+            *(
+                x.reshape(-1, *x.shape[2:])
+                for x in (result.hidden, batch.targets, _contexts(pairs), batch.valid)
+            ),
+        )
+        own = jax.vmap(lambda s: unconstrained.contributions(w, s, every, weights).total.sum())(
+            every
+        )
+        w_states, l_states = (
+            jax.tree.map(lambda x, s=s: x[2 * different + s], every) for s in (0, 1)
+        )
         first = batch.targets[different, :, 0]
         rates = jax.vmap(lambda *x: unconstrained.different_first_tokens_rate(w, *x).total)(
             w_states, l_states, first[:, 0], first[:, 1]
         )
-        unit = jnp.where(batch.valid[..., None], jax.nn.one_hot(0, VOCAB, dtype=w.dtype)[None, None, None], 0.0)
+        unit = jnp.where(
+            batch.valid[..., None], jax.nn.one_hot(0, VOCAB, dtype=w.dtype)[None, None, None], 0.0
+        )
         inner = [
-            linear.response_inner(result.hidden[:, 0], unit[:, 0], result.hidden[:, s], unit[:, s]) for s in (1, 0)
+            linear.response_inner(result.hidden[:, 0], unit[:, 0], result.hidden[:, s], unit[:, s])
+            for s in (1, 0)
         ]
         return {
             "kernel from states and errors, shared prefixes counted": (
@@ -174,7 +204,9 @@ def _one_context(random: np.random.Generator, seed: int) -> Found:
     def several(theta: Theta) -> dict[str, Both]:
         w, kernel = theta["unembedding"]["table"], _kernel(_rows(apply, theta, pairs))
         hidden = responses(apply, theta, padded(pairs)).hidden[:, 0, 0]
-        rates = jax.vmap(lambda h, p, m: unconstrained.single_token_rate(w, h, p, m).total)(hidden, *tokens)
+        rates = jax.vmap(lambda h, p, m: unconstrained.single_token_rate(w, h, p, m).total)(
+            hidden, *tokens
+        )
         closed = jax.vmap(lambda h, p, m: unconstrained.mass_rates(w, h, p, m))(hidden, *tokens)
         scores = jax.vmap(lambda p, m: unconstrained.mass_direction(w, p, m))(*tokens)
         moved = jnp.stack([_flow(apply, theta, pair) for pair in pairs])
@@ -217,7 +249,9 @@ def _dynamics(random: np.random.Generator, seed: int) -> Found:
         own = learning_dynamics.logit_kernel(apply, theta, seen, seen)
         closed = learning_dynamics.linear_softmax_logit_kernel(h, h, VOCAB)
         if not apply.frozen:
-            closed = learning_dynamics.unconstrained_logit_kernel(theta["unembedding"]["table"], h, h, True)
+            closed = learning_dynamics.unconstrained_logit_kernel(
+                theta["unembedding"]["table"], h, h, True
+            )
         return {
             "Δlog π(·|x_o) = −ηAKG": (parts.change(), exact),
             "logit kernel ⟨h,h'⟩I, + WWᵀ where h is trained": (closed, own),
@@ -227,7 +261,10 @@ def _dynamics(random: np.random.Generator, seed: int) -> Found:
             ),
         }
 
-    for model, build in (("linear-softmax", linear_softmax), ("unconstrained-features", unconstrained_features)):
+    for model, build in (
+        ("linear-softmax", linear_softmax),
+        ("unconstrained-features", unconstrained_features),
+    ):
         apply, theta = build([pair], VOCAB, WIDTH, seed, "float64")
         yield from _compiled(model, functools.partial(decomposed, apply), theta)
 
@@ -235,7 +272,10 @@ def _dynamics(random: np.random.Generator, seed: int) -> Found:
         pushed = z - 0.7 * (jax.nn.one_hot(3, VOCAB, dtype=z.dtype) - jax.nn.softmax(z))
         change = learning_dynamics.squeeze_step(z, jnp.asarray(3), 0.7).change
         return {
-            "squeezing: Δlog π_z = η(π_z − [z=y] − τ)": (change, jax.nn.log_softmax(pushed) - jax.nn.log_softmax(z))
+            "squeezing: Δlog π_z = η(π_z − [z=y] − τ)": (
+                change,
+                jax.nn.log_softmax(pushed) - jax.nn.log_softmax(z),
+            )
         }
 
     yield from _compiled("logits", squeezed, z)

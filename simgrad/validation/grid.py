@@ -27,15 +27,19 @@ PRECISIONS = ("default", "highest")
 class Arithmetic:
     """Dtype of parameters and activations, and the precision of matrix products in the model.
 
-    ``default`` is float32 on CPUs, but TensorFloat-32 on Hopper GPUs and bfloat16 passes on TPUs; ``highest``
-    is full float32 everywhere. They differ only for float32.
+    ``default`` is float32 on CPUs, but TensorFloat-32 on Hopper GPUs and bfloat16 passes on TPUs;
+    ``highest`` is full float32 everywhere. They differ only for float32.
     """
 
     dtype: str
     precision: str = "highest"
 
     def __str__(self) -> str:
-        return self.dtype if self.precision == "highest" or self.dtype != "float32" else f"float32 ({self.precision})"
+        return (
+            self.dtype
+            if self.precision == "highest" or self.dtype != "float32"
+            else f"float32 ({self.precision})"
+        )
 
     @property
     def rounding(self) -> float:
@@ -52,13 +56,14 @@ class Grid:
         objectives: names of :func:`simgrad.objectives.get` (empty: all).
         optimizers: sgd, momentum, rmsprop, adam, adamw, clipped (SGD behind gradient clipping).
         dtypes: of parameters and activations.
-        precisions: of float32 matrix products (empty: ``highest``, and ``default`` too where the device tells them
-            apart).
+        precisions: of float32 matrix products (empty: ``highest``, and ``default`` too where the
+            device tells them apart).
         rates: learning rates as multiples of the trust radius.
         learning_rates: the same in their own unit (given: ``rates`` are not used).
-        thorough: all that is left out otherwise: steps on all pairs together with every objective and optimizer (not
-            only the first objective with every optimizer, and objectives that couple pairs with the first optimizer),
-            every route to a kernel in every dtype, and for context tables whole runs and low precision too.
+        thorough: all that is left out otherwise: steps on all pairs together with every objective
+            and optimizer (not only the first objective with every optimizer, and objectives that
+            couple pairs with the first optimizer), every route to a kernel in every dtype, and for
+            context tables whole runs and low precision too.
         pairs: trained on together.
         probes: pairs that are followed but not trained on.
         seed: of parameters and pairs.
@@ -92,12 +97,21 @@ class Grid:
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
             elif isinstance(value, str) and field.name not in ("model", "data"):
-                raise ValueError(f"{field.name} takes a list of names: [{value!r}] instead of {value!r}")
-        known = {"models": MODELS, "objectives": objectives.names(), "optimizers": STEPS, "dtypes": DTYPES}
+                raise ValueError(
+                    f"{field.name} takes a list of names: [{value!r}] instead of {value!r}"
+                )
+        known = {
+            "models": MODELS,
+            "objectives": objectives.names(),
+            "optimizers": STEPS,
+            "dtypes": DTYPES,
+        }
         for name, choices in {**known, "precisions": PRECISIONS}.items():
             for given in getattr(self, name):
                 if given not in choices:
-                    raise ValueError(f"{name}: {given!r} is unknown; there are {', '.join(choices)}")
+                    raise ValueError(
+                        f"{name}: {given!r} is unknown; there are {', '.join(choices)}"
+                    )
         if self.model is not None and self.data is None:
             raise ValueError("a checkpoint needs preference pairs: give data (--data) too")
         if self.data is not None and self.model is None:
@@ -109,7 +123,10 @@ class Grid:
         if not self.optimizers:
             raise ValueError("no optimizers: name at least one")
         if self.pairs < 2 or self.probes < 1:
-            raise ValueError(f"pairs must be at least 2 and probes at least 1, got {self.pairs} and {self.probes}")
+            raise ValueError(
+                f"pairs must be at least 2 and probes at least 1, got {self.pairs} and "
+                f"{self.probes}"
+            )
         for name in ("rates", "learning_rates"):
             values = [float(x) for x in getattr(self, name)]
             if not all(0 < x < np.inf for x in values):
@@ -140,13 +157,17 @@ class Grid:
     def arithmetics(self, platform: str, model: str) -> list[Arithmetic]:
         """Dtypes and precisions in which a model is run on a platform."""
         result = []
-        others = any(name not in TABLES for name in self.subjects) and {"float64", "float32"} & set(self.dtypes)
+        others = any(name not in TABLES for name in self.subjects) and {"float64", "float32"} & set(
+            self.dtypes
+        )
         spared = model in TABLES and others and not self.thorough
         for dtype in self.dtypes:
             if spared and dtype in ("bfloat16", "float16"):
                 continue
             precisions = self.precisions or (PRECISIONS if platform != "cpu" else ("highest",))
-            result += [Arithmetic(dtype, p) for p in (precisions if dtype == "float32" else ("highest",))]
+            result += [
+                Arithmetic(dtype, p) for p in (precisions if dtype == "float32" else ("highest",))
+            ]
         return result
 
     def record(self) -> dict[str, Any]:
@@ -160,7 +181,24 @@ FULL = Grid(
     dtypes=DTYPES,
     thorough=True,
     pairs=6,
-    rates=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+    rates=(
+        1e-6,
+        1e-5,
+        1e-4,
+        3e-4,
+        1e-3,
+        3e-3,
+        1e-2,
+        0.02,
+        0.05,
+        0.1,
+        0.2,
+        0.5,
+        1.0,
+        2.0,
+        5.0,
+        10.0,
+    ),
 )
 
 

@@ -1,12 +1,14 @@
 """What a step really does to log-probs, measured without cancellation.
 
-The difference of two log-probs loses its digits when the step is small: in float32 a change of 1e-4 nats is good to a
-few per mille. The fundamental theorem gives the same number as an integral of derivatives along the step,
+The difference of two log-probs loses its digits when the step is small: in float32 a change of 1e-4
+nats is good to a few per mille. The fundamental theorem gives the same number as an integral of
+derivatives along the step,
 
     log π(θ + ηv) - log π(θ) = η ∫₀¹ ⟨∇log π(θ + sηv), v⟩ ds
 
-whose relative error stays at rounding however small η is. Four Gauss-Legendre nodes are exact for polynomials of
-degree seven in s; where a step moves a log-prob by a nat or more, the difference has digits enough and is taken.
+whose relative error stays at rounding however small η is. Four Gauss-Legendre nodes are exact for
+polynomials of degree seven in s; where a step moves a log-prob by a nat or more, the difference has
+digits enough and is taken.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def _moved(trained: Theta, step: Theta, by: Array) -> Theta:
     return jax.tree.map(add, trained, step)
 
 
-def _path(logp: Callable[[Theta], Array], trained: Theta, step: Theta, rates: Float[Array, " E"]) -> Array:
+def _path(
+    logp: Callable[[Theta], Array], trained: Theta, step: Theta, rates: Float[Array, " E"]
+) -> Array:
     x, w = np.polynomial.legendre.leggauss(NODES)
     nodes = jnp.asarray((x + 1) / 2, rates.dtype)
     weights = jnp.asarray(w / 2, rates.dtype)
@@ -80,7 +84,9 @@ def measured_along(
 
 
 @functools.partial(jax.jit, static_argnames="apply")
-def difference(apply: Apply, theta: Theta, batch: Batch, step: Theta, rate: Float[Array, ""]) -> Float[Array, "B 2"]:
+def difference(
+    apply: Apply, theta: Theta, batch: Batch, step: Theta, rate: Float[Array, ""]
+) -> Float[Array, "B 2"]:
     """The plain difference log π(θ + ηv) - log π(θ)."""
     logp, trained = log_probs(apply, theta, batch)
     return logp(_moved(trained, step, rate)) - logp(trained)

@@ -1,7 +1,8 @@
 """The published procedure for scoring a pair, written plainly in PyTorch: what the benchmark compares with.
 
-Forward: one full-logit forward a response, one response at a time (as the CHES scripts do). Gradients:
-one full backward a response, or a token, gradients flattened to vectors, dot products of those.
+Forward: one full-logit forward a response, one response at a time (as the CHES scripts do).
+Gradients: one full backward a response, or a token, gradients flattened to vectors, dot products of
+those.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ def random_model(shape: dict[str, Any], max_length: int, seed: int = 0) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    width, depth, heads, vocab_size = (shape[name] for name in ("width", "depth", "heads", "vocab_size"))
+    width, depth, heads, vocab_size = (
+        shape[name] for name in ("width", "depth", "heads", "vocab_size")
+    )
     if shape.get("mlp") != "gated":
-        gpt2 = GPT2Config(vocab_size=vocab_size, n_positions=max_length, n_embd=width, n_layer=depth, n_head=heads)
+        gpt2 = GPT2Config(
+            vocab_size=vocab_size, n_positions=max_length, n_embd=width, n_layer=depth, n_head=heads
+        )
         return GPT2LMHeadModel(gpt2).eval()
     llama = LlamaConfig(
         vocab_size=vocab_size,
@@ -58,7 +63,12 @@ def _response(
 
     ids = torch.tensor([[*prompt, *response]], device=model.device)
     output = model(ids, output_hidden_states=states)
-    logp = output.logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[-len(response) :, 0]
+    logp = (
+        output.logits[0, :-1]
+        .float()
+        .log_softmax(-1)
+        .gather(-1, ids[0, 1:, None])[-len(response) :, 0]
+    )
     return logp, output.hidden_states[-1][0, len(prompt) - 1 : -1] if states else None
 
 
@@ -74,7 +84,9 @@ def log_probs(model: Any, pair: Pair) -> tuple[float, float]:
     import torch
 
     with torch.no_grad():
-        chosen, rejected = (_response(model, pair.prompt, r)[0].sum().item() for r in (pair.chosen, pair.rejected))
+        chosen, rejected = (
+            _response(model, pair.prompt, r)[0].sum().item() for r in (pair.chosen, pair.rejected)
+        )
         return chosen, rejected
 
 
@@ -91,7 +103,10 @@ def forward_scores(model: Any, pair: Pair) -> tuple[float, float, float]:
 
 def gradient_scalars(model: Any, pair: Pair, wide: bool = False) -> tuple[float, float, float]:
     """‖g_w‖², ⟨g_w,g_l⟩, ‖g_l‖²; ``wide`` takes the dot products in float64 (as a reference)."""
-    flat = [_flat_gradient(model, _response(model, pair.prompt, r)[0].sum()) for r in (pair.chosen, pair.rejected)]
+    flat = [
+        _flat_gradient(model, _response(model, pair.prompt, r)[0].sum())
+        for r in (pair.chosen, pair.rejected)
+    ]
     w, l = (g.double() for g in flat) if wide else flat  # noqa: E741
     return (w @ w).item(), (w @ l).item(), (l @ l).item()
 
@@ -110,7 +125,9 @@ def dataset_kernel(model: Any, pairs: Sequence[Pair], wide: bool = False) -> np.
     import torch
 
     responses = [(p.prompt, r) for p in pairs for r in (p.chosen, p.rejected)]
-    rows = torch.stack([_flat_gradient(model, _response(model, x, r)[0].sum()) for x, r in responses])
+    rows = torch.stack(
+        [_flat_gradient(model, _response(model, x, r)[0].sum()) for x, r in responses]
+    )
     return _products(rows, wide)
 
 
@@ -126,7 +143,9 @@ def directional_changes(
     """⟨∇log π(y), D⟩ of every response, D = coefficient · mean (g_w - g_l): two rounds of backward passes."""
     direction = None
     for pair in pairs:
-        chosen, rejected = (_response(model, pair.prompt, r)[0].sum() for r in (pair.chosen, pair.rejected))
+        chosen, rejected = (
+            _response(model, pair.prompt, r)[0].sum() for r in (pair.chosen, pair.rejected)
+        )
         step = _flat_gradient(model, (chosen - rejected) * (coefficient / len(pairs)))
         direction = step if direction is None else direction + step
     assert direction is not None

@@ -57,7 +57,9 @@ def statements(cells: Sequence[Cell], checks: Sequence[Check]) -> list[Statement
             found.append(_float64(compared, arithmetic))
     for group, text in _GROUPS.items():
         for arithmetic in dict.fromkeys(c.arithmetic for c in checks if c.group == group):
-            found.append(_identity(group, text, arithmetic, [c for c in checks if _is(c, group, arithmetic)]))
+            found.append(
+                _identity(group, text, arithmetic, [c for c in checks if _is(c, group, arithmetic)])
+            )
     return sorted(found, key=lambda s: _ORDER.index(s.name.split("/")[0]))
 
 
@@ -102,7 +104,11 @@ def _orders(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
     for name, order, slack, of in rows:
         known = [(c, fit) for c in cells if (fit := of(c)) is not None]
         if not known and arithmetic == "float64":
-            yield _untold(f"{name}/{arithmetic}", f"{order} ± {slack:g}", "no three rates that are small enough")
+            yield _untold(
+                f"{name}/{arithmetic}",
+                f"{order} ± {slack:g}",
+                "no three rates that are small enough",
+            )
         if known:
             cell, fit = max(known, key=lambda item: _or_inf(abs(item[1][0] - order)))
             holds = bool(_or_inf(abs(fit[0] - order)) <= slack) if arithmetic == "float64" else None
@@ -138,10 +144,15 @@ def _agreement(cells: Sequence[Cell], arithmetic: str) -> Iterable[Statement]:
             counts = np.array([getattr(c, f"{name}_count") for c in some])
             if counts.sum():
                 right = sum(getattr(c, name) * n for c, n in zip(some, counts, strict=True) if n)
-                least = min((c for c, n in zip(some, counts, strict=True) if n), key=lambda c: getattr(c, name))
+                least = min(
+                    (c for c, n in zip(some, counts, strict=True) if n),
+                    key=lambda c: getattr(c, name),
+                )
                 pooled.append((float(right / counts.sum()), int(counts.sum()), model, least))
         if not pooled:
-            yield _untold(f"{name}/{arithmetic}", f"≥ {AGREEMENT:.0%}", "no rate inside the safe radius")
+            yield _untold(
+                f"{name}/{arithmetic}", f"≥ {AGREEMENT:.0%}", "no rate inside the safe radius"
+            )
         if pooled:
             share, count, _, least = min(pooled, key=lambda item: item[0])
             yield Statement(

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad import tree
-from simgrad.models import Apply, LoraApply, ModelConfig, TransformerApply, init_transformer, linear_softmax
+from simgrad.models import (
+    Apply,
+    LoraApply,
+    ModelConfig,
+    TransformerApply,
+    init_transformer,
+    linear_softmax,
+)
 from simgrad.models import unconstrained_features as unconstrained
 from simgrad.pairs import Batch, Pair, padded
 from simgrad.typing import Array, Float, Theta
@@ -22,7 +29,13 @@ __all__ = ["Subject", "random_pairs", "subject", "twin"]
 VOCAB = 32
 
 _SHAPES: dict[str, dict[str, Any]] = {
-    "transformer": {"positions": "rope", "kv_heads": 2, "mlp": "gated", "activation": "silu", "mlp_width": 48},
+    "transformer": {
+        "positions": "rope",
+        "kv_heads": 2,
+        "mlp": "gated",
+        "activation": "silu",
+        "mlp_width": 48,
+    },
     "transformer-tied": {
         "tied": True,
         "norm": "layernorm",
@@ -30,7 +43,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
         "attention_output_bias": True,
     },
-    "transformer-deep": {"positions": "rope", "depth": 6, "mlp": "gated", "activation": "silu", "mlp_width": 48},
+    "transformer-deep": {
+        "positions": "rope",
+        "depth": 6,
+        "mlp": "gated",
+        "activation": "silu",
+        "mlp_width": 48,
+    },
 }
 
 
@@ -69,12 +88,18 @@ class Subject:
         return logp + jnp.asarray(self.reference, logp.dtype)
 
 
-def random_pairs(random: np.random.Generator, count: int, vocab_size: int = VOCAB) -> tuple[Pair, ...]:
+def random_pairs(
+    random: np.random.Generator, count: int, vocab_size: int = VOCAB
+) -> tuple[Pair, ...]:
     """Prompts of 3 tokens; responses of 1 to 3 tokens of their own and a shared ending of up to 4."""
     pairs: list[Pair] = []
     while len(pairs) < count:
-        prompt, shared = (random.integers(0, vocab_size, n).tolist() for n in (3, random.integers(0, 5)))
-        chosen, rejected = (random.integers(0, vocab_size, random.integers(1, 4)).tolist() for _ in range(2))
+        prompt, shared = (
+            random.integers(0, vocab_size, n).tolist() for n in (3, random.integers(0, 5))
+        )
+        chosen, rejected = (
+            random.integers(0, vocab_size, random.integers(1, 4)).tolist() for _ in range(2)
+        )
         pair = Pair(prompt, chosen + shared, rejected + shared)
         if pair.problem() is None:
             pairs.append(pair)
@@ -92,7 +117,14 @@ def subject(name: str, grid: Grid, dtype: str) -> Subject:
     elif name == "unconstrained-features":
         apply, theta = unconstrained(every, VOCAB, 16, grid.seed, "float64")
     else:
-        shape = {"vocab_size": VOCAB, "width": 32, "depth": 2, "heads": 4, "max_length": 16, **_SHAPES[name]}
+        shape = {
+            "vocab_size": VOCAB,
+            "width": 32,
+            "depth": 2,
+            "heads": 4,
+            "max_length": 16,
+            **_SHAPES[name],
+        }
         apply = TransformerApply(ModelConfig(**shape, dtype="float64"))
         theta = _random(apply, random)
     return _subject(name, apply, theta, every, grid, dtype)
@@ -108,7 +140,10 @@ def _random(apply: TransformerApply, random: np.random.Generator) -> Theta:
         noise = size.get(leaf, lambda shape: 0.1)(shape) * random.normal(size=shape)
         return jnp.asarray(noise + (leaf == "scale"))
 
-    leaves = [draw(path, x.shape) for path, x in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True)]
+    leaves = [
+        draw(path, x.shape)
+        for path, x in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
@@ -119,19 +154,37 @@ def _checkpoint(name: str, grid: Grid, dtype: str) -> Subject:
     rows = read_rows(str(grid.data), 4 * (grid.pairs + grid.probes))
     if policy.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, which the pairs of {grid.data} need")
-    encoded = encode(rows, policy.tokenizer, min(grid.max_length, policy.config.max_length), policy.config.vocab_size)
+    encoded = encode(
+        rows,
+        policy.tokenizer,
+        min(grid.max_length, policy.config.max_length),
+        policy.config.vocab_size,
+    )
     if len(encoded.pairs) < grid.pairs + grid.probes:
         raise ValueError(
-            f"{grid.data} gives {len(encoded.pairs)} usable pairs in its first {len(rows)} rows, but "
-            f"pairs={grid.pairs} and probes={grid.probes} are needed: lower them, or raise max_length={grid.max_length}"
+            f"{grid.data} gives {len(encoded.pairs)} usable pairs in its first {len(rows)} rows, "
+            "but "
+            f"pairs={grid.pairs} and probes={grid.probes} are needed: lower them, or raise "
+            f"max_length={grid.max_length}"
         )
-    return _subject(name, policy.apply, policy.theta, tuple(encoded.pairs[: grid.pairs + grid.probes]), grid, dtype)
+    return _subject(
+        name,
+        policy.apply,
+        policy.theta,
+        tuple(encoded.pairs[: grid.pairs + grid.probes]),
+        grid,
+        dtype,
+    )
 
 
-def _subject(name: str, apply: Apply, theta: Theta, every: tuple[Pair, ...], grid: Grid, dtype: str) -> Subject:
+def _subject(
+    name: str, apply: Apply, theta: Theta, every: tuple[Pair, ...], grid: Grid, dtype: str
+) -> Subject:
     offsets = np.random.default_rng(grid.seed + 1).normal(0, 0.5, (grid.pairs, 2))
     cast = jax.tree.map(lambda x: x.astype(dtype), theta)
-    return Subject(name, _in_dtype(apply, dtype), cast, every[: grid.pairs], every[grid.pairs :], offsets)
+    return Subject(
+        name, _in_dtype(apply, dtype), cast, every[: grid.pairs], every[grid.pairs :], offsets
+    )
 
 
 def _in_dtype(apply: Apply, dtype: str) -> Apply:

@@ -21,13 +21,18 @@ class _Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, self.heads = config.width, config.heads
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(d, config.norm_eps), nn.RMSNorm(d, config.norm_eps)
+        self.attention_norm, self.mlp_norm = (
+            nn.RMSNorm(d, config.norm_eps),
+            nn.RMSNorm(d, config.norm_eps),
+        )
         self.qkv, self.output = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, t, d = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.attention_norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
         mixed = f.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.output(mixed.transpose(1, 2).reshape(n, t, d))
         return x + self.down(f.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
@@ -55,7 +60,9 @@ class Transformer(nn.Module):
             weights |= {
                 f"blocks.{i}.attention_norm.weight": layers["attention_norm"]["scale"][i],
                 f"blocks.{i}.mlp_norm.weight": layers["mlp_norm"]["scale"][i],
-                f"blocks.{i}.qkv.weight": np.concatenate([attention[k] for k in ("query", "key", "value")], 1).T,
+                f"blocks.{i}.qkv.weight": np.concatenate(
+                    [attention[k] for k in ("query", "key", "value")], 1
+                ).T,
                 f"blocks.{i}.output.weight": attention["output"].T,
                 f"blocks.{i}.up.weight": layers["mlp"]["up"]["kernel"][i].T,
                 f"blocks.{i}.down.weight": layers["mlp"]["down"]["kernel"][i].T,
@@ -86,7 +93,9 @@ class Transformer(nn.Module):
 class Linear(nn.Module):
     """Logits = W h with a feature vector h for each pair's prompt."""
 
-    def __init__(self, features: Float[np.ndarray, "B D"], unembedding: Float[np.ndarray, "V D"]) -> None:
+    def __init__(
+        self, features: Float[np.ndarray, "B D"], unembedding: Float[np.ndarray, "V D"]
+    ) -> None:
         super().__init__()
         self.features = torch.tensor(features)
         self.weight = nn.Parameter(torch.tensor(unembedding))
@@ -103,7 +112,11 @@ class Linear(nn.Module):
 
 
 def tune(
-    model: Transformer | Linear, pairs: Sequence[Pair], order: Int[np.ndarray, "E M"], learning_rate: float, beta: float
+    model: Transformer | Linear,
+    pairs: Sequence[Pair],
+    order: Int[np.ndarray, "E M"],
+    learning_rate: float,
+    beta: float,
 ) -> tuple[float, Float[np.ndarray, "B 2"]]:
     """DPO by SGD on the batches of ``order``: seconds of the loop, and what it did to each log-prob."""
     logp, size, count = model.log_probs(pairs), order.shape[1], len(pairs)

@@ -18,7 +18,14 @@ import jax
 import numpy as np
 
 from simgrad.provenance import provenance
-from simgrad.validation.agreement import against_reference, between_devices, repeated, routes, runs, updates
+from simgrad.validation.agreement import (
+    against_reference,
+    between_devices,
+    repeated,
+    routes,
+    runs,
+    updates,
+)
 from simgrad.validation.cells import Base, Cell, alone, base_of, together
 from simgrad.validation.checks import Check
 from simgrad.validation.closed_forms import closed_forms
@@ -93,15 +100,17 @@ def _finite(x: Any) -> Any:
 def validate(grid: Grid = QUICK, report: Report = lambda what, done, of: None) -> Validation:
     """Hold predictions against measured steps, closed forms against autodiff, and devices against each other.
 
-    Every model in every arithmetic is a piece of work; pieces are spread over the local devices, two at a time on a
-    single one so that tracing and compiling overlap. Double precision is switched on for the duration.
+    Every model in every arithmetic is a piece of work; pieces are spread over the local devices,
+    two at a time on a single one so that tracing and compiling overlap. Double precision is
+    switched on for the duration.
 
     Args:
         grid: what to validate.
         report: called with (piece, pieces done, pieces in all).
 
     Raises:
-        ValueError: JAX runs without a CPU backend, which the float64 reference needs; as in :class:`Grid`.
+        ValueError: JAX runs without a CPU backend, which the float64 reference needs; as in
+        :class:`Grid`.
     """
     try:
         host = jax.devices("cpu")[0]
@@ -111,7 +120,9 @@ def validate(grid: Grid = QUICK, report: Report = lambda what, done, of: None) -
         ) from error
     devices = jax.local_devices()
     with jax.enable_x64(True):
-        for name in grid.subjects:  # unreadable checkpoints and data are found before anything is compiled
+        for (
+            name
+        ) in grid.subjects:  # unreadable checkpoints and data are found before anything is compiled
             if name == grid.model:
                 subject(name, grid, "float32")
     pieces = _pieces(grid, devices, host)
@@ -130,7 +141,9 @@ def validate(grid: Grid = QUICK, report: Report = lambda what, done, of: None) -
             pool.shutdown(cancel_futures=True)
     if not cells:
         raise ValueError("no setting moves any pair: name other objectives, models or dtypes")
-    return Validation(grid, tuple(statements(cells, checks)), tuple(cells), tuple(checks), _provenance(grid))
+    return Validation(
+        grid, tuple(statements(cells, checks)), tuple(cells), tuple(checks), _provenance(grid)
+    )
 
 
 def _pieces(grid: Grid, devices: Sequence[Any], host: Any) -> list[Piece]:
@@ -138,7 +151,14 @@ def _pieces(grid: Grid, devices: Sequence[Any], host: Any) -> list[Piece]:
 
     def of(name: str, part: Part, exact: bool) -> list[Piece]:
         return [
-            _piece(grid, name, arithmetic, devices[(grid.subjects.index(name) + i) % len(devices)], host, part)
+            _piece(
+                grid,
+                name,
+                arithmetic,
+                devices[(grid.subjects.index(name) + i) % len(devices)],
+                host,
+                part,
+            )
             for i, arithmetic in enumerate(grid.arithmetics(devices[0].platform, name))
             if (arithmetic.dtype == "float64") == exact
         ]
@@ -148,29 +168,43 @@ def _pieces(grid: Grid, devices: Sequence[Any], host: Any) -> list[Piece]:
     pieces = [piece for name in networks for piece in of(name, _cells, True)]
     pieces += [_closed(grid, device) for device in {d.device_kind: d for d in devices}.values()]
     pieces += [
-        p for name in tables for exact in (True, False) for part in (_cells, _checks) for p in of(name, part, exact)
+        p
+        for name in tables
+        for exact in (True, False)
+        for part in (_cells, _checks)
+        for p in of(name, part, exact)
     ]
     for part, exact in ((_checks, True), (_cells, False), (_checks, False)):
         pieces += [piece for name in networks for piece in of(name, part, exact)]
     if len(devices) > 1:
-        pieces.append(_piece(grid, grid.subjects[-1], Arithmetic("float64"), devices[0], host, _spread))
+        pieces.append(
+            _piece(grid, grid.subjects[-1], Arithmetic("float64"), devices[0], host, _spread)
+        )
     return pieces
 
 
 def _closed(grid: Grid, device: Any) -> Piece:
     def work() -> Found:
-        with jax.enable_x64(True), jax.default_device(device), jax.default_matmul_precision("highest"):
+        with (
+            jax.enable_x64(True),
+            jax.default_device(device),
+            jax.default_matmul_precision("highest"),
+        ):
             return Found("closed forms", [], closed_forms(grid.seed, device.device_kind))
 
     return work
 
 
-def _piece(grid: Grid, name: str, arithmetic: Arithmetic, device: Any, host: Any, part: Part) -> Piece:
+def _piece(
+    grid: Grid, name: str, arithmetic: Arithmetic, device: Any, host: Any, part: Part
+) -> Piece:
     """One part of what is found for one model in one arithmetic on one device."""
 
     def work() -> Found:
         where = {"arithmetic": str(arithmetic), "device": device.device_kind}
-        names = tuple(dict.fromkeys(("dpo", *grid.objective_names)))  # the identities are about steps of DPO
+        names = tuple(
+            dict.fromkeys(("dpo", *grid.objective_names))
+        )  # the identities are about steps of DPO
         with jax.enable_x64(True):
             with jax.default_device(device), jax.default_matmul_precision(arithmetic.precision):
                 base = base_of(subject(name, grid, arithmetic.dtype), names)
@@ -183,31 +217,42 @@ def _piece(grid: Grid, name: str, arithmetic: Arithmetic, device: Any, host: Any
                     reference = base_of(wide, names)
             with jax.default_device(device), jax.default_matmul_precision(arithmetic.precision):
                 found = [x for x in part(grid, base, reference, where, arithmetic) if x is not None]
-        cells, checks = ([x for x in found if isinstance(x, Cell)], [x for x in found if isinstance(x, Check)])
+        cells, checks = (
+            [x for x in found if isinstance(x, Cell)],
+            [x for x in found if isinstance(x, Check)],
+        )
         return Found(f"{name}, {arithmetic}", cells, checks)
 
     return work
 
 
-def _cells(grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic) -> Iterable[Any]:
+def _cells(
+    grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic
+) -> Iterable[Any]:
     for objective in grid.objective_names:
         yield alone(base, reference, objective, grid, where)
     for objective, name in grid.joint_cells():
         yield together(base, reference, objective, name, grid, where)
 
 
-def _checks(grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic) -> Iterable[Any]:
+def _checks(
+    grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic
+) -> Iterable[Any]:
     exact = arithmetic.dtype == "float64"
     judged, rates = arithmetic.precision == "highest", grid.learning_rates or grid.rates
     yield from against_reference(base, reference, where, judged, grid.thorough)
     yield from repeated(base, rates, where)
-    if exact and (grid.thorough or base.subject.name not in TABLES or grid.subjects == (base.subject.name,)):
+    if exact and (
+        grid.thorough or base.subject.name not in TABLES or grid.subjects == (base.subject.name,)
+    ):
         yield from routes(base, rates, where)
         yield from updates(base, grid.optimizers, where)
         yield from runs(base, where, ("sgd", "adam") if grid.thorough else ("adam",))
 
 
-def _spread(grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic) -> Iterable[Any]:
+def _spread(
+    grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic
+) -> Iterable[Any]:
     yield from between_devices(base, where, jax.local_devices())
 
 

@@ -15,7 +15,7 @@ from scipy.special import expit, log_softmax, logit
 
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
-from simgrad.findings import Claim, Findings, Table, listing
+from simgrad.experiments.findings import Claim, Findings, Table, listing
 from simgrad.models import Apply, ContextApply
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
@@ -34,9 +34,10 @@ ASSUMPTIONS = ("all hold", "another pair opposes", "features learn")
 class Linear(World):
     """Linear-softmax models: a prompt, a shared prefix, one of two sentiment tokens, a shared suffix.
 
-    Even prompts prefer the first sentiment token, odd ones the second. Features have norm 1; those of both
-    responses of a pair at one position have the cosine ``correlation``, those of different pairs ``across``, those
-    of different positions are orthogonal. W is such that the policy's probabilities are the ones asked for.
+    Even prompts prefer the first sentiment token, odd ones the second. Features have norm 1; those
+    of both responses of a pair at one position have the cosine ``correlation``, those of different
+    pairs ``across``, those of different positions are orthogonal. W is such that the policy's
+    probabilities are the ones asked for.
 
     Attributes:
         n_pairs: preference pairs, one a prompt.
@@ -51,7 +52,8 @@ class Linear(World):
         jitter: standard deviation of these probabilities' logits.
         draws: models of the table on single tokens, for each seed.
         beta: of DPO.
-        learning_rate: of SGD on a pair alone; n_pairs times that on all together, where the loss is a mean.
+        learning_rate: of SGD on a pair alone; n_pairs times that on all together, where the loss is
+            a mean.
         steps: of a run.
     """
 
@@ -79,13 +81,24 @@ class Linear(World):
             if not getattr(self, name) > 0:
                 raise ValueError(f"linear: {name} must be positive, got {getattr(self, name)}")
         if len(self.suffixes) < 2 or min(self.suffixes) != 0:
-            raise ValueError(f"linear: suffixes takes lengths, 0 and at least one more, got {self.suffixes}")
+            raise ValueError(
+                f"linear: suffixes takes lengths, 0 and at least one more, got {self.suffixes}"
+            )
         if not 0 <= self.across <= self.correlation < 1:
-            raise ValueError(f"linear: 0 ≤ across ≤ correlation < 1, got {self.across} and {self.correlation}")
-        shares = (self.chosen, self.rejected, 1 - self.chosen - self.rejected, self.sure_chosen, self.sure_rejected)
+            raise ValueError(
+                f"linear: 0 ≤ across ≤ correlation < 1, got {self.across} and {self.correlation}"
+            )
+        shares = (
+            self.chosen,
+            self.rejected,
+            1 - self.chosen - self.rejected,
+            self.sure_chosen,
+            self.sure_rejected,
+        )
         if min(shares) <= 0 or max(shares) >= 1 or self.jitter < 0:
             raise ValueError(
-                "linear: probabilities must lie in (0, 1), chosen + rejected below 1, jitter be at least 0"
+                "linear: probabilities must lie in (0, 1), chosen + rejected below 1, jitter be at "
+                "least 0"
             )
 
     @property
@@ -96,9 +109,14 @@ class Linear(World):
     def pairs(self, seed: int, prefix: int = 0, suffix: int = 5) -> list[Pair]:
         """One pair a prompt; the seed draws the policy."""
         before, after = range(2, 2 + prefix), range(2 + self.prefix, 2 + self.prefix + suffix)
-        return [Pair([i], [*before, i % 2, *after], [*before, 1 - i % 2, *after]) for i in range(self.n_pairs)]
+        return [
+            Pair([i], [*before, i % 2, *after], [*before, 1 - i % 2, *after])
+            for i in range(self.n_pairs)
+        ]
 
-    def policy(self, seed: int, prefix: int, suffix: int, correlated: bool = True) -> tuple[ContextApply, Theta]:
+    def policy(
+        self, seed: int, prefix: int, suffix: int, correlated: bool = True
+    ) -> tuple[ContextApply, Theta]:
         """The model and its parameters; uncorrelated, all features are orthogonal."""
         rows: dict[tuple[int, ...], tuple[int, int, np.ndarray]] = {}
         for i, pair in enumerate(self.pairs(seed, prefix, suffix)):
@@ -116,7 +134,10 @@ class Linear(World):
         parts = ((across, common), (within, shared), (1 - across - within, np.eye(len(rows))))
         phi = np.concatenate([np.sqrt(square) * part for square, part in parts], axis=1)
         w = logp.T @ np.linalg.pinv(phi).T
-        return ContextApply(tuple(rows), FROZEN), {"features": {"table": phi}, "unembedding": {"table": w}}
+        return ContextApply(tuple(rows), FROZEN), {
+            "features": {"table": phi},
+            "unembedding": {"table": w},
+        }
 
     def _distribution(self, random: np.random.Generator, wanted: dict[int, float]) -> np.ndarray:
         """Log-probs with about the ``wanted`` probabilities, the rest divided at random."""
@@ -151,7 +172,9 @@ class Linear(World):
                 h, w = random.normal(size=(n, 2, 4)) / 2, random.normal(size=(n, 16, 4))
                 h[:, 1] = self.correlation * h[:, 0] + np.sqrt(1 - self.correlation**2) * h[:, 1]
                 thetas = {"features": {"table": h}, "unembedding": {"table": w}}
-                found = spread(_measuring(apply, self.recipe(len(data)), data), thetas, index, at_once=n)
+                found = spread(
+                    _measuring(apply, self.recipe(len(data)), data), thetas, index, at_once=n
+                )
                 margin, change = found["rise"][:, 0], found["change"][:, 0]
                 rows.append({
                     "assumptions": assumption, "seed": seed, "least margin": margin.min(),
@@ -160,9 +183,12 @@ class Linear(World):
                     "Δ rejected": change[:, 1].mean(),
                 })  # fmt: skip
         return Table.of("single", (
-            "One-token responses, random models: least exact margin ‖h‖² (1 - π_w + π_l) and its largest difference "
-            "from ‖g_w‖² - ⟨g_w,g_l⟩ over W; share of chosen tokens that fall in a run, least and mean Δ log π "
-            "(nats). With one pair and frozen features (the null) none can fall; the other rows drop one of these "
+            "One-token responses, random models: least exact margin ‖h‖² (1 - π_w + π_l) and its "
+            "largest difference "
+            "from ‖g_w‖² - ⟨g_w,g_l⟩ over W; share of chosen tokens that fall in a run, least and "
+            "mean Δ log π "
+            "(nats). With one pair and frozen features (the null) none can fall; the other rows "
+            "drop one of these "
             "assumptions each."
         ), ("assumptions",), rows)  # fmt: skip
 
@@ -170,25 +196,42 @@ class Linear(World):
         rows, n = [], self.n_pairs
         settings = [(0, k) for k in self.suffixes] + [(self.prefix, 0)]
         for (prefix, suffix), features in itertools.product(settings, ("correlated", "orthogonal")):
-            policies = [self.policy(seed, prefix, suffix, features == "correlated") for seed in seeds]
+            policies = [
+                self.policy(seed, prefix, suffix, features == "correlated") for seed in seeds
+            ]
             apply, pairs = policies[0][0], tuple(self.pairs(0, prefix, suffix))
             thetas = stacked([theta for _, theta in policies])
             every = jax.tree.map(lambda x: np.repeat(x, n, axis=0), thetas)
             index, total = np.tile(np.arange(n), (len(seeds), 1)), n * len(seeds)
-            together = spread(_measuring(apply, self.recipe(n), pairs), thetas, index, at_once=total)
-            alone = spread(_measuring(apply, self.recipe(1), pairs), every, index.reshape(-1, 1), at_once=total)
+            together = spread(
+                _measuring(apply, self.recipe(n), pairs), thetas, index, at_once=total
+            )
+            alone = spread(
+                _measuring(apply, self.recipe(1), pairs), every, index.reshape(-1, 1), at_once=total
+            )
             alone = {k: x.reshape(len(seeds), n, *x.shape[2:]) for k, x in alone.items()}
             for (name, found), (i, seed) in itertools.product(
                 (("alone", alone), ("together", together)), enumerate(seeds)
             ):
-                key = {"features": features, "prefix": prefix, "suffix": suffix, "trained": name, "seed": seed}
+                key = {
+                    "features": features,
+                    "prefix": prefix,
+                    "suffix": suffix,
+                    "trained": name,
+                    "seed": seed,
+                }
                 rows.append({**key, **_row({k: x[i] for k, x in found.items()}, alone["first"][i])})
         return Table.of("shared", (
-            "Mean cosine and gap ⟨g_w,g_l⟩ - ‖g_w‖²; Δ log π after the run (nats), of whole responses and of the "
-            "sentiment token; shares of chosen and of both that fall; share of pairs whose chosen's direction the "
-            "pair's own kernel, and the kernel of all trained pairs, get right to first order; R² and largest error "
-            "(nats) of kernel flow, share of responses that end below it, R² of the first step times their number. "
-            "Suffix 0, 1, 5 are 1t, short-suffix, long-suffix. Orthogonal features are the null: no suffix token "
+            "Mean cosine and gap ⟨g_w,g_l⟩ - ‖g_w‖²; Δ log π after the run (nats), of whole "
+            "responses and of the "
+            "sentiment token; shares of chosen and of both that fall; share of pairs whose "
+            "chosen's direction the "
+            "pair's own kernel, and the kernel of all trained pairs, get right to first order; R² "
+            "and largest error "
+            "(nats) of kernel flow, share of responses that end below it, R² of the first step "
+            "times their number. "
+            "Suffix 0, 1, 5 are 1t, short-suffix, long-suffix. Orthogonal features are the null: "
+            "no suffix token "
             "pulls on another."
         ), ("features", "prefix", "suffix", "trained"), rows)  # fmt: skip
 
@@ -199,12 +242,24 @@ def _measuring(apply: Apply, recipe: Recipe, pairs: tuple[Pair, ...]) -> Any:
 
     def run(theta: Theta, index: Array) -> dict[str, Array]:
         batch = padded(pairs).take(index)
-        before, after = (responses(apply, t, batch) for t in (theta, trained(apply, recipe, theta, batch)))
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (before.hidden, before.logits, batch.targets, batch.valid))
+        before, after = (
+            responses(apply, t, batch) for t in (theta, trained(apply, recipe, theta, batch))
+        )
+        flat = (
+            x.reshape(-1, *x.shape[2:])
+            for x in (before.hidden, before.logits, batch.targets, batch.valid)
+        )
         kernel, own = group_kernel(Group(*flat)), head_kernel(before, batch)
-        flow = kernel_flow(kernel, before.logp, batch.lengths, recipe.objective, recipe.optimizer, recipe.steps)
+        flow = kernel_flow(
+            kernel, before.logp, batch.lengths, recipe.objective, recipe.optimizer, recipe.steps
+        )
         differs = batch.targets[:, 0] != batch.targets[:, 1]
-        start = (before.hidden[:, 0, 0], before.logits[:, 0, 0], batch.targets[:, 0, 0], batch.targets[:, 1, 0])
+        start = (
+            before.hidden[:, 0, 0],
+            before.logits[:, 0, 0],
+            batch.targets[:, 0, 0],
+            batch.targets[:, 1, 0],
+        )
         return {
             "rise": linear_softmax.single_token_rise(*start),
             "cosine": own.cosine,
@@ -254,13 +309,23 @@ def _shared_claims(table: Table) -> tuple[Claim, ...]:
     lengths, prefix = np.unique(table["suffix"]), table["prefix"].max()
 
     def mean(column: str, trained: str) -> np.ndarray:
-        rows = (table.where(features="correlated", prefix=0, suffix=k, trained=trained) for k in lengths)
+        rows = (
+            table.where(features="correlated", prefix=0, suffix=k, trained=trained) for k in lengths
+        )
         return np.array([x[column].mean() for x in rows])
 
     null = table.where(features="orthogonal")["falls"]
-    cosine, alone, together = mean("cosine", "alone"), mean("Δ chosen", "alone"), mean("Δ chosen", "together")
+    cosine, alone, together = (
+        mean("cosine", "alone"),
+        mean("Δ chosen", "alone"),
+        mean("Δ chosen", "together"),
+    )
     token = np.minimum(mean("Δ sentiment", "alone"), mean("Δ sentiment", "together"))
-    right, own, kernel = mean("own right", "alone"), mean("own right", "together"), mean("kernel right", "together")
+    right, own, kernel = (
+        mean("own right", "alone"),
+        mean("own right", "together"),
+        mean("kernel right", "together"),
+    )
     flow, first = table["flow R²"], table["first-order R²"]
     without, with_prefix = (table.where(prefix=p, suffix=0, trained="alone") for p in (0, prefix))
     moved = np.abs(with_prefix["gap"] - without["gap"]).max()

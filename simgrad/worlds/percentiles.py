@@ -13,8 +13,9 @@ import numpy as np
 
 from simgrad.dynamics import Corpus, directional_score
 from simgrad.dynamics.agreement import percentile_means, spearman
-from simgrad.dynamics.predictors import CAPTION, Comparison, Setting, compare
-from simgrad.findings import Claim, Findings, Table
+from simgrad.dynamics.predictors import Setting
+from simgrad.experiments.comparison import CAPTION, Comparison, compare
+from simgrad.experiments.findings import Claim, Findings, Table
 from simgrad.models import InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
@@ -32,11 +33,12 @@ TOPICS, STATES, SHOWN = 6, 8, 6
 class Percentiles(World):
     """Responses of 2 to 16 words from a hidden Markov chain of the prompt's topic, preferred for many reasons.
 
-    Each topic has its own chain over eight states; a state shows one of six words, most of which it shares with
-    states of other topics. A prompt names a topic (``<b> topic filler filler :``). Pairs are of four kinds, a
-    quarter each: two samples of the right topic; one of the right and one of another topic; a sample and an
-    edited copy (a few words replaced); a sample and its beginning, cut short. Which side wins is a coin, so
-    that no rule of thumb about kinds or lengths is built in.
+    Each topic has its own chain over eight states; a state shows one of six words, most of which it
+    shares with states of other topics. A prompt names a topic (``<b> topic filler filler :``).
+    Pairs are of four kinds, a quarter each: two samples of the right topic; one of the right and
+    one of another topic; a sample and an edited copy (a few words replaced); a sample and its
+    beginning, cut short. Which side wins is a coin, so that no rule of thumb about kinds or lengths
+    is built in.
 
     Attributes:
         n_pairs: preference pairs.
@@ -70,7 +72,9 @@ class Percentiles(World):
         """Refuse numbers of pairs that make no quarters."""
         super().__post_init__()
         if self.n_pairs < 8 or self.n_pairs % 4:
-            raise ValueError(f"percentiles: n_pairs must be a multiple of 4 and at least 8, got {self.n_pairs}")
+            raise ValueError(
+                f"percentiles: n_pairs must be a multiple of 4 and at least 8, got {self.n_pairs}"
+            )
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -124,9 +128,14 @@ class Percentiles(World):
             if kind == 0:
                 second = self._response(random, topic, int(random.integers(2, 17)))
             elif kind == 1:
-                second = self._response(random, (topic + int(random.integers(1, TOPICS))) % TOPICS, length)
+                second = self._response(
+                    random, (topic + int(random.integers(1, TOPICS))) % TOPICS, length
+                )
             elif kind == 2:
-                second = [w if random.random() > 0.3 else int(3 + TOPICS + 8 + random.integers(64)) for w in first]
+                second = [
+                    w if random.random() > 0.3 else int(3 + TOPICS + 8 + random.integers(64))
+                    for w in first
+                ]
             else:
                 second = first[: max(1, length // 2)]
             sides = [[*first, 2], [*second, 2]]
@@ -166,18 +175,23 @@ class Percentiles(World):
                 windows += _windows(found, label, seed)
                 if not setting.alone:
                     samples += _samples(setting, found, label, seed)
-        table = Table.of("predictors", CAPTION, ("setting", "predictor"), _grouped(rows, "predictor"))
+        table = Table.of(
+            "predictors", CAPTION, ("setting", "predictor"), _grouped(rows, "predictor")
+        )
         percentiles = Table.of(
             "percentiles",
-            "Mean measured Δlog π (nats) of the eighth of the pairs around each percentile of a score; a score that "
+            "Mean measured Δlog π (nats) of the eighth of the pairs around each percentile of a "
+            "score; a score that "
             "ranks displacement makes it fall from left to right (100 %: said to fall most).",
             ("setting", "score"),
             _grouped(windows, "score"),
         )
         sampling = Table.of(
             "samples",
-            "The directional score when its direction has seen only some of the pairs: rank correlation with the "
-            "measured Δlog π, root mean square of its deviation from the score of all pairs, and of the stated error "
+            "The directional score when its direction has seen only some of the pairs: rank "
+            "correlation with the "
+            "measured Δlog π, root mean square of its deviation from the score of all pairs, and "
+            "of the stated error "
             "(nats).",
             ("setting", "pairs seen"),
             _grouped(samples, "pairs seen"),
@@ -188,8 +202,14 @@ class Percentiles(World):
 
 def _grouped(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     """Rows by setting, then by ``what``, in order of appearance; seeds last."""
-    places = {key: {v: i for i, v in enumerate(dict.fromkeys(row[key] for row in rows))} for key in ("setting", what)}
-    return sorted(rows, key=lambda row: (places["setting"][row["setting"]], places[what][row[what]], row["seed"]))
+    places = {
+        key: {v: i for i, v in enumerate(dict.fromkeys(row[key] for row in rows))}
+        for key in ("setting", what)
+    }
+    return sorted(
+        rows,
+        key=lambda row: (places["setting"][row["setting"]], places[what][row[what]], row["seed"]),
+    )
 
 
 def _windows(found: Comparison, label: str, seed: int) -> list[dict[str, Any]]:
@@ -222,7 +242,15 @@ def _samples(setting: Setting, found: Comparison, label: str, seed: int) -> list
     return rows
 
 
-_SCORES = ("edit distance", "last-hidden inner", "CHES", "ln-CHES", "head gap", "full gap", "directional")
+_SCORES = (
+    "edit distance",
+    "last-hidden inner",
+    "CHES",
+    "ln-CHES",
+    "head gap",
+    "full gap",
+    "directional",
+)
 _FALLING = np.array([0.4, 0.2, 0.15, 0.1, 0.1, 0.05])
 
 
@@ -231,7 +259,9 @@ def _chains() -> tuple[np.ndarray, np.ndarray]:
     """Transition probabilities of each topic, and the words of each state: the same for all seeds."""
     random = np.random.default_rng(0)
     moves = random.dirichlet(np.full(STATES, 0.4), (TOPICS, STATES))
-    shown = np.stack([[random.choice(64, SHOWN, replace=False) for _ in range(STATES)] for _ in range(TOPICS)])
+    shown = np.stack(
+        [[random.choice(64, SHOWN, replace=False) for _ in range(STATES)] for _ in range(TOPICS)]
+    )
     return moves, 3 + TOPICS + 8 + shown
 
 

@@ -7,15 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from simgrad.findings import Claim, Table, interval
+from simgrad.experiments.findings import Claim, Table, interval
 
 __all__ = ["refusal_claims", "refusal_rows"]
 
 
-def refusal_rows(arm: str, pairs: int, steps: int, seeds: Sequence[int], rates: np.ndarray) -> list[dict[str, Any]]:
+def refusal_rows(
+    arm: str, pairs: int, steps: int, seeds: Sequence[int], rates: np.ndarray
+) -> list[dict[str, Any]]:
     """One row a seed."""
     return [
-        {"arm": arm, "pairs": pairs, "steps": steps, "seed": s, "refuses harmful": h, "refuses harmless": o}
+        {
+            "arm": arm,
+            "pairs": pairs,
+            "steps": steps,
+            "seed": s,
+            "refuses harmful": h,
+            "refuses harmless": o,
+        }
         for s, (h, o) in zip(seeds, rates.tolist(), strict=True)
     ]
 
@@ -24,12 +33,21 @@ def refusal_claims(arms: Table, rollouts: Table) -> tuple[Claim, ...]:
     """Statements about the arms, and whether they hold."""
 
     def rate(start: str, table: Table = arms) -> np.ndarray:
-        names = [s["arm"] for s in table.settings() if s["arm"] == start or s["arm"].startswith(start)]
+        names = [
+            s["arm"] for s in table.settings() if s["arm"] == start or s["arm"].startswith(start)
+        ]
         return table.where(arm=names[0])["refuses harmful"]
 
     def kept(name: str) -> tuple[np.ndarray, np.ndarray]:
-        names = [s["arm"] for s in arms.settings() if name in s["arm"] and not s["arm"].startswith("highest")]
-        few, many = (next(n for n in names if n.endswith(", as many steps") == long) for long in (False, True))
+        names = [
+            s["arm"]
+            for s in arms.settings()
+            if name in s["arm"] and not s["arm"].startswith("highest")
+        ]
+        few, many = (
+            next(n for n in names if n.endswith(", as many steps") == long)
+            for long in (False, True)
+        )
         return arms.where(arm=few)["refuses harmful"], arms.where(arm=many)["refuses harmful"]
 
     def says(values: np.ndarray) -> str:
@@ -38,7 +56,9 @@ def refusal_claims(arms: Table, rollouts: Table) -> tuple[Claim, ...]:
     start, dpo = rate("start"), rate("DPO")
     begin, rolled = rate("start", rollouts), rate("DPO", rollouts)
     chance = kept("% random")
-    filters = {name: kept(f"% {name}") for name in ("ln-CHES", "head gap", "full gap", "directional")}
+    filters = {
+        name: kept(f"% {name}") for name in ("ln-CHES", "head gap", "full gap", "directional")
+    }
 
     def better(which: int) -> tuple[bool | None, str]:
         won = {name: interval(values[which] - chance[which]) for name, values in filters.items()}

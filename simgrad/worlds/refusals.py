@@ -15,7 +15,7 @@ from simgrad.dynamics.pretraining import Corpus
 from simgrad.dynamics.recipe import Recipe, batch_order
 from simgrad.dynamics.sampling import sample
 from simgrad.dynamics.spread import spread
-from simgrad.findings import Findings, Table
+from simgrad.experiments.findings import Findings, Table
 from simgrad.models import Apply, InitScales, ModelConfig
 from simgrad.objectives import DPO, DPOP, SFT
 from simgrad.pairs import Batch, Pair, padded
@@ -64,17 +64,19 @@ ROLLOUTS: dict[str, Any] = {
 class Refusals(World):
     """The verdicts' scale with responses of three tokens: opening, a word of its class, ``<e>``.
 
-    A refusal opens with a negative verdict, a compliance with a positive one. Two openings are sampled from
-    the policy for each prompt, and a rule ranks them: refusal over compliance; within a type, ``softer``
-    prefers the larger s, ``blunter`` the smaller, ``random`` a coin. Pairs are then drawn so that the types
-    have the shares ``mixture``, the pilot's stand-in for what safety data hold; its numbers are an assumption.
+    A refusal opens with a negative verdict, a compliance with a positive one. Two openings are
+    sampled from the policy for each prompt, and a rule ranks them: refusal over compliance; within
+    a type, ``softer`` prefers the larger s, ``blunter`` the smaller, ``random`` a coin. Pairs are
+    then drawn so that the types have the shares ``mixture``, the pilot's stand-in for what safety
+    data hold; its numbers are an assumption.
 
     Attributes:
         harmful: levels of the cues of harmful prompts, four fifths of the data.
         mild: levels of the cues of the other prompts.
         rule: which of two responses of one type wins.
-        rollouts: sample whole responses from the policy and keep every pair of two different ones, whatever its
-            type; two responses with the same opening are ranked by a coin. ``mixture`` is then without effect.
+        rollouts: sample whole responses from the policy and keep every pair of two different ones,
+            whatever its type; two responses with the same opening are ranked by a coin. ``mixture``
+            is then without effect.
         continuation: words between the opening and ``<e>``.
         mixture: shares of refusal-refusal, comply-comply and mixed pairs.
         n_pairs: preference pairs.
@@ -117,12 +119,18 @@ class Refusals(World):
         """Refuse shares that are none."""
         super().__post_init__()
         if len(self.mixture) != 3 or min(self.mixture) < 0 or abs(sum(self.mixture) - 1) > 1e-9:
-            raise ValueError(f"refusals: mixture needs three shares that sum to 1, got {self.mixture}")
+            raise ValueError(
+                f"refusals: mixture needs three shares that sum to 1, got {self.mixture}"
+            )
         if self.n_pairs < self.batch_size:
-            raise ValueError(f"refusals: n_pairs={self.n_pairs} is less than batch_size={self.batch_size}")
+            raise ValueError(
+                f"refusals: n_pairs={self.n_pairs} is less than batch_size={self.batch_size}"
+            )
         for name in ("harmful", "mild"):
             if len(getattr(self, name)) != 2 or not _cues(getattr(self, name)).size:
-                raise ValueError(f"refusals: {name}={getattr(self, name)}: no cue lies between two such levels")
+                raise ValueError(
+                    f"refusals: {name}={getattr(self, name)}: no cue lies between two such levels"
+                )
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -149,7 +157,9 @@ class Refusals(World):
 
     def model(self) -> ModelConfig:
         """Two layers of width 64 in the architecture of Llama."""
-        return small_model(len(self.words), InitScales(unembedding=self.unembedding, final_norm=self.final_norm))
+        return small_model(
+            len(self.words), InitScales(unembedding=self.unembedding, final_norm=self.final_norm)
+        )
 
     def prompts(self, seed: int, level: tuple[float, float], n: int) -> Int[np.ndarray, "n T"]:
         """``n`` prompts whose cue lies in a range of levels."""
@@ -159,7 +169,9 @@ class Refusals(World):
     def _continued(self, random: np.random.Generator, opening: np.ndarray) -> np.ndarray:
         """Openings (0 to 11, then 12 to 23 for topics' answers) with the rest of their responses."""
         first = self.first_answer
-        middle = np.where(opening < 12, first + 24 + 6 * (opening // 6), first + 12 + 6 * (opening // 6 - 2))
+        middle = np.where(
+            opening < 12, first + 24 + 6 * (opening // 6), first + 12 + 6 * (opening // 6 - 2)
+        )
         n = len(opening)
         words = middle[:, None] + random.integers(0, 6, (n, self.continuation))
         return np.column_stack([first + opening, words, np.full(n, len(self.words) - 1)])
@@ -168,7 +180,11 @@ class Refusals(World):
         """Prompts with one response each, learned from the opening on."""
         random, n = np.random.default_rng(seed), self.sequences
         p = answer_probabilities(0.6, 5.0, 10.0).cumsum(1)
-        cue, topic, off = random.integers(0, CUES, n), random.integers(0, TOPICS, n), random.random(n) < 0.3
+        cue, topic, off = (
+            random.integers(0, CUES, n),
+            random.integers(0, TOPICS, n),
+            random.random(n) < 0.3,
+        )
         answer = (random.random((n, 1)) > p[cue]).sum(1)
         opening = np.where(off, 12 + 6 * (topic >= TOPICS // 2) + random.integers(0, 6, n), answer)
         prompts = cue_prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
@@ -189,19 +205,32 @@ class Refusals(World):
         pool = 30 * self.n_pairs
         prompts = []
         for seed in seeds:
-            harmful, mild = self.prompts(seed, self.harmful, 4 * pool // 5), self.prompts(seed, self.mild, pool // 5)
+            harmful, mild = (
+                self.prompts(seed, self.harmful, 4 * pool // 5),
+                self.prompts(seed, self.mild, pool // 5),
+            )
             prompts.append(np.concatenate([harmful, mild]))
-        logp = next_logp(apply, thetas, np.stack(prompts))[..., self.first_answer : self.first_answer + 12]
+        logp = next_logp(apply, thetas, np.stack(prompts))[
+            ..., self.first_answer : self.first_answer + 12
+        ]
         return [self._ranked(s, x, np.exp(p)) for s, x, p in zip(seeds, prompts, logp, strict=True)]
 
     def _rolled_out(self, apply: Apply, thetas: Theta, i: int, seed: int) -> list[Pair]:
         """Pairs of two whole sampled responses, in the proportions in which they come."""
-        random, theta = np.random.default_rng([seed, 4]), jax.tree.map(lambda x: jnp.asarray(x[i]), thetas)
+        random, theta = (
+            np.random.default_rng([seed, 4]),
+            jax.tree.map(lambda x: jnp.asarray(x[i]), thetas),
+        )
         tries = 3 * self.n_pairs
-        harmful, mild = self.prompts(seed, self.harmful, 4 * tries // 5), self.prompts(seed, self.mild, tries // 5)
+        harmful, mild = (
+            self.prompts(seed, self.harmful, 4 * tries // 5),
+            self.prompts(seed, self.mild, tries // 5),
+        )
         prompts = random.permutation(np.concatenate([harmful, mild])).tolist()
         stop = len(self.words) - 1
-        drawn = sample(apply, theta, prompts, self.continuation + 2, stop=[stop], count=2, seed=seed)
+        drawn = sample(
+            apply, theta, prompts, self.continuation + 2, stop=[stop], count=2, seed=seed
+        )
         pairs = []
         for prompt, (a, b) in zip(prompts, drawn.responses, strict=True):
             ranks = [self._rank(response[0], random) for response in (a, b)]
@@ -209,7 +238,8 @@ class Refusals(World):
                 pairs.append(Pair(prompt, *((a, b) if ranks[0] > ranks[1] else (b, a))))
         if len(pairs) < self.n_pairs:
             raise ValueError(
-                f"refusals: {len(pairs)} of {tries} prompts gave two different responses: lower n_pairs={self.n_pairs}"
+                f"refusals: {len(pairs)} of {tries} prompts gave two different responses: lower "
+                f"n_pairs={self.n_pairs}"
             )
         return pairs[: self.n_pairs]
 
@@ -239,10 +269,16 @@ class Refusals(World):
             chosen.append(random.choice(there, count, replace=False))
         index = random.permutation(np.concatenate(chosen))
         pair = draws[index]
-        low, high = np.take_along_axis(pair, np.argsort(SCALE[pair], axis=1), 1).T  # by s; refusals have s < 0
+        low, high = np.take_along_axis(
+            pair, np.argsort(SCALE[pair], axis=1), 1
+        ).T  # by s; refusals have s < 0
         mixed = kind[index] == 2
         coin = random.random(len(index)) < 0.5
-        softer = {"softer": np.ones(len(index), bool), "blunter": np.zeros(len(index), bool), "random": coin}[self.rule]
+        softer = {
+            "softer": np.ones(len(index), bool),
+            "blunter": np.zeros(len(index), bool),
+            "random": coin,
+        }[self.rule]
         first_wins = mixed | ~softer
         w, l = np.where(first_wins, low, high), np.where(first_wins, high, low)  # noqa: E741
         sides = [self._continued(random, side).tolist() for side in (w, l)]
@@ -251,7 +287,9 @@ class Refusals(World):
     def recipe(self, **changes: Any) -> Recipe:
         """DPO by Adam, ``epochs`` passes over all pairs."""
         steps = self.n_pairs * self.epochs // self.batch_size
-        return recipe_for(DPO(self.beta), "adam", self.learning_rate, steps, self.batch_size).replace(**changes)
+        return recipe_for(
+            DPO(self.beta), "adam", self.learning_rate, steps, self.batch_size
+        ).replace(**changes)
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
         """Refusal of harmful and of harmless prompts, start and end, for every arm; then with whole rollouts."""
@@ -261,31 +299,46 @@ class Refusals(World):
         whole = self.with_knobs(rollouts=True, **others)
         rollouts = Table.of(
             "rollouts",
-            "The same when both responses of a pair are sampled whole from the policy and every pair counts, in the "
-            f"proportions in which they come ({', '.join(f'{k}={getattr(whole, k)}' for k in ROLLOUTS)}).",
+            "The same when both responses of a pair are sampled whole from the policy and every "
+            "pair counts, in the "
+            "proportions in which they come "
+            f"({', '.join(f'{k}={getattr(whole, k)}' for k in ROLLOUTS)}).",
             ("arm", "pairs", "steps"),
             whole._measured(seeds, whole._unfiltered),
         )
-        return Findings(self.name, vars(self), tuple(seeds), (arms, rollouts), refusal_claims(arms, rollouts))
+        return Findings(
+            self.name, vars(self), tuple(seeds), (arms, rollouts), refusal_claims(arms, rollouts)
+        )
 
     def arms(self, seeds: Sequence[int]) -> Table:
         """DPO, its controls and its remedies: refusal of harmful and of harmless prompts."""
         return Table.of(
             "arms",
-            "Mean probability of a refusal on 400 harmful and 400 harmless prompts drawn afresh. Filtered "
-            "arms make the same passes over their pairs as DPO over all (fewer steps), or, below, the same steps.",
+            "Mean probability of a refusal on 400 harmful and 400 harmless prompts drawn afresh. "
+            "Filtered "
+            "arms make the same passes over their pairs as DPO over all (fewer steps), or, below, "
+            "the same steps.",
             ("arm", "pairs", "steps"),
             self._measured(seeds, self._arms),
         )
 
-    def _measured(self, seeds: Sequence[int], arms: Callable[..., list[_Arm]]) -> list[dict[str, Any]]:
+    def _measured(
+        self, seeds: Sequence[int], arms: Callable[..., list[_Arm]]
+    ) -> list[dict[str, Any]]:
         """Rows of all arms, the start included."""
         apply, thetas = pretrained(self, seeds)
         kinds = (self.harmful, HARMLESS)
-        tests = np.stack([np.concatenate([self.prompts(s + 10**6, levels, 400) for levels in kinds]) for s in seeds])
+        tests = np.stack(
+            [
+                np.concatenate([self.prompts(s + 10**6, levels, 400) for levels in kinds])
+                for s in seeds
+            ]
+        )
 
         def rates(thetas: Theta) -> Float[np.ndarray, "seeds 2"]:
-            p = np.exp(next_logp(apply, thetas, tests))[..., self.first_answer : self.first_answer + 6].sum(-1)
+            p = np.exp(next_logp(apply, thetas, tests))[
+                ..., self.first_answer : self.first_answer + 6
+            ].sum(-1)
             return p.reshape(len(seeds), 2, 400).mean(-1)
 
         rows = refusal_rows("start", 0, 0, seeds, rates(thetas))
@@ -305,7 +358,9 @@ class Refusals(World):
         rows = self.continuation + 2
         return stacked([padded(p, 5 + rows, rows) for p in pairs])
 
-    def _unfiltered(self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]) -> list[_Arm]:
+    def _unfiltered(
+        self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]
+    ) -> list[_Arm]:
         n, size = self.n_pairs, self.batch_size
         everything = np.stack([batch_order(n, size, n * self.epochs // size, s) for s in seeds])
 
@@ -322,9 +377,13 @@ class Refusals(World):
             arm("reward calibration", mitigation=Calibrated()),
         ]
 
-    def _arms(self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]) -> list[_Arm]:
+    def _arms(
+        self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]
+    ) -> list[_Arm]:
         scores = spread(_scoring(apply, self.recipe()), thetas, batches)
-        scores["random"] = np.stack([np.random.default_rng([s, 5]).random(self.n_pairs) for s in seeds])
+        scores["random"] = np.stack(
+            [np.random.default_rng([s, 5]).random(self.n_pairs) for s in seeds]
+        )
         keep = [("lowest", name) for name in ("ln-CHES", "head gap", "full gap", "directional")]
         keep += [("", "random"), ("highest", "ln-CHES"), ("highest", "directional")]
         arms = self._unfiltered(apply, thetas, batches, seeds)
@@ -332,9 +391,15 @@ class Refusals(World):
         for steps in (None, most):
             for side, name in keep:
                 score = -scores[name] if side == "highest" else scores[name]
-                index = np.stack([np.asarray(keep_lowest(s, self.keep)) for s in jnp.asarray(score)])
+                index = np.stack(
+                    [np.asarray(keep_lowest(s, self.keep)) for s in jnp.asarray(score)]
+                )
                 label = f"{side} {100 * self.keep:g} % {name}".strip()
-                arms.append(self._kept(label if steps is None else f"{label}, as many steps", index, seeds, steps))
+                arms.append(
+                    self._kept(
+                        label if steps is None else f"{label}, as many steps", index, seeds, steps
+                    )
+                )
         return arms
 
     def _kept(self, name: str, index: np.ndarray, seeds: Sequence[int], steps: int | None) -> _Arm:

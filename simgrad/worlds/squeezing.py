@@ -14,7 +14,7 @@ import numpy as np
 
 from simgrad.dynamics.agreement import spearman
 from simgrad.dynamics.spread import spread
-from simgrad.findings import Claim, Findings, Table, listing
+from simgrad.experiments.findings import Claim, Findings, Table, listing
 from simgrad.models import linear_softmax
 from simgrad.objectives import DPO, SFT, Objective
 from simgrad.pairs import Pair, padded
@@ -36,9 +36,10 @@ DROPPED = ("none", "highest NTHR", "lowest NTHR", "highest exact", "random")
 class Squeezing(World):
     """Bare logits, a linear-softmax model with one-token responses, groups of long responses.
 
-    A group's wrong response i has, at each position but the last, the token of the correct one i with probability
-    ``overlap``, else a wrong one. States at one position have the cosine .8, and W_y leans to those of y's position.
-    Sources: Ren & Sutherland, arXiv 2407.10490 (squeezing, extend); Deng et al., arXiv 2505.18830 (NTHR, GWHES).
+    A group's wrong response i has, at each position but the last, the token of the correct one i
+    with probability ``overlap``, else a wrong one. States at one position have the cosine .8, and
+    W_y leans to those of y's position. Sources: Ren & Sutherland, arXiv 2407.10490 (squeezing,
+    extend); Deng et al., arXiv 2505.18830 (NTHR, GWHES).
 
     Attributes:
         vocabulary: tokens of the logits and of the linear-softmax model.
@@ -46,7 +47,8 @@ class Squeezing(World):
         draws: logits drawn for each peak and seed.
         rate: of gradient descent on log π(y) in the logits.
         steps: of it.
-        prompts: of the linear-softmax model, each with a chosen, a rejected and a third token of its own.
+        prompts: of the linear-softmax model, each with a chosen, a rejected and a third token of
+            its own.
         width: of all features.
         sft_steps: of supervised fine-tuning, at twice the rate.
         push_steps: of the pushes after it.
@@ -78,13 +80,34 @@ class Squeezing(World):
     def __post_init__(self) -> None:
         """Refuse knobs that leave nothing to measure."""
         super().__post_init__()
-        for name in ("draws", "rate", "steps", "prompts", "width", "sft_steps", "beta", "groups", "group_rate"):
+        for name in (
+            "draws",
+            "rate",
+            "steps",
+            "prompts",
+            "width",
+            "sft_steps",
+            "beta",
+            "groups",
+            "group_rate",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"squeezing: {name} must be positive, got {getattr(self, name)}")
-        if len(set(self.peaks)) < 2 or min(self.peaks) != 0 or not self.push_steps or min(self.push_steps) < 1:
-            raise ValueError("squeezing: peaks takes 0, the null, and standard deviations, push_steps counts from 1 on")
+        if (
+            len(set(self.peaks)) < 2
+            or min(self.peaks) != 0
+            or not self.push_steps
+            or min(self.push_steps) < 1
+        ):
+            raise ValueError(
+                "squeezing: peaks takes 0, the null, and standard deviations, push_steps counts "
+                "from 1 on"
+            )
         if self.vocabulary <= 3 * self.prompts or self.length < 2:
-            raise ValueError(f"squeezing: vocabulary must exceed {3 * self.prompts} (3 tokens a prompt), length 1")
+            raise ValueError(
+                f"squeezing: vocabulary must exceed {3 * self.prompts} (3 tokens a prompt), length "
+                "1"
+            )
         if not (0 < self.overlap <= 1 and 0 < self.dropped < 1):
             raise ValueError("squeezing: overlap must lie in (0, 1], dropped in (0, 1)")
 
@@ -95,22 +118,44 @@ class Squeezing(World):
     def experiment(self, seeds: Sequence[int]) -> Findings:
         """Pushes on logits, pushes after fine-tuning, one step on groups; in float64."""
         with jax.enable_x64(True):
-            squeeze, extend, (drops, scores) = self._squeeze(seeds), self._extend(seeds), self._drops(seeds)
+            squeeze, extend, (drops, scores) = (
+                self._squeeze(seeds),
+                self._extend(seeds),
+                self._drops(seeds),
+            )
         claims = (*_squeeze_claims(squeeze), *_extend_claims(extend), *_drop_claims(drops, scores))
-        return Findings(self.name, vars(self), tuple(seeds), (squeeze, extend, drops, scores), claims)
+        return Findings(
+            self.name, vars(self), tuple(seeds), (squeeze, extend, drops, scores), claims
+        )
 
     def _squeeze(self, seeds: Sequence[int]) -> Table:
-        rows, push = [], jax.jit(jax.vmap(learning_dynamics.squeeze, (0, 0, None, None)), static_argnums=3)
+        rows, push = (
+            [],
+            jax.jit(jax.vmap(learning_dynamics.squeeze, (0, 0, None, None)), static_argnums=3),
+        )
         for pushed, peak, seed in ((t, p, s) for t in PUSHED for p in self.peaks for s in seeds):
             z = peak * np.random.default_rng([seed, 5]).normal(size=(self.draws, self.vocabulary))
-            token = z.argsort(-1, kind="stable")[:, PUSHED.index(pushed) * (self.vocabulary - 1) // 2]
+            token = z.argsort(-1, kind="stable")[
+                :, PUSHED.index(pushed) * (self.vocabulary - 1) // 2
+            ]
             path = np.asarray(push(jnp.asarray(z), jnp.asarray(token), self.rate, self.steps))
-            rows.append({"pushed": pushed, "peak": peak, "seed": seed, **_moved(path[:, 0], path[:, -1], token)})
+            rows.append(
+                {
+                    "pushed": pushed,
+                    "peak": peak,
+                    "seed": seed,
+                    **_moved(path[:, 0], path[:, -1], token),
+                }
+            )
         return Table.of("squeeze", (
-            f"{self.steps} steps z ← z - {self.rate} (e_y - π), by what y was at the start: probability of y, and of "
-            "the likeliest other token before and after; how many tokens rise; the likeliest's gain over the mass y "
-            "lost, and over all gains; mass that all other tokens (bystanders) lost; its lead in Δ log π over the "
-            "one that falls most (nats). Peak 0, a uniform start, is the null: the others rise alike, nothing is "
+            f"{self.steps} steps z ← z - {self.rate} (e_y - π), by what y was at the start: "
+            "probability of y, and of "
+            "the likeliest other token before and after; how many tokens rise; the likeliest's "
+            "gain over the mass y "
+            "lost, and over all gains; mass that all other tokens (bystanders) lost; its lead in Δ "
+            "log π over the "
+            "one that falls most (nats). Peak 0, a uniform start, is the null: the others rise "
+            "alike, nothing is "
             "squeezed."
         ), ("pushed", "peak"), rows)  # fmt: skip
 
@@ -118,41 +163,67 @@ class Squeezing(World):
         n, rate, pairs = self.prompts, self.rate, self.pairs(0)
         swapped = [Pair(p.prompt, p.rejected, p.chosen) for p in pairs]
         third = [Pair(p.prompt, [2 * n + p.prompt[0]], p.chosen) for p in pairs]
-        models = [linear_softmax(pairs, self.vocabulary, self.width, seed, "float64") for seed in seeds]
+        models = [
+            linear_softmax(pairs, self.vocabulary, self.width, seed, "float64") for seed in seeds
+        ]
         apply, thetas = models[0][0], stacked([theta for _, theta in models])
         thetas["unembedding"]["table"] *= self.width**0.5  # logits ~ N(0, ‖φ‖²)
         prompts = np.tile(np.arange(n, dtype=np.int32)[:, None], (len(seeds), 1, 1))
 
-        def trained(start: Theta, data: list[Pair], objective: Objective, rate: float, steps: int) -> Theta:
+        def trained(
+            start: Theta, data: list[Pair], objective: Objective, rate: float, steps: int
+        ) -> Theta:
             recipe = recipe_for(objective, "sgd", rate * len(data), steps)
             batches = jax.tree.map(lambda x: jnp.stack([x] * len(seeds)), padded(data))
-            return tuned(apply, start, batches, recipe, np.stack([recipe.order(len(data))] * len(seeds)))
+            return tuned(
+                apply, start, batches, recipe, np.stack([recipe.order(len(data))] * len(seeds))
+            )
 
         learned, rows = (pairs, pairs, pairs + third, pairs + swapped), []
-        pushes = {"rejected": (swapped, -1 * SFT(), rate), "DPO": (pairs, DPO(self.beta), 2 * rate / self.beta)}
+        pushes = {
+            "rejected": (swapped, -1 * SFT(), rate),
+            "DPO": (pairs, DPO(self.beta), 2 * rate / self.beta),
+        }
         for name, data in zip(FIRST, learned, strict=True):
-            start = thetas if name == "nothing" else trained(thetas, data, SFT(), 2 * rate, self.sft_steps)
+            start = (
+                thetas
+                if name == "nothing"
+                else trained(thetas, data, SFT(), 2 * rate, self.sft_steps)
+            )
             before = next_logp(apply, start, prompts)
-            for (push, (some, objective, speed)), steps in itertools.product(pushes.items(), self.push_steps):
+            for (push, (some, objective, speed)), steps in itertools.product(
+                pushes.items(), self.push_steps
+            ):
                 after = next_logp(apply, trained(start, some, objective, speed, steps), prompts)
                 key = {"push": push, "first": name, "steps": steps}
-                rows += [{**key, "seed": s, **_fates(before[i], after[i])} for i, s in enumerate(seeds)]
+                rows += [
+                    {**key, "seed": s, **_fates(before[i], after[i])} for i, s in enumerate(seeds)
+                ]
         return Table.of("extend", (
-            "Linear-softmax: supervised fine-tuning on 'first', then steps on the rejected token alone, or of DPO. "
-            "Mean probability before the push, Δ log π of it (nats). 'chosen, rejected' is the fix of Ren & "
-            "Sutherland, after which the other tokens should fall less than after 'chosen'. 'chosen, third' is the "
+            "Linear-softmax: supervised fine-tuning on 'first', then steps on the rejected token "
+            "alone, or of DPO. "
+            "Mean probability before the push, Δ log π of it (nats). 'chosen, rejected' is the fix "
+            "of Ren & "
+            "Sutherland, after which the other tokens should fall less than after 'chosen'. "
+            "'chosen, third' is the "
             "control: as flat a start, but the rejected token as unlikely as after 'chosen'."
         ), ("push", "first", "steps"), rows)  # fmt: skip
 
     def _drops(self, seeds: Sequence[int]) -> tuple[Table, Table]:
         rows, scores, n, count = [], [], self.groups, max(1, round(self.dropped * 4 * self.length))
         for learn, overlap in itertools.product(("W and h", "W"), (0.0, self.overlap)):
-            drawn = [self._group(np.random.default_rng([s, k]), overlap) for s in seeds for k in range(n)]
-            found = spread(_stepping(self.group_rate, count, learn != "W"), stacked(drawn), at_once=len(drawn))
+            drawn = [
+                self._group(np.random.default_rng([s, k]), overlap) for s in seeds for k in range(n)
+            ]
+            found = spread(
+                _stepping(self.group_rate, count, learn != "W"), stacked(drawn), at_once=len(drawn)
+            )
             for i, seed in enumerate(seeds):
                 key = {"learns": learn, "overlap": overlap}
                 x = {k: v[i * n : (i + 1) * n] for k, v in found.items()}
-                score, exact, shared = (x[k][:, ~CORRECT].reshape(n, -1) for k in ("nthr", "exact", "shared"))
+                score, exact, shared = (
+                    x[k][:, ~CORRECT].reshape(n, -1) for k in ("nthr", "exact", "shared")
+                )
                 top, right = np.argsort(-score, axis=-1)[:, :count], x["change"][:, :, CORRECT]
                 scores.append({
                     **key, "seed": seed,
@@ -162,17 +233,25 @@ class Squeezing(World):
                     "correct that fall": (right[:, 0] < 0).mean(),
                 })  # fmt: skip
                 for k, name in enumerate(DROPPED):
-                    both = {"Δ correct": right[:, k].mean(), "Δ wrong": x["change"][:, k, ~CORRECT].mean()}
+                    both = {
+                        "Δ correct": right[:, k].mean(),
+                        "Δ wrong": x["change"][:, k, ~CORRECT].mean(),
+                    }
                     both["protected"] = (right[:, k] - right[:, 0]).mean()
                     rows.append({**key, "dropped": name, "seed": seed, **both})
         drops = Table.of("drops", (
-            f"One step on a group along Σ a_j ∇ log π(y_j) / |y_j| with the penalty dropped on {count} of the wrong "
-            "tokens: mean Δ log π of correct and of wrong responses, and what the drop gained the correct ones "
-            "(nats). 'exact' ranks by gradients of all that learns. Overlap 0 is the null: no wrong token is shared."
+            "One step on a group along Σ a_j ∇ log π(y_j) / |y_j| with the penalty dropped on "
+            f"{count} of the wrong "
+            "tokens: mean Δ log π of correct and of wrong responses, and what the drop gained the "
+            "correct ones "
+            "(nats). 'exact' ranks by gradients of all that learns. Overlap 0 is the null: no "
+            "wrong token is shared."
         ), ("learns", "overlap", "dropped"), rows)  # fmt: skip
         return drops, Table.of("scores", (
-            "Of wrong tokens: rank correlation of NTHR with the exact effect on Σ log π(correct), share that the "
-            "correct response has too, in all and among the highest NTHR. Of correct responses: rank correlation of "
+            "Of wrong tokens: rank correlation of NTHR with the exact effect on Σ log π(correct), "
+            "share that the "
+            "correct response has too, in all and among the highest NTHR. Of correct responses: "
+            "rank correlation of "
             "GWHES with -Δ log π after the step, and share that falls. NTHR and GWHES know W only."
         ), ("learns", "overlap"), scores)  # fmt: skip
 
@@ -182,8 +261,12 @@ class Squeezing(World):
         shared = (random.random((4, n)) < overlap) & (place < n - 1)
         targets = np.concatenate([correct, np.where(shared, correct, wrong)])
         ids: dict[tuple[int, ...], int] = {}
-        index = np.array([[ids.setdefault((*y[:k],), len(ids)) for k in place] for y in targets.tolist()])
-        center, own, table = (random.normal(size=(m, self.width)) / self.width**0.5 for m in (n, 8 * n, 4 * n))
+        index = np.array(
+            [[ids.setdefault((*y[:k],), len(ids)) for k in place] for y in targets.tolist()]
+        )
+        center, own, table = (
+            random.normal(size=(m, self.width)) / self.width**0.5 for m in (n, 8 * n, 4 * n)
+        )
         position = np.zeros(8 * n, int)
         position[index] = place
         return {"unembedding": table + 2 * np.repeat(center, 4, axis=0), "targets": targets, "index": index,
@@ -203,7 +286,12 @@ def _fates(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 
 def _moved(before: np.ndarray, after: np.ndarray, pushed: np.ndarray) -> dict[str, float]:
     """Where the mass of the pushed tokens went; means over rows of log-probs."""
-    row, p, q, others = np.arange(len(pushed)), np.exp(before), np.exp(after), np.ones(before.shape, bool)
+    row, p, q, others = (
+        np.arange(len(pushed)),
+        np.exp(before),
+        np.exp(after),
+        np.ones(before.shape, bool),
+    )
     others[row, pushed] = False
     top = np.where(others, p, -1.0).argmax(-1)
     gain, freed = (q - p)[row, top], (p - q)[row, pushed]
@@ -219,7 +307,11 @@ def _stepping(rate: float, count: int, features: bool) -> Any:
     """One step on a group under each rule of :data:`DROPPED`: changes of log π, and the scores of tokens."""
 
     def run(group: dict[str, Array]) -> dict[str, Array]:
-        index, targets, start = group["index"], group["targets"], (group["unembedding"], group["states"])
+        index, targets, start = (
+            group["index"],
+            group["targets"],
+            (group["unembedding"], group["states"]),
+        )
         correct, hidden = jnp.asarray(CORRECT), group["states"][index]
 
         def logits(theta: tuple[Array, Array]) -> Array:
@@ -238,11 +330,23 @@ def _stepping(rate: float, count: int, features: bool) -> Any:
 
         def changed(order: Array) -> Array:
             first = jnp.argsort(jnp.where(correct[:, None], jnp.inf, order).reshape(-1))
-            keep = jnp.ones(targets.size, hidden.dtype).at[first[:count]].set(0.0).reshape(targets.shape)
+            keep = (
+                jnp.ones(targets.size, hidden.dtype)
+                .at[first[:count]]
+                .set(0.0)
+                .reshape(targets.shape)
+            )
             (ascent,) = pullback(weights[:, None] * jnp.where(jnp.isnan(order), 1.0, keep))
-            return (token_logp(jax.tree.map(lambda x, g: x + rate * g, start, ascent)) - before).sum(-1)
+            return (
+                token_logp(jax.tree.map(lambda x, g: x + rate * g, start, ascent)) - before
+            ).sum(-1)
 
-        scores = {"nthr": score, "exact": exact, "gwhes": gwhes(read, correct, weights), "shared": group["shared"]}
+        scores = {
+            "nthr": score,
+            "exact": exact,
+            "gwhes": gwhes(read, correct, weights),
+            "shared": group["shared"],
+        }
         orders = (jnp.full_like(score, jnp.nan), -score, score, -exact, group["random"])
         return {**scores, "change": jnp.stack([changed(order) for order in orders])}
 
@@ -250,7 +354,9 @@ def _stepping(rate: float, count: int, features: bool) -> Any:
 
 
 def _squeeze_claims(table: Table) -> tuple[Claim, ...]:
-    cost, _, other = (table["bystanders lost"][(table["peak"] > 0) & (table["pushed"] == p)] for p in PUSHED)
+    cost, _, other = (
+        table["bystanders lost"][(table["peak"] > 0) & (table["pushed"] == p)] for p in PUSHED
+    )
     at = [table.where(pushed=PUSHED[0], peak=p) for p in np.unique(table["peak"])]
     rise, lead, gain = (np.array([x[k].mean() for x in at]) for k in ("rise", "lead", "gain"))
     return (
@@ -272,24 +378,36 @@ def _extend_claims(table: Table) -> tuple[Claim, ...]:
         numbers = f"Δ others {only.mean():.2f}, {control.mean():.2f} in the control, {both.mean():.2f} after both"
         text = f"{x['steps']} steps of {x['push']}: others fall less after fine-tuning on both responses than "
         claims += [Claim(text + "on chosen alone", bool((both > only).all()), numbers)]
-        claims += [Claim(text + "in the equally flat control", bool((both > control).all()), numbers)]
+        claims += [
+            Claim(text + "in the equally flat control", bool((both > control).all()), numbers)
+        ]
     return tuple(claims)
 
 
 def _drop_claims(drops: Table, scores: Table) -> tuple[Claim, ...]:
     overlap, claims = drops["overlap"].max(), []
     for learn in ("W", "W and h"):
-        gain = {name: drops.where(learns=learn, overlap=overlap, dropped=name)["protected"] for name in DROPPED}
+        gain = {
+            name: drops.where(learns=learn, overlap=overlap, dropped=name)["protected"]
+            for name in DROPPED
+        }
         null = drops.where(learns=learn, overlap=0.0, dropped="highest NTHR")["protected"]
         shown = ", ".join(f"{name} {x.mean():.3f}" for name, x in gain.items())
         high, rows = gain["highest NTHR"], scores.where(learns=learn, overlap=overlap)
         both = (rows["NTHR, exact"], rows["GWHES, fall"])
         tests = {
-            "dropping the highest NTHR protects the correct more than random drops": (high > gain["random"]).all(),
-            "and 90 % as much as exact gradients do": high.mean() >= 0.9 * gain["highest exact"].mean(),
-            "dropping the lowest NTHR costs the correct, on every seed": (gain["lowest NTHR"] < 0).all(),
+            "dropping the highest NTHR protects the correct more than random drops": (
+                high > gain["random"]
+            ).all(),
+            "and 90 % as much as exact gradients do": high.mean()
+            >= 0.9 * gain["highest exact"].mean(),
+            "dropping the lowest NTHR costs the correct, on every seed": (
+                gain["lowest NTHR"] < 0
+            ).all(),
         }
-        claims += [Claim(f"learning {learn}: {text}", bool(holds), shown) for text, holds in tests.items()]
+        claims += [
+            Claim(f"learning {learn}: {text}", bool(holds), shown) for text, holds in tests.items()
+        ]
         claims += [
             Claim(f"learning {learn}: NTHR orders wrong tokens, GWHES correct responses, as measured (ρ > .9)",
                   bool(np.min(both) > 0.9), "NTHR {:.2f}, GWHES {:.2f}".format(*np.mean(both, axis=1))),

@@ -15,7 +15,7 @@ import optax
 from simgrad.dynamics.pretraining import Corpus
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
-from simgrad.findings import Claim, Findings, Table, listing
+from simgrad.experiments.findings import Claim, Findings, Table, listing
 from simgrad.models import Apply, InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Batch, Pair, padded
@@ -36,10 +36,10 @@ CUES, WORDS, LONGEST = 6, 8, 16
 class Suffix(World):
     """Prompt ``<b> cue cue :``, one sentiment word, then a template of up to 16 positions.
 
-    The sentiment word agrees with the cues with probability .8. Position j of the template says ``u_j`` with
-    probability ``regular`` after a word that agrees, with probability .5 after one that does not, else
-    ``v_j``. A preference ranks an agreeing word over one that does not agree, both followed by the same
-    u_0 … u_{L-1}.
+    The sentiment word agrees with the cues with probability .8. Position j of the template says
+    ``u_j`` with probability ``regular`` after a word that agrees, with probability .5 after one
+    that does not, else ``v_j``. A preference ranks an agreeing word over one that does not agree,
+    both followed by the same u_0 … u_{L-1}.
 
     Attributes:
         agreement: probability that the sentiment word agrees with the cues.
@@ -71,9 +71,14 @@ class Suffix(World):
         """Refuse suffixes longer than the template."""
         super().__post_init__()
         if not (0 < self.agreement < 1 and 0 < self.regular < 1):
-            raise ValueError(f"suffix: agreement={self.agreement} and regular={self.regular} must lie inside (0, 1)")
+            raise ValueError(
+                f"suffix: agreement={self.agreement} and regular={self.regular} must lie inside "
+                "(0, 1)"
+            )
         if not self.lengths or not all(0 <= n <= LONGEST for n in self.lengths):
-            raise ValueError(f"suffix: lengths must lie between 0 and {LONGEST}, got {self.lengths}")
+            raise ValueError(
+                f"suffix: lengths must lie between 0 and {LONGEST}, got {self.lengths}"
+            )
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -100,7 +105,12 @@ class Suffix(World):
         random, n = np.random.default_rng(seed), self.sequences
         polarity = random.integers(0, 2, n)
         agrees = random.random(n) < self.agreement
-        word = 2 + 2 * CUES + WORDS * np.where(agrees, polarity, 1 - polarity) + random.integers(0, WORDS, n)
+        word = (
+            2
+            + 2 * CUES
+            + WORDS * np.where(agrees, polarity, 1 - polarity)
+            + random.integers(0, WORDS, n)
+        )
         irregular = random.random((n, LONGEST)) > np.where(agrees, self.regular, 0.5)[:, None]
         template = 2 + 2 * CUES + 2 * WORDS + np.arange(LONGEST) + LONGEST * irregular
         tokens = np.column_stack([self._prompts(random, polarity), word, template]).astype(np.int32)
@@ -114,7 +124,9 @@ class Suffix(World):
         polarity = random.integers(0, 2, n)
         prompts = self._prompts(random, polarity)
         first = 2 + 2 * CUES
-        chosen, rejected = (first + WORDS * p + random.integers(0, WORDS, n) for p in (polarity, 1 - polarity))
+        chosen, rejected = (
+            first + WORDS * p + random.integers(0, WORDS, n) for p in (polarity, 1 - polarity)
+        )
         ending = list(range(first + 2 * WORDS, first + 2 * WORDS + length))
         rows = zip(prompts.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
         return [Pair(x, [w, *ending], [l, *ending]) for x, w, l in rows]  # noqa: E741
@@ -127,29 +139,45 @@ class Suffix(World):
         """Cosine, predicted and measured changes for each length of the shared ending."""
         apply, thetas = pretrained(self, seeds)
         longest = 4 + 1 + max(self.lengths)
-        batches = [padded(self.pairs(seed, n), longest, 1 + max(self.lengths)) for seed in seeds for n in self.lengths]
+        batches = [
+            padded(self.pairs(seed, n), longest, 1 + max(self.lengths))
+            for seed in seeds
+            for n in self.lengths
+        ]
         copies = each_seed(thetas, len(self.lengths))
         found = spread(_measuring(apply, self.recipe()), copies, stacked(batches))
         keys = [(seed, n) for seed in seeds for n in self.lengths]
-        rows = [_row(n, seed, jax.tree.map(lambda x, i=i: x[i], found)) for i, (seed, n) in enumerate(keys)]
+        rows = [
+            _row(n, seed, jax.tree.map(lambda x, i=i: x[i], found))
+            for i, (seed, n) in enumerate(keys)
+        ]
         rows.sort(key=lambda row: row["L"])
         measured = Table.of(
             "lengths",
-            "Mean cosine of g_w and g_l before the run; measured Δlog π after it (nats) of chosen, rejected and the "
-            "chosen's sentiment word alone; shares of pairs whose chosen response falls, and where both fall.",
+            "Mean cosine of g_w and g_l before the run; measured Δlog π after it (nats) of chosen, "
+            "rejected and the "
+            "chosen's sentiment word alone; shares of pairs whose chosen response falls, and where "
+            "both fall.",
             ("L",),
             [{k: row[k] for k in ("L", "seed", *_MEASURED)} for row in rows],
         )
         predicted = Table.of(
             "predictions",
-            "Share of pairs whose chosen response falls, as measured and as four kernels say before training: the "
-            "pair's own and the whole batch's, for SGD and for the sign-like first step of Adam (the run's optimizer); "
-            "then the share of pairs whose rise or fall the own (SGD) and the batch kernel (Adam) call right.",
+            "Share of pairs whose chosen response falls, as measured and as four kernels say "
+            "before training: the "
+            "pair's own and the whole batch's, for SGD and for the sign-like first step of Adam "
+            "(the run's optimizer); "
+            "then the share of pairs whose rise or fall the own (SGD) and the batch kernel (Adam) "
+            "call right.",
             ("L",),
             [{k: row[k] for k in ("L", "seed", "falls", *_PREDICTED)} for row in rows],
         )
         return Findings(
-            self.name, vars(self), tuple(seeds), (measured, predicted), _claims(measured, predicted, self.lengths)
+            self.name,
+            vars(self),
+            tuple(seeds),
+            (measured, predicted),
+            _claims(measured, predicted, self.lengths),
         )
 
 
@@ -165,7 +193,9 @@ def _measuring(apply: Apply, recipe: Recipe) -> Any:
             pair = batch.take(index[None])
             return along(pair, pair, _SGD), along(pair, pair, recipe.optimizer)
 
-        def along(pushing: Batch, followed: Batch, optimizer: optax.GradientTransformation) -> Array:
+        def along(
+            pushing: Batch, followed: Batch, optimizer: optax.GradientTransformation
+        ) -> Array:
             step = optimizer_step(apply, theta, pushing, objective, optimizer).direction
             return displacement(apply, theta, followed, step).first
 
@@ -189,7 +219,10 @@ _PREDICTED = ("own, SGD", "own, Adam", "batch, SGD", "batch, Adam", "own right",
 def _row(length: int, seed: int, found: dict[str, np.ndarray]) -> dict[str, Any]:
     change = found["change"].sum(-1)
     falls = change[:, 0] < 0
-    says = {name: found[name][:, 0] < 0 for name in ("own, SGD", "own, Adam", "batch, SGD", "batch, Adam")}
+    says = {
+        name: found[name][:, 0] < 0
+        for name in ("own, SGD", "own, Adam", "batch, SGD", "batch, Adam")
+    }
     return {
         "L": length,
         "seed": seed,

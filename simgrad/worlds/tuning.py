@@ -41,10 +41,17 @@ def recipe_for(
     batch_size: int | None = None,
 ) -> Recipe:
     """A recipe, one object for equal settings so that compiled programs are shared."""
-    return Recipe(objective, {"sgd": optax.sgd, "adam": optax.adam}[optimizer](learning_rate), steps, batch_size)
+    return Recipe(
+        objective,
+        {"sgd": optax.sgd, "adam": optax.adam}[optimizer](learning_rate),
+        steps,
+        batch_size,
+    )
 
 
-def trained(apply: Apply, recipe: Recipe, theta: Theta, batch: Batch, order: Array | None = None) -> Theta:
+def trained(
+    apply: Apply, recipe: Recipe, theta: Theta, batch: Batch, order: Array | None = None
+) -> Theta:
     """Parameters after a run, a pure function to be mapped over runs; nan where it diverged."""
     data, rest = prepare(apply, theta, batch, recipe)
     order = jnp.asarray(recipe.order(batch.size)) if order is None else order
@@ -52,7 +59,9 @@ def trained(apply: Apply, recipe: Recipe, theta: Theta, batch: Batch, order: Arr
     return whole_policy(state.learned, rest)
 
 
-def tuned(apply: Apply, thetas: Theta, batches: Batch, recipe: Recipe, orders: Int[np.ndarray, "N E M"]) -> Theta:
+def tuned(
+    apply: Apply, thetas: Theta, batches: Batch, recipe: Recipe, orders: Int[np.ndarray, "N E M"]
+) -> Theta:
     """Parameters after ``recipe`` for each policy and its pairs (leading axis), spread over the devices."""
     return spread(_tuning(apply, recipe), thetas, batches, orders)
 
@@ -63,7 +72,10 @@ def _tuning(apply: Apply, recipe: Recipe) -> Any:
 
 
 def next_logp(
-    apply: Apply, thetas: Theta, tokens: Int[np.ndarray, "N P T"], lengths: Int[np.ndarray, "N P"] | None = None
+    apply: Apply,
+    thetas: Theta,
+    tokens: Int[np.ndarray, "N P T"],
+    lengths: Int[np.ndarray, "N P"] | None = None,
 ) -> Float[np.ndarray, "N P V"]:
     """Log π(z | prompt) of every token, for each policy and its prompts, in nats."""
     if lengths is None:

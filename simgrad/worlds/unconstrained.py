@@ -15,7 +15,7 @@ import numpy as np
 from simgrad.dynamics.agreement import spearman
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
-from simgrad.findings import Claim, Findings, Table, listing
+from simgrad.experiments.findings import Claim, Findings, Table, listing
 from simgrad.models import Apply, ContextApply
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
@@ -27,7 +27,14 @@ from simgrad.worlds.world import World
 __all__ = ["Unconstrained"]
 
 SCORES = ("CHES", "ln-CHES", "head gap", "full gap", "length")
-RESPONSES = ("one token", "long", "long, shared", "long, one error", "any length", "any length, shared")
+RESPONSES = (
+    "one token",
+    "long",
+    "long, shared",
+    "long, one error",
+    "any length",
+    "any length, shared",
+)
 """One token each; all of the longest length, or of any; every second token in common; all mass on one wrong token."""
 
 
@@ -35,9 +42,10 @@ RESPONSES = ("one token", "long", "long, shared", "long, one error", "any length
 class Unconstrained(World):
     """Models W h(context) in which W and every h(context) learn, drawn at random, each trained on one pair.
 
-    First part: both responses are one token, W₋ has a given cosine with W₊ and its own norm. Second part: up to
-    ``longest`` tokens, the first ones different; a state is √a (one vector a pair) + √(1 - a) (its own) + c W_y,
-    scaled, with a and c drawn for each response, so that states are alike and tokens certain to differing degrees.
+    First part: both responses are one token, W₋ has a given cosine with W₊ and its own norm. Second
+    part: up to ``longest`` tokens, the first ones different; a state is √a (one vector a pair) +
+    √(1 - a) (its own) + c W_y, scaled, with a and c drawn for each response, so that states are
+    alike and tokens certain to differing degrees.
 
     Attributes:
         vocabulary: tokens.
@@ -73,16 +81,24 @@ class Unconstrained(World):
         """Refuse knobs that leave nothing to measure."""
         super().__post_init__()
         if min(self.draws, self.steps) < 1 or self.width < 2 or self.longest < 2:
-            raise ValueError("unconstrained: draws and steps must be at least 1, width and longest at least 2")
+            raise ValueError(
+                "unconstrained: draws and steps must be at least 1, width and longest at least 2"
+            )
         if self.vocabulary < 2 * self.longest + 1:
-            raise ValueError(f"unconstrained: vocabulary must be at least {2 * self.longest + 1}, 2 longest + 1")
+            raise ValueError(
+                f"unconstrained: vocabulary must be at least {2 * self.longest + 1}, 2 longest + 1"
+            )
         for name in ("rows", "states", "learning_rates"):
             if len(getattr(self, name)) != 2 or min(getattr(self, name)) <= 0:
-                raise ValueError(f"unconstrained: {name} takes two positive numbers, got {getattr(self, name)}")
+                raise ValueError(
+                    f"unconstrained: {name} takes two positive numbers, got {getattr(self, name)}"
+                )
         if not self.alignments or max(map(abs, self.alignments)) > 1:
             raise ValueError(f"unconstrained: alignments are cosines, got {self.alignments}")
         if not 0 <= self.alike <= 1 or self.certain < 0 or self.beta <= 0:
-            raise ValueError("unconstrained: alike lies in [0, 1], certain is not negative, beta positive")
+            raise ValueError(
+                "unconstrained: alike lies in [0, 1], certain is not negative, beta positive"
+            )
 
     def pairs(self, seed: int, shared: bool = True) -> list[Pair]:
         """The longest pair of the second part, of distinct tokens but those shared; seeds draw models and lengths."""
@@ -104,18 +120,30 @@ class Unconstrained(World):
         w, h = (_normal(random, self.draws, n, self.width) for n in (self.vocabulary, 1))
         plus, minus = w[:, 0] / _norm(w[:, 0]), w[:, 1]
         across = minus - (minus * plus).sum(-1, keepdims=True) * plus
-        w[:, 1] = _norm(minus) * (alignment * plus + np.sqrt(1 - alignment**2) * across / _norm(across))
+        w[:, 1] = _norm(minus) * (
+            alignment * plus + np.sqrt(1 - alignment**2) * across / _norm(across)
+        )
         return _theta(self.states[0] * h / _norm(h), self.rows[0] * w)
 
     def _single(self, seeds: Sequence[int]) -> Table:
         keys, n = [(a, seed) for a in self.alignments for seed in seeds], self.draws
-        thetas = jax.tree.map(lambda *x: np.concatenate(x), *[self.single(seed, a) for a, seed in keys])
-        slope, run = (recipe_for(DPO(self.beta), "sgd", *x) for x in ((SMALL, 1), (self.learning_rates[0], self.steps)))
+        thetas = jax.tree.map(
+            lambda *x: np.concatenate(x), *[self.single(seed, a) for a, seed in keys]
+        )
+        slope, run = (
+            recipe_for(DPO(self.beta), "sgd", *x)
+            for x in ((SMALL, 1), (self.learning_rates[0], self.steps))
+        )
         found = spread(_single_tokens(slope, run), thetas, at_once=len(keys) * n)
         rows = []
         for i, (alignment, seed) in enumerate(keys):
             x = {name: values[i * n : (i + 1) * n] for name, values in found.items()}
-            rate, slope, change, score = x["rate"], x["slope"] / (SMALL * self.beta / 2), x["run"], x["score"][:, 2:]
+            rate, slope, change, score = (
+                x["rate"],
+                x["slope"] / (SMALL * self.beta / 2),
+                x["run"],
+                x["score"][:, 2:],
+            )
             orders = [spearman(*pair) for pair in zip(score, change[:, 2:], strict=True)]
             rows.append({
                 "alignment": alignment, "seed": seed, "closed form": rate.mean(), "measured": slope.mean(),
@@ -126,18 +154,26 @@ class Unconstrained(World):
                 "top agrees": (score.argmax(-1) == change[:, 2:].argmax(-1)).mean(),
             })  # fmt: skip
         return Table.of("single", (
-            "One-token pairs. d/dt log π(y⁺) per unit of c (nats per unit of time) by the closed form and by one DPO "
-            f"step of {SMALL:g}, worst relative error; share of models whose chosen token falls at once, with "
-            f"features frozen (the null: none can), and after {self.steps} steps (Δ in nats). Of tokens outside the "
-            "pair: rank correlation of ⟨W_z, W₊ - W₋⟩ at the start with Δ log π(z) of that run, and how often the "
+            "One-token pairs. d/dt log π(y⁺) per unit of c (nats per unit of time) by the closed "
+            "form and by one DPO "
+            f"step of {SMALL:g}, worst relative error; share of models whose chosen token falls at "
+            "once, with "
+            f"features frozen (the null: none can), and after {self.steps} steps (Δ in nats). Of "
+            "tokens outside the "
+            "pair: rank correlation of ⟨W_z, W₊ - W₋⟩ at the start with Δ log π(z) of that run, "
+            "and how often the "
             "top one agrees (chance: 1 in V - 2)."
         ), ("alignment",), rows)  # fmt: skip
 
-    def longer(self, seed: int, kind: str, equal_norms: bool) -> tuple[ContextApply, Theta, np.ndarray]:
+    def longer(
+        self, seed: int, kind: str, equal_norms: bool
+    ) -> tuple[ContextApply, Theta, np.ndarray]:
         """Models for one of the :data:`RESPONSES`, and the lengths of their responses, on a leading axis."""
         random, n = np.random.default_rng([seed, 2]), self.draws
         contexts, targets, side = _contexts(self.pairs(seed, shared=kind.endswith("shared"))[0])
-        w, common, own = (_normal(random, n, m, self.width) for m in (self.vocabulary, 1, len(contexts)))
+        w, common, own = (
+            _normal(random, n, m, self.width) for m in (self.vocabulary, 1, len(contexts))
+        )
         a, c = (top * random.random((n, 2))[:, side, None] for top in (self.alike, self.certain))
         h = np.sqrt(a) * common + np.sqrt(1 - a) * own + c * w[:, targets]
         size = np.exp(0 if equal_norms else random.normal(size=(n, len(contexts), 1)) / 2)
@@ -147,25 +183,42 @@ class Unconstrained(World):
         if kind.endswith("one error"):
             w[:, 0] *= 3
             h = h + 3 * w[:, :1]
-        return ContextApply(contexts), _theta(self.states[1] * size * h / _norm(h), self.rows[1] * w), lengths
+        return (
+            ContextApply(contexts),
+            _theta(self.states[1] * size * h / _norm(h), self.rows[1] * w),
+            lengths,
+        )
 
     def _longer(self, seeds: Sequence[int]) -> Table:
-        rows, n, recipe = [], self.draws, recipe_for(DPO(self.beta), "sgd", self.learning_rates[1], self.steps)
+        rows, n, recipe = (
+            [],
+            self.draws,
+            recipe_for(DPO(self.beta), "sgd", self.learning_rates[1], self.steps),
+        )
         for kind, norms in itertools.product(RESPONSES, ("equal", "varied")):
             drawn = [self.longer(seed, kind, norms == "equal") for seed in seeds]
-            thetas, lengths = (jax.tree.map(lambda *x: np.concatenate(x), *[d[k] for d in drawn]) for k in (1, 2))
+            thetas, lengths = (
+                jax.tree.map(lambda *x: np.concatenate(x), *[d[k] for d in drawn]) for k in (1, 2)
+            )
             pair = self.pairs(0, shared=kind.endswith("shared"))[0]
-            found = spread(_measuring(drawn[0][0], recipe, pair), thetas, lengths, at_once=len(seeds) * n)
+            found = spread(
+                _measuring(drawn[0][0], recipe, pair), thetas, lengths, at_once=len(seeds) * n
+            )
             for i, seed in enumerate(seeds):
                 x = {name: values[i * n : (i + 1) * n] for name, values in found.items()}
                 ranks = {name: spearman(x[name], -x["change"]) for name in SCORES}
                 change = {"falls": (x["change"] < 0).mean(), "Δ chosen": x["change"].mean()}
                 ranks["largest CHES"] = np.abs(x["CHES"]).max()
-                rows.append({"responses": kind, "state norms": norms, "seed": seed, **ranks, **change})
+                rows.append(
+                    {"responses": kind, "state norms": norms, "seed": seed, **ranks, **change}
+                )
         return Table.of("longer", (
-            f"Pairs trained alone for {self.steps} DPO steps: rank correlation, within a seed, of each score at the "
-            "start with -Δ log π(y⁺) (1 is perfect; nan: the score is one number for all pairs, as CHES is for "
-            "single tokens); 'length' is -|y⁺|. Different tokens have α near 0, not 1 as CHES has it, but for 'one "
+            f"Pairs trained alone for {self.steps} DPO steps: rank correlation, within a seed, of "
+            "each score at the "
+            "start with -Δ log π(y⁺) (1 is perfect; nan: the score is one number for all pairs, as "
+            "CHES is for "
+            "single tokens); 'length' is -|y⁺|. Different tokens have α near 0, not 1 as CHES has "
+            "it, but for 'one "
             "error'. 'long', with no token in common, is the null. Share that falls; Δ in nats."
         ), ("responses", "state norms"), rows)  # fmt: skip
 
@@ -205,11 +258,27 @@ def _single_tokens(slope: Recipe, run: Recipe) -> Any:
         return jax.nn.log_softmax(theta["unembedding"]["table"] @ theta["features"]["table"][0])
 
     def measure(theta: Theta) -> dict[str, Array]:
-        w, h, tokens = theta["unembedding"]["table"], theta["features"]["table"][0], (jnp.array(0), jnp.array(1))
-        rate, before, batch = unconstrained.single_token_rate(w, h, *tokens), logp(theta), padded([pair])
-        small, long = (logp(trained(apply, recipe, theta, batch)) - before for recipe in (slope, run))
+        w, h, tokens = (
+            theta["unembedding"]["table"],
+            theta["features"]["table"][0],
+            (jnp.array(0), jnp.array(1)),
+        )
+        rate, before, batch = (
+            unconstrained.single_token_rate(w, h, *tokens),
+            logp(theta),
+            padded([pair]),
+        )
+        small, long = (
+            logp(trained(apply, recipe, theta, batch)) - before for recipe in (slope, run)
+        )
         score = unconstrained.mass_direction(w, *tokens)
-        return {"rate": rate.total, "frozen": rate.state, "score": score, "slope": small[0], "run": long}
+        return {
+            "rate": rate.total,
+            "frozen": rate.state,
+            "score": score,
+            "slope": small[0],
+            "run": long,
+        }
 
     return measure
 
@@ -220,8 +289,12 @@ def _measuring(apply: Apply, recipe: Recipe, pair: Pair) -> Any:
 
     def run(theta: Theta, lengths: Array) -> dict[str, Array]:
         whole = padded([pair])
-        batch = replace(whole, valid=jnp.arange(whole.valid.shape[-1])[None, None] < lengths[None, :, None])
-        before, after = (responses(apply, x, batch) for x in (theta, trained(apply, recipe, theta, batch)))
+        batch = replace(
+            whole, valid=jnp.arange(whole.valid.shape[-1])[None, None] < lengths[None, :, None]
+        )
+        before, after = (
+            responses(apply, x, batch) for x in (theta, trained(apply, recipe, theta, batch))
+        )
         kernel = unconstrained.unconstrained_kernel(theta["unembedding"]["table"], before, batch)
         scores = {"CHES": ches(before, batch), "ln-CHES": ln_ches(before, batch), "head gap": head_gap(before, batch),
                   "full gap": kernel.gap, "length": -batch.lengths[:, 0].astype(kernel.gap.dtype),
@@ -233,7 +306,9 @@ def _measuring(apply: Apply, recipe: Recipe, pair: Pair) -> Any:
 
 def _single_claims(table: Table) -> tuple[Claim, ...]:
     rows = [table.where(alignment=a) for a in np.unique(table["alignment"])]
-    falls, order, top = (np.array([x[k].mean() for x in rows]) for k in ("falls", "order", "top agrees"))
+    falls, order, top = (
+        np.array([x[k].mean() for x in rows]) for k in ("falls", "order", "top agrees")
+    )
     return (
         Claim("the closed form is the measured slope, within 1 %, and has its sign (99 %)",
               bool((table["worst error"] < 0.01).all() and (table["sign right"] >= 0.99).all()),
@@ -253,7 +328,10 @@ def _longer_claims(table: Table) -> tuple[Claim, ...]:
     mean = {score: np.array([table.where(**x)[score].mean() for x in many]) for score in SCORES}
     ches, ln, head, full, length = (f"{score} {listing(values)}" for score, values in mean.items())
     varied = np.array([x["responses"].startswith("any") for x in many])
-    equal, free = (table.where(responses="long, one error", **{"state norms": x})["CHES"] for x in ("equal", "varied"))
+    equal, free = (
+        table.where(responses="long, one error", **{"state norms": x})["CHES"]
+        for x in ("equal", "varied")
+    )
     single = table.where(responses="one token")
     return (
         Claim("CHES is 0 for single tokens: no rank information", bool((single["largest CHES"] < 1e-9).all()),

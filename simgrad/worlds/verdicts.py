@@ -12,7 +12,7 @@ import optax
 
 from simgrad.dynamics.pretraining import Corpus
 from simgrad.dynamics.recipe import Recipe
-from simgrad.findings import Claim, Findings, Table
+from simgrad.experiments.findings import Claim, Findings, Table
 from simgrad.models import InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
@@ -35,8 +35,8 @@ LEVELS = np.linspace(-2.7, 2.7, CUES)
 class Verdicts(World):
     """Twelve answers on a graded scale s, prompts with a cue of level a, p(answer | a) ∝ F exp(-(a - s)²/2τ²).
 
-    A prompt is ``<b>``, a cue and two fillers in any order, and ``?``. 30 % of the prompts have a topic word
-    instead of a cue and are answered from one of two unrelated clusters of six words.
+    A prompt is ``<b>``, a cue and two fillers in any order, and ``?``. 30 % of the prompts have a
+    topic word instead of a cue and are answered from one of two unrelated clusters of six words.
 
     Attributes:
         overlap: τ, how far answers of neighbouring levels share their prompts.
@@ -97,8 +97,14 @@ class Verdicts(World):
     def corpus(self, seed: int) -> Corpus:
         """Prompts with one answer each."""
         random, n = np.random.default_rng(seed), self.sequences
-        cue, topic, off = random.integers(0, CUES, n), random.integers(0, TOPICS, n), random.random(n) < 0.3
-        cumulative = answer_probabilities(self.overlap, self.frequency_no, self.frequency_yes).cumsum(1)[cue]
+        cue, topic, off = (
+            random.integers(0, CUES, n),
+            random.integers(0, TOPICS, n),
+            random.random(n) < 0.3,
+        )
+        cumulative = answer_probabilities(
+            self.overlap, self.frequency_no, self.frequency_yes
+        ).cumsum(1)[cue]
         answer = self.first_answer + (random.random((n, 1)) > cumulative).sum(1)
         other = self.first_answer + 12 + 6 * (topic >= TOPICS // 2) + random.integers(0, 6, n)
         prompts = cue_prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
@@ -117,7 +123,13 @@ class Verdicts(World):
 
     def pairs(self, seed: int) -> list[Pair]:
         """All ordered pairs of answers of one polarity, on their prompt."""
-        return [self.pair(a, b) for group in (NEGATIVE, POSITIVE) for a in group for b in group if a != b]
+        return [
+            self.pair(a, b)
+            for group in (NEGATIVE, POSITIVE)
+            for a in group
+            for b in group
+            if a != b
+        ]
 
     def recipe(self, **changes: Any) -> Recipe:
         """DPO on one pair by Adam; ``changes`` replace fields of the recipe."""
@@ -126,11 +138,15 @@ class Verdicts(World):
     def experiment(self, seeds: Sequence[int]) -> Findings:
         """Five preferences, where the mass went, and the knobs of the strongest case."""
         cases = (("No", "Never"), ("No", "Nah"), ("Yes", "No"), ("Yes", "Never"), ("No", "Yes"))
-        rows = [row for chosen, rejected in cases for row in self.displaced(seeds, chosen, rejected)]
+        rows = [
+            row for chosen, rejected in cases for row in self.displaced(seeds, chosen, rejected)
+        ]
         table = Table.of(
             "cases",
-            "One DPO run on one prompt. π(chosen) and the mass of answers of the other polarity, before and after; "
-            "the answer that theory says gains most (⟨W_z, W₊ - W₋⟩ before training) and the one that did.",
+            "One DPO run on one prompt. π(chosen) and the mass of answers of the other polarity, "
+            "before and after; "
+            "the answer that theory says gains most (⟨W_z, W₊ - W₋⟩ before training) and the one "
+            "that did.",
             ("chosen", "rejected"),
             rows,
         )
@@ -155,7 +171,9 @@ class Verdicts(World):
         heads = np.asarray(thetas["embedding" if apply.config.tied else "unembedding"]["table"])
         return Outcome(p, q, np.stack([head @ (head[w] - head[l]) for head in heads]))
 
-    def displaced(self, seeds: Sequence[int], chosen: str, rejected: str, **changes: Any) -> list[dict[str, Any]]:
+    def displaced(
+        self, seeds: Sequence[int], chosen: str, rejected: str, **changes: Any
+    ) -> list[dict[str, Any]]:
         """One row a seed: the distribution after the prompt before and after tuning on one pair."""
         pair, found = self.pair(chosen, rejected), self.outcome(seeds, chosen, rejected, **changes)
         p, q, first = found.before, found.after, self.first_answer
@@ -185,7 +203,10 @@ class Verdicts(World):
         return rows
 
     def _claims(self, table: Table) -> tuple[Claim, ...]:
-        strong, mild = table.where(chosen="No", rejected="Never"), table.where(chosen="Yes", rejected="Never")
+        strong, mild = (
+            table.where(chosen="No", rejected="Never"),
+            table.where(chosen="Yes", rejected="Never"),
+        )
         moved, other = strong["moved to opposite"], mild["moved to opposite"]
         big = np.abs(table["moved to opposite"]) >= 0.5
         agree = table["top agrees"][big & (table["chosen"] == "No")]
@@ -214,7 +235,9 @@ class Outcome:
     direction: Float[np.ndarray, "seeds V"]
 
 
-def answer_probabilities(overlap: float, no: float, yes: float) -> Float[np.ndarray, "cues answers"]:
+def answer_probabilities(
+    overlap: float, no: float, yes: float
+) -> Float[np.ndarray, "cues answers"]:
     """p(answer | cue) ∝ F exp(-(a - s)²/2τ²), with F of "No" and of "Yes" given and 1 elsewhere."""
     frequency = np.ones(12)
     frequency[[0, 6]] = no, yes
@@ -230,7 +253,9 @@ def cue_prompts(random: np.random.Generator, cues: Int[np.ndarray, " n"]) -> Int
     return np.column_stack([np.zeros(n, int), middle, np.ones(n, int)])
 
 
-def small_model(vocabulary: int, init: InitScales, tied: bool = False, max_length: int = 32) -> ModelConfig:
+def small_model(
+    vocabulary: int, init: InitScales, tied: bool = False, max_length: int = 32
+) -> ModelConfig:
     """Two layers of width 64 in the architecture of Llama: RMSNorm, rotary positions, gated SiLU."""
     return ModelConfig(
         vocab_size=vocabulary,
@@ -256,8 +281,18 @@ def _knobs(world: Verdicts) -> list[Any]:
     def turned(label: str, recipe: dict[str, Any] | None = None, **knobs: Any) -> Any:
         def rows(seeds: Sequence[int]) -> list[dict[str, Any]]:
             found = world.with_knobs(**knobs).displaced(seeds, "No", "Never", **(recipe or {}))
-            keep = ("seed", "π(chosen) before", "after", "opposite before", "opposite after", "moved to opposite")
-            return [{"knob": label, **{k: row[k] for k in keep}, "measured top": row["measured top"]} for row in found]
+            keep = (
+                "seed",
+                "π(chosen) before",
+                "after",
+                "opposite before",
+                "opposite after",
+                "moved to opposite",
+            )
+            return [
+                {"knob": label, **{k: row[k] for k in keep}, "measured top": row["measured top"]}
+                for row in found
+            ]
 
         return rows
 

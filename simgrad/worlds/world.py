@@ -21,7 +21,7 @@ from simgrad import tree
 from simgrad.dynamics.pretraining import Corpus, fit
 from simgrad.dynamics.recipe import batch_order
 from simgrad.dynamics.spread import spread_in_rounds
-from simgrad.findings import Findings
+from simgrad.experiments.findings import Findings
 from simgrad.models import Apply, ModelConfig, TransformerApply, init_transformer
 from simgrad.pairs import Pair
 from simgrad.storage import cache_folder, digest, load_arrays, save_arrays
@@ -87,12 +87,18 @@ class World:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             value, default = getattr(self, f.name), f.default
-            if typing.get_origin(hints[f.name]) is Literal and value not in typing.get_args(hints[f.name]):
+            if typing.get_origin(hints[f.name]) is Literal and value not in typing.get_args(
+                hints[f.name]
+            ):
                 choices = ", ".join(map(str, typing.get_args(hints[f.name])))
                 raise ValueError(f"{self.name}: {f.name}={value!r}: choose {choices}")
             if isinstance(value, bool | str) or not isinstance(default, int | float):
                 continue
-            if not math.isfinite(value) or value < 0 or (value == 0 and default > 0 and f.name not in self.zero):
+            if (
+                not math.isfinite(value)
+                or value < 0
+                or (value == 0 and default > 0 and f.name not in self.zero)
+            ):
                 raise ValueError(f"{self.name}: {f.name} must be positive and finite, got {value}")
 
     @property
@@ -133,7 +139,9 @@ class World:
         """
         fields = {f.name: f for f in dataclasses.fields(self)}
         if unknown := sorted(set(knobs) - set(fields)):
-            raise ValueError(f"{self.name} has no knob {', '.join(unknown)}; it has: {', '.join(fields)}")
+            raise ValueError(
+                f"{self.name} has no knob {', '.join(unknown)}; it has: {', '.join(fields)}"
+            )
         for name, value in knobs.items():
             knobs[name] = _like(getattr(self, name), value, f"{self.name}: {name}")
         return dataclasses.replace(self, **knobs)
@@ -149,7 +157,11 @@ def _like(default: Any, value: Any, what: str) -> Any:
     elif not isinstance(value, int | float | str | np.number):
         good = False
     elif isinstance(default, int):
-        good = not isinstance(value, bool | str) and math.isfinite(value) and float(value) == int(value)
+        good = (
+            not isinstance(value, bool | str)
+            and math.isfinite(value)
+            and float(value) == int(value)
+        )
         value = int(value) if good else value
     elif isinstance(default, float):
         good = not isinstance(value, bool | str)
@@ -157,15 +169,17 @@ def _like(default: Any, value: Any, what: str) -> Any:
     else:
         good = isinstance(value, type(default))
     if not good:
-        raise ValueError(f"{what} takes a {type(default).__name__} such as {default!r}, got {value!r}")
+        raise ValueError(
+            f"{what} takes a {type(default).__name__} such as {default!r}, got {value!r}"
+        )
     return value
 
 
 def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Theta]:
     """The world's policy for each seed: ``(apply, theta)`` with the seeds on theta's leading axis, on the host.
 
-    Seeds that were never trained are trained together on all local devices and kept in the cache folder
-    under the world's fingerprint.
+    Seeds that were never trained are trained together on all local devices and kept in the cache
+    folder under the world's fingerprint.
     """
     config = world.model()
     kind = _fingerprint(world)
@@ -178,15 +192,28 @@ def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Th
             save_arrays(files[seed], dict(zip(names, jax.tree.leaves(theta), strict=True)), header)
     structure = jax.tree.structure(jax.eval_shape(lambda: init_transformer(config)))
     stored = [load_arrays(files[seed])[0] for seed in seeds]
-    return TransformerApply(config), structure.unflatten([np.stack([s[n] for s in stored]) for n in names])
+    return TransformerApply(config), structure.unflatten(
+        [np.stack([s[n] for s in stored]) for n in names]
+    )
 
 
 def _fingerprint(world: World) -> str:
     """All that pretraining depends on: its knobs, the model, the code of the worlds and the library's version."""
-    knobs = {f.name: getattr(world, f.name) for f in dataclasses.fields(world) if f.name not in world.tuning}
-    source = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    knobs = {
+        f.name: getattr(world, f.name)
+        for f in dataclasses.fields(world)
+        if f.name not in world.tuning
+    }
+    source = [
+        path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))
+    ]
     return digest(
-        type(world).__qualname__, world.model(), world.pretraining, knobs, source, metadata.version("simgrad")
+        type(world).__qualname__,
+        world.model(),
+        world.pretraining,
+        knobs,
+        source,
+        metadata.version("simgrad"),
     )
 
 
@@ -199,9 +226,12 @@ def _train(world: World, config: ModelConfig, seeds: Sequence[int]) -> list[Thet
     everything = list(zip(thetas, corpora, orders, strict=True))
     run, width, found = _fitting(TransformerApply(config), settings), jax.local_device_count(), []
     for start in range(0, len(everything), width):
-        # one seed a device, always: a program for several would round differently, and a seed is to have one policy
+        # one seed a device, always: a program for several would round differently, and a seed is to
+        # have one policy
         some = [everything[min(i, len(everything) - 1)] for i in range(start, start + width)]
-        theta, losses = next(spread_in_rounds(run, *jax.tree.map(lambda *xs: jnp.stack(xs), *some), rounds=1))
+        theta, losses = next(
+            spread_in_rounds(run, *jax.tree.map(lambda *xs: jnp.stack(xs), *some), rounds=1)
+        )
         if not np.isfinite(losses).all():
             raise FloatingPointError(f"pretraining {world} diverged: lower the peak learning rate")
         found += [jax.tree.map(lambda x, i=i: x[i], theta) for i in range(width)]

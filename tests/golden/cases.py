@@ -27,7 +27,14 @@ def _scaled(kind, **parameters):
 
 
 CASES = {
-    "gpt2_tied": {"model_type": "gpt2", "vocab_size": 37, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "gpt2_tied": {
+        "model_type": "gpt2",
+        "vocab_size": 37,
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+    },
     "gpt2_untied_wide": {
         "model_type": "gpt2",
         "vocab_size": 37,
@@ -39,7 +46,12 @@ CASES = {
         "tie_word_embeddings": False,
     },
     "llama_mha_tied": {"model_type": "llama", **_LLAMA, "tie_word_embeddings": True},
-    "llama_gqa_head_dim": {"model_type": "llama", **_LLAMA, "num_key_value_heads": 2, "head_dim": 8},
+    "llama_gqa_head_dim": {
+        "model_type": "llama",
+        **_LLAMA,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
     "llama_mqa_biases": {
         "model_type": "llama",
         **_LLAMA,
@@ -81,7 +93,9 @@ CASES = {
         **_QWEN_LAYERS,
         "tie_word_embeddings": True,
         "num_key_value_heads": 2,
-        **_scaled("yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=4.0, truncate=False),
+        **_scaled(
+            "yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=4.0, truncate=False
+        ),
     },
     "qwen2_mqa": {"model_type": "qwen2", **_LLAMA, **_QWEN_LAYERS, "num_key_value_heads": 1},
 }
@@ -92,7 +106,9 @@ TOKENS = np.random.default_rng(0).integers(0, 37, (2, 24))
 def weight(name, shape):
     """The tensor called ``name``: float32, of moderate size, gains near one."""
     values = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
-    return (1 + 0.1 * values if "norm" in name or "ln_" in name else 0.2 * values).astype(np.float32)
+    return (1 + 0.1 * values if "norm" in name or "ln_" in name else 0.2 * values).astype(
+        np.float32
+    )
 
 
 def write_config(folder, case):

@@ -45,7 +45,11 @@ def build(case):
     """Model of a case with its weights, in float64."""
     fields = dict(CASES[case])
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+    model = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             tensor.copy_(torch.tensor(weight(name, tuple(tensor.shape))))

@@ -1,7 +1,8 @@
 """Settings that several theorems share, and slow oracles for them in numpy, written from the definitions.
 
 Unconstrained features: parameters {"w": unembedding, "h": one state a context}; a response is
-(contexts, tokens). Linear softmax: ``w @ h`` with w alone trained. Geometry: pairs of plain vectors.
+(contexts, tokens). Linear softmax: ``w @ h`` with w alone trained. Geometry: pairs of plain
+vectors.
 """
 
 import jax
@@ -11,7 +12,7 @@ import reference
 
 from simgrad.pairs import Pair
 from simgrad.theory import PairKernel
-from simgrad.theory.unconstrained import token_states
+from simgrad.theory.closed_forms.unconstrained import token_states
 
 WIDTH, TOKENS, CONTEXTS = 5, 8, 12
 BETA, REFERENCE_MARGIN = 0.3, 0.7
@@ -68,15 +69,22 @@ def dot(a, b, keep=("w", "h")):
 
 def dpo_loss(theta, chosen, rejected):
     """DPO on one pair against a reference margin."""
-    return -jax.nn.log_sigmoid(BETA * (log_prob(theta, *chosen) - log_prob(theta, *rejected) - REFERENCE_MARGIN))
+    return -jax.nn.log_sigmoid(
+        BETA * (log_prob(theta, *chosen) - log_prob(theta, *rejected) - REFERENCE_MARGIN)
+    )
 
 
 def minus_dpo_gradient(theta, chosen, rejected):
     """-∇L of :func:`dpo_loss`, c (∇ log π⁺ - ∇ log π⁻), and c = β σ(-β m)."""
     w, h = (np.asarray(theta[name]) for name in "wh")
-    plus, minus = (sum(np.log(softmax(w @ h[s]))[y] for s, y in zip(*r, strict=True)) for r in (chosen, rejected))
+    plus, minus = (
+        sum(np.log(softmax(w @ h[s]))[y] for s, y in zip(*r, strict=True))
+        for r in (chosen, rejected)
+    )
     c = BETA / (1 + np.exp(BETA * (plus - minus - REFERENCE_MARGIN)))
-    return jax.tree.map(lambda a, b: c * (a - b), gradient(theta, *chosen), gradient(theta, *rejected)), c
+    return jax.tree.map(
+        lambda a, b: c * (a - b), gradient(theta, *chosen), gradient(theta, *rejected)
+    ), c
 
 
 jitted_token_states = jax.jit(token_states)
@@ -87,7 +95,9 @@ def states(theta, contexts, tokens, length=5):
     valid = np.arange(length) < len(tokens)
     contexts, tokens = (np.array([*x, *[0] * (length - len(x))]) for x in (contexts, tokens))
     hidden = np.where(valid[:, None], np.asarray(theta["h"])[contexts], np.nan)
-    return jitted_token_states(theta["w"], *(jnp.asarray(x) for x in (hidden, tokens, contexts, valid)))
+    return jitted_token_states(
+        theta["w"], *(jnp.asarray(x) for x in (hidden, tokens, contexts, valid))
+    )
 
 
 def index(*tokens):
@@ -116,7 +126,9 @@ def unembedding_gradient(w, h, y):
 
 def pair_of(g_w, g_l):
     """The kernel of two gradients that are there as vectors."""
-    return PairKernel(*(jnp.asarray((a * b).sum(-1)) for a, b in ((g_w, g_w), (g_w, g_l), (g_l, g_l))))
+    return PairKernel(
+        *(jnp.asarray((a * b).sum(-1)) for a, b in ((g_w, g_w), (g_w, g_l), (g_l, g_l)))
+    )
 
 
 def geometry(rng, n=2000):

@@ -1,7 +1,7 @@
 """Δ log π(·|x_o) = -η A K G + O(η²) for a step whose loss reaches the parameters through the logits at x_u.
 
-Counter-examples: a wrong prefactor, or a second sample in the step that G leaves out, gives a remainder of first
-order; the closed forms of K hold in their own models only.
+Counter-examples: a wrong prefactor, or a second sample in the step that G leaves out, gives a
+remainder of first order; the closed forms of K hold in their own models only.
 """
 
 import jax
@@ -12,7 +12,7 @@ from helpers import VOCAB, close, model
 from oracles import slope
 
 from simgrad import tree
-from simgrad.theory.learning_dynamics import (
+from simgrad.theory.closed_forms.learning_dynamics import (
     decompose,
     linear_softmax_logit_kernel,
     logit_kernel,
@@ -23,7 +23,11 @@ from simgrad.theory.learning_dynamics import (
 )
 
 KINDS = ["no_norm_no_mlp_no_positions", "linear_softmax", "unconstrained_features"]
-OBSERVED, UPDATED, ELSEWHERE = (1, 5, 3, 7), (1, 5, 3), (1, 5)  # contexts that the table models know
+OBSERVED, UPDATED, ELSEWHERE = (
+    (1, 5, 3, 7),
+    (1, 5, 3),
+    (1, 5),
+)  # contexts that the table models know
 RATES = np.geomspace(1e-5, 1e-3, 5)
 
 
@@ -51,13 +55,17 @@ def sft(kind, also=None):
         moved = jax.tree.map(lambda x, g: x - eta * g, trained, jax.grad(loss)(trained))
         return after_context(moved, OBSERVED)
 
-    residual = logit_residual(jax.jit(after_context, static_argnums=1)(trained, UPDATED), jnp.array(4))
+    residual = logit_residual(
+        jax.jit(after_context, static_argnums=1)(trained, UPDATED), jnp.array(4)
+    )
     return decompose(apply, theta, jnp.array(OBSERVED), jnp.array(UPDATED), residual), after
 
 
 def order(step, after, share=1.0):
     """Order of the remainder in η."""
-    return slope(RATES, [np.abs(after(r) - after(0.0) - share * step.change(r)).max() for r in RATES])
+    return slope(
+        RATES, [np.abs(after(r) - after(0.0) - share * step.change(r)).max() for r in RATES]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """CHES = ⟨Σ h⁺, Σ h⁻⟩ - ‖Σ h⁺‖² is the unembedding's ⟨g_w,g_l⟩ - ‖g_w‖² with every α = ⟨e_k, e'_m⟩ set to one.
 
-Counter-example: actual errors have α ≠ 1, so that CHES misses the gap's value and, for some pairs, its sign.
+Counter-example: actual errors have α ≠ 1, so that CHES misses the gap's value and, for some pairs,
+its sign.
 """
 
 import jax.numpy as jnp
@@ -10,7 +11,11 @@ from oracles import DIFFERENT_FIRST, gradient, parameters
 
 from simgrad.pairs import Pair, padded
 from simgrad.theory import ches, head_gap, responses
-from simgrad.theory.unconstrained import TokenStates, different_first_tokens_rate, flow_inner
+from simgrad.theory.closed_forms.unconstrained import (
+    TokenStates,
+    different_first_tokens_rate,
+    flow_inner,
+)
 
 PAIRS = [Pair([1, 5], [7, 2, 4], [8, 9]), Pair([3], [6, 6], [6, 7, 7])]
 

@@ -1,7 +1,7 @@
 """For d_w, d_l > 0 a pair is ideal iff |log(d_w/d_l) - log(‖g_l‖/‖g_w‖)| ≤ -log cos(g_w,g_l), an angle for any signs.
 
-Counter-examples: for negative coefficients the logarithmic band says nothing, the angular one still holds; a band
-centred at d_w = d_l, as if the norms were equal, is wrong.
+Counter-examples: for negative coefficients the logarithmic band says nothing, the angular one still
+holds; a band centred at d_w = d_l, as if the norms were equal, is wrong.
 """
 
 import jax.numpy as jnp
@@ -41,10 +41,14 @@ def test_angular_band_is_the_ideal_regime_for_any_signs():
     d = Coefficients(*(jnp.asarray(rng.normal(size=len(w))) for _ in range(2)))
     b = band(kernel, d)
     clear = np.abs(np.abs(b.angle) - b.half_angle) > 1e-9
-    np.testing.assert_array_equal(np.asarray(b.inside)[clear], np.asarray(regime(kernel, d) == Regime.IDEAL)[clear])
+    np.testing.assert_array_equal(
+        np.asarray(b.inside)[clear], np.asarray(regime(kernel, d) == Regime.IDEAL)[clear]
+    )
     negative = np.asarray((d.chosen < 0) | (d.rejected < 0))
     assert np.isnan(np.asarray(b.log_ratio)[negative]).all()
-    assert np.asarray(b.inside)[negative].any()  # a push on the chosen or a pull on the rejected can still be ideal
+    assert np.asarray(b.inside)[
+        negative
+    ].any()  # a push on the chosen or a pull on the rejected can still be ideal
     assert (np.asarray(kernel.cosine)[negative & np.asarray(b.inside)] < 0).all()
 
 

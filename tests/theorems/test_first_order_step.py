@@ -1,6 +1,7 @@
 """Δlog π_w = η (d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩) + O(η²) after one SGD step on a pair alone, and likewise Δlog π_l.
 
-Counter-example: as if the two gradients were orthogonal, without ⟨g_w,g_l⟩, the remainder is of first order.
+Counter-example: as if the two gradients were orthogonal, without ⟨g_w,g_l⟩, the remainder is of
+first order.
 """
 
 import dataclasses
@@ -33,7 +34,14 @@ def measured_and_predicted(kind, objective, pair, drop_inner=False):
         return responses(apply, tree.combine(trained, rest), batch).logp
 
     def columns(values):
-        return (values[:, 0], values[:, 1], reference[:, 0], reference[:, 1], lengths[:, 0], lengths[:, 1])
+        return (
+            values[:, 0],
+            values[:, 1],
+            reference[:, 0],
+            reference[:, 1],
+            lengths[:, 0],
+            lengths[:, 1],
+        )
 
     gradient = jax.jit(jax.grad(lambda t: objective.loss(*columns(logp(t))).sum()))(trained)
     start = logp(trained)
@@ -43,7 +51,9 @@ def measured_and_predicted(kind, objective, pair, drop_inner=False):
     coefficients = objective.coefficients(*columns(start))
     per_unit = first_order(kernel, coefficients)
     rates = CHANGES / float(jnp.abs(per_unit.chosen[0]))
-    measured = [logp(jax.tree.map(lambda t, g, r=r: t - r * g, trained, gradient)) - start for r in rates]
+    measured = [
+        logp(jax.tree.map(lambda t, g, r=r: t - r * g, trained, gradient)) - start for r in rates
+    ]
     predicted = [first_order(kernel, coefficients, float(r)) for r in rates]
     return np.stack(measured)[:, 0], np.array([[p.chosen[0], p.rejected[0]] for p in predicted])
 
@@ -54,7 +64,11 @@ def order(measured, predicted):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("plain", "dpo"), ("linear_softmax", "dpo"), *(("unconstrained_features", name) for name in objectives.names())],
+    [
+        ("plain", "dpo"),
+        ("linear_softmax", "dpo"),
+        *(("unconstrained_features", name) for name in objectives.names()),
+    ],
 )
 def test_remainder_is_of_second_order(kind, name):
     slopes = order(*measured_and_predicted(kind, objectives.get(name), PAIRS[0]))
@@ -63,7 +77,9 @@ def test_remainder_is_of_second_order(kind, name):
 
 def test_without_the_entanglement_term_it_is_of_first_order():
     """Dropping ⟨g_w, g_l⟩ leaves an error that shrinks only as fast as the step."""
-    slopes = order(*measured_and_predicted("plain", objectives.get("dpo"), PAIRS[0], drop_inner=True))
+    slopes = order(
+        *measured_and_predicted("plain", objectives.get("dpo"), PAIRS[0], drop_inner=True)
+    )
     np.testing.assert_allclose(slopes, 1.0, atol=0.05)
 
 

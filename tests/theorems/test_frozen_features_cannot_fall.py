@@ -1,7 +1,7 @@
 """‖g_w‖² - ⟨g_w,g_l⟩ = ‖h‖² (1 - π_w + π_l) ≥ 0 for one token after one context, W alone trained, d_w = d_l.
 
-So the chosen cannot fall. Counter-examples: trained features, different contexts, or unequal weights each let it fall;
-so do more tokens.
+So the chosen cannot fall. Counter-examples: trained features, different contexts, or unequal
+weights each let it fall; so do more tokens.
 """
 
 import jax
@@ -15,7 +15,7 @@ from simgrad import tree
 from simgrad.models import linear_softmax, unconstrained_features
 from simgrad.pairs import padded
 from simgrad.theory import responses
-from simgrad.theory.linear_softmax import (
+from simgrad.theory.closed_forms.linear_softmax import (
     prediction_error,
     response_inner,
     shared_parts,
@@ -39,7 +39,10 @@ def test_one_token_against_autodiff():
 
 def test_padding_counts_for_nothing():
     rng = np.random.default_rng(4)
-    logits, targets = jnp.asarray(rng.normal(size=(2, 3, 5))), jnp.asarray(rng.integers(0, 5, (2, 3)))
+    logits, targets = (
+        jnp.asarray(rng.normal(size=(2, 3, 5))),
+        jnp.asarray(rng.integers(0, 5, (2, 3))),
+    )
     valid = jnp.array([[True, True, False], [True, False, False]])
     error = prediction_error(logits.at[0, 2].set(jnp.nan), targets, valid)
     np.testing.assert_array_equal(np.abs(error).sum(-1) > 0, valid)
@@ -98,7 +101,12 @@ def test_differing_last_token_rises_but_its_response_may_fall():
         pulls = [unembedding_gradient(w, hidden[last], token) for token in (chosen, rejected)]
         before = sum(unembedding_gradient(w, hidden[k], rejected) for k in range(last))
         step = pulls[0] - pulls[1]
-        at = (jnp.asarray(hidden[last]), jnp.asarray(w @ hidden[last]), jnp.asarray(chosen), jnp.asarray(rejected))
+        at = (
+            jnp.asarray(hidden[last]),
+            jnp.asarray(w @ hidden[last]),
+            jnp.asarray(chosen),
+            jnp.asarray(rejected),
+        )
         close(single_token_rise(*at), (pulls[0] * step).sum())
         fell += ((before + pulls[0]) * step).sum() < 0
     assert fell > 0
@@ -116,7 +124,9 @@ def test_linear_softmax_kernel_is_the_heads_and_unconstrained_is_not(create):
         return responses(apply, tree.combine(trained, rest), batch).logp
 
     for name, value in kernel_of_rows(jax.jit(logp), trained).items():
-        np.testing.assert_array_equal(np.isclose(getattr(total, name), value, rtol=1e-10), create is linear_softmax)
+        np.testing.assert_array_equal(
+            np.isclose(getattr(total, name), value, rtol=1e-10), create is linear_softmax
+        )
 
 
 @pytest.mark.parametrize("certainty", [5.0, 14.0, 25.0])
@@ -126,6 +136,8 @@ def test_certain_tokens_keep_their_gradient_in_float32(certainty):
     logits[3] += certainty
     arguments = (jnp.array([3]), jnp.array([7]))
     exact = single_token_kernel(jnp.ones((1, 2)), jnp.asarray(logits)[None], *arguments)
-    rough = single_token_kernel(jnp.ones((1, 2), jnp.float32), jnp.asarray(logits, jnp.float32)[None], *arguments)
+    rough = single_token_kernel(
+        jnp.ones((1, 2), jnp.float32), jnp.asarray(logits, jnp.float32)[None], *arguments
+    )
     for x, y in zip(jax.tree.leaves(rough), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4)

@@ -1,7 +1,7 @@
 """A pair is ideal exactly for ⟨g_w,g_l⟩/‖g_w‖² ≤ d_w/d_l ≤ ‖g_l‖²/⟨g_w,g_l⟩, if d_l > 0.
 
-Counter-examples: with d_l < 0 the same ratios are reversed; and the kernel must be that of all that is trained,
-the unembedding's range loses the chosen once the features learn.
+Counter-examples: with d_l < 0 the same ratios are reversed; and the kernel must be that of all that
+is trained, the unembedding's range loses the chosen once the features learn.
 """
 
 import jax
@@ -13,7 +13,7 @@ from oracles import ALL, SINGLE, dot, geometry, gradient, pair_of, parameters, s
 from simgrad import objectives
 from simgrad.objectives import Coefficients
 from simgrad.theory import PairKernel, Regime, compare_objectives, first_order, ideal_range, regime
-from simgrad.theory.unconstrained import flow_kernel
+from simgrad.theory.closed_forms.unconstrained import flow_kernel
 
 jitted_kernel = jax.jit(flow_kernel)
 
@@ -24,7 +24,10 @@ def test_ideal_range_is_where_the_regime_is_ideal():
     r = jnp.asarray(rng.normal(size=len(w)) * 3)
     bounds = ideal_range(kernel)
     assert (bounds.lower <= bounds.upper).all()
-    for sign, inside in ((1.0, (r >= bounds.lower) & (r <= bounds.upper)), (-1.0, r <= bounds.negative)):
+    for sign, inside in (
+        (1.0, (r >= bounds.lower) & (r <= bounds.upper)),
+        (-1.0, r <= bounds.negative),
+    ):
         d_l = sign * jnp.ones_like(r)
         ideal = regime(kernel, Coefficients(r * d_l, d_l)) == Regime.IDEAL
         np.testing.assert_array_equal(ideal, inside)
@@ -37,7 +40,11 @@ def test_smallest_weight_ratio_that_keeps_the_chosen():
     for seed, (chosen, rejected) in enumerate(ALL):
         theta = parameters(seed)
         g_w, g_l = gradient(theta, *chosen), gradient(theta, *rejected)
-        ratio = float(ideal_range(jitted_kernel(theta["w"], *(states(theta, *r) for r in (chosen, rejected)))).lower)
+        ratio = float(
+            ideal_range(
+                jitted_kernel(theta["w"], *(states(theta, *r) for r in (chosen, rejected)))
+            ).lower
+        )
         for factor, sign in ((1e-6, 1), (-1e-6, -1)):
             d_w = ratio + factor
             assert sign * dot(g_w, jax.tree.map(lambda a, b, d_w=d_w: d_w * a - b, g_w, g_l)) > 0
@@ -79,7 +86,9 @@ def test_the_unembeddings_range_is_not_the_models():
         g_w, g_l = (gradient(theta, *r) for r in SINGLE)
         head = pair_of(*(np.asarray(g["w"]).ravel() for g in (g_w, g_l)))
         assert ideal_range(head).lower <= 1 <= ideal_range(head).upper
-        whole = PairKernel(*(jnp.asarray(dot(a, b)) for a, b in ((g_w, g_w), (g_w, g_l), (g_l, g_l))))
+        whole = PairKernel(
+            *(jnp.asarray(dot(a, b)) for a, b in ((g_w, g_w), (g_w, g_l), (g_l, g_l)))
+        )
         falls = dot(g_w, g_w) - dot(g_w, g_l) < 0
         assert falls == bool(ideal_range(whole).lower > 1)
         fell += falls

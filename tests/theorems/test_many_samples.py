@@ -1,16 +1,25 @@
 """d/dt log π(y) = Σ_i a_i ⟨∇ log π(y), ∇ log π(y_i)⟩, where samples with other prompts enter through W alone.
 
-Counter-example: states that are no free parameters but share a trained map, h(x) = A φ(x), let other prompts
-enter through the features as well.
+Counter-example: states that are no free parameters but share a trained map, h(x) = A φ(x), let
+other prompts enter through the features as well.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import close
-from oracles import DIFFERENT_FIRST, OTHER_PROMPT, SHARED_PREFIX, dot, gradient, log_prob, parameters, states
+from oracles import (
+    DIFFERENT_FIRST,
+    OTHER_PROMPT,
+    SHARED_PREFIX,
+    dot,
+    gradient,
+    log_prob,
+    parameters,
+    states,
+)
 
-from simgrad.theory.unconstrained import contributions
+from simgrad.theory.closed_forms.unconstrained import contributions
 
 PROBE = SHARED_PREFIX[0]
 TRAINING = [r for pair in (SHARED_PREFIX, OTHER_PROMPT, DIFFERENT_FIRST) for r in pair]
@@ -28,7 +37,10 @@ def test_contributions_of_many_samples():
     theta = parameters(8)
     got = library(theta)
     g = gradient(theta, *PROBE)
-    close(got.total, np.array([a * dot(g, gradient(theta, *r)) for a, r in zip(WEIGHTS, TRAINING, strict=True)]))
+    close(
+        got.total,
+        np.array([a * dot(g, gradient(theta, *r)) for a, r in zip(WEIGHTS, TRAINING, strict=True)]),
+    )
     np.testing.assert_array_equal(np.asarray(got.features) != 0, SAME_PROMPT)
 
     def loss(theta):

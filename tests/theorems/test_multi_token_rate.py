@@ -1,7 +1,7 @@
 """⟨∇ log π(y), ∇ log π(y')⟩ = Σ ⟨h_k, h'_m⟩⟨e_k, e'_m⟩ + [same context] ⟨W^T e_k, W^T e'_m⟩, W and every h trained.
 
-Counter-examples: the four-part rate assumes different first tokens, so a shared prefix breaks it (not the
-kernel); the kernel assumes free states, so a transformer breaks it.
+Counter-examples: the four-part rate assumes different first tokens, so a shared prefix breaks it
+(not the kernel); the kernel assumes free states, so a transformer breaks it.
 """
 
 import jax
@@ -31,7 +31,7 @@ from oracles import (
 
 from simgrad.pairs import Pair, packed, padded
 from simgrad.theory import responses
-from simgrad.theory.unconstrained import (
+from simgrad.theory.closed_forms.unconstrained import (
     different_first_tokens_rate,
     flow_inner,
     flow_kernel,
@@ -77,19 +77,30 @@ def test_flow_of_both_responses(pair):
 def test_different_first_tokens():
     """The four parts against autodiff; a shared first token breaks the formula, not the general kernel."""
     theta = parameters(6)
-    for pair, holds in ((DIFFERENT_FIRST, True), (OTHER_PROMPT, True), (SINGLE, True), (SHARED_PREFIX, False)):
+    for pair, holds in (
+        (DIFFERENT_FIRST, True),
+        (OTHER_PROMPT, True),
+        (SINGLE, True),
+        (SHARED_PREFIX, False),
+    ):
         chosen, rejected = pair
         direction, c = minus_dpo_gradient(theta, chosen, rejected)
         flow = dot(gradient(theta, *chosen), direction) / float(c)
         plus, minus = states(theta, *chosen), states(theta, *rejected)
-        rate = different_first_tokens_rate(theta["w"], plus, minus, *index(chosen[1][0], rejected[1][0]))
+        rate = different_first_tokens_rate(
+            theta["w"], plus, minus, *index(chosen[1][0], rejected[1][0])
+        )
         close(-jitted_kernel(theta["w"], plus, minus).gap, flow)
         assert bool(np.isclose(rate.total, flow, rtol=1e-10)) == holds
         assert min(rate.norms, rate.own) >= 0
         w, h = (np.asarray(theta[k]) for k in "wh")
         p = [softmax(w @ h[s]) for s in chosen[0]]
-        first = single_token_rate(theta["w"], theta["h"][chosen[0][0]], *index(chosen[1][0], rejected[1][0]))
-        later = sum(np.square(w[y] - q @ w).sum() for q, y in zip(p[1:], chosen[1][1:], strict=True))
+        first = single_token_rate(
+            theta["w"], theta["h"][chosen[0][0]], *index(chosen[1][0], rejected[1][0])
+        )
+        later = sum(
+            np.square(w[y] - q @ w).sum() for q, y in zip(p[1:], chosen[1][1:], strict=True)
+        )
         close(rate.norms, first.norms + later)
         close(rate.first, first.alignment + first.others)
         close(rate.own, dot(gradient(theta, *chosen), gradient(theta, *chosen), keep="w"))
@@ -99,7 +110,10 @@ def test_error_products_are_at_most_two():
     """α = ⟨e - π, e' - π'⟩ ∈ [-2, 2], and the bounds are reached."""
     theta = parameters(7, 30.0)
     every = token_states(
-        theta["w"], jnp.repeat(theta["h"], TOKENS, 0), jnp.tile(jnp.arange(TOKENS), CONTEXTS), jnp.arange(96)
+        theta["w"],
+        jnp.repeat(theta["h"], TOKENS, 0),
+        jnp.tile(jnp.arange(TOKENS), CONTEXTS),
+        jnp.arange(96),
     )
     alpha = np.asarray(every.error) @ np.asarray(every.error).T
     assert np.abs(alpha).max() <= 2 + 1e-12
@@ -117,7 +131,11 @@ MIXED = [
 
 @pytest.mark.parametrize(
     ("kind", "layout", "exact"),
-    [("unconstrained_features", padded, True), ("unconstrained_features", packed, True), ("plain", padded, False)],
+    [
+        ("unconstrained_features", padded, True),
+        ("unconstrained_features", packed, True),
+        ("plain", padded, False),
+    ],
 )
 def test_kernel_of_a_batch_from_the_forward_pass(kind, layout, exact):
     """Exact for the library's unconstrained-features model with shared prefixes; a transformer breaks it."""

@@ -1,7 +1,7 @@
 """A shared prefix adds one and the same square to ‖g_w‖², ⟨g_w,g_l⟩ and ‖g_l‖²: the cosine grows, the gap stays.
 
-Counter-examples: a suffix has different states and moves the gap; a chosen gradient much shorter than the rejected
-one, or shared tokens that are not orthogonal to the rest, let the cosine fall.
+Counter-examples: a suffix has different states and moves the gap; a chosen gradient much shorter
+than the rejected one, or shared tokens that are not orthogonal to the rest, let the cosine fall.
 """
 
 import jax
@@ -14,7 +14,7 @@ from oracles import SHARED, pair_of, unembedding_gradient
 
 from simgrad.pairs import packed, padded
 from simgrad.theory import PairKernel, head_kernel, responses
-from simgrad.theory.linear_softmax import (
+from simgrad.theory.closed_forms.linear_softmax import (
     prediction_error,
     response_inner,
     shared_lengths,
@@ -30,7 +30,9 @@ def test_shared_lengths():
     assert lengths.suffix.tolist() == [3, 3, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("linear_softmax", padded), ("rope_mqa_gated_tied", packed)])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("linear_softmax", padded), ("rope_mqa_gated_tied", packed)]
+)
 def test_parts_against_explicit_gradients(kind, layout):
     """Each part is an inner product of the V x D gradients of the tokens it names."""
     apply, theta = model(kind, pairs=SHARED, depth=1)
@@ -42,7 +44,10 @@ def test_parts_against_explicit_gradients(kind, layout):
         n, s = int(lengths.prefix[i]), int(lengths.suffix[i])
         blocks = []
         for response in (pair.chosen, pair.rejected):
-            logits, states = (np.asarray(x)[i, len(blocks), : len(response)] for x in (result.logits, result.hidden))
+            logits, states = (
+                np.asarray(x)[i, len(blocks), : len(response)]
+                for x in (result.logits, result.hidden)
+            )
             cut = (slice(0, n), slice(n, len(response) - s), slice(len(response) - s, None))
             blocks.append([reference.head_gradient(logits[c], states[c], response[c]) for c in cut])
         for name, x, y in (("sq_chosen", 0, 0), ("inner", 0, 1), ("sq_rejected", 1, 1)):
@@ -51,7 +56,9 @@ def test_parts_against_explicit_gradients(kind, layout):
             expected["cross"] = table.sum() - np.trace(table)
             for part, value in expected.items():
                 got = getattr(getattr(parts, part), name)[i]
-                np.testing.assert_allclose(got, value, rtol=1e-9, atol=1e-9, err_msg=f"{i} {part} {name}")
+                np.testing.assert_allclose(
+                    got, value, rtol=1e-9, atol=1e-9, err_msg=f"{i} {part} {name}"
+                )
 
 
 def test_shared_prefix_is_one_square_and_a_suffix_is_not():
@@ -62,7 +69,9 @@ def test_shared_prefix_is_one_square_and_a_suffix_is_not():
     prefix = parts.prefix
     close(prefix.gap, np.zeros(6), scale=1e288)
     close(prefix.sq_rejected, prefix.sq_chosen)
-    np.testing.assert_array_equal(np.asarray(prefix.inner) > 0, np.asarray(shared_lengths(batch).prefix) > 0)
+    np.testing.assert_array_equal(
+        np.asarray(prefix.inner) > 0, np.asarray(shared_lengths(batch).prefix) > 0
+    )
     assert (np.abs(parts.suffix.cosine[:2]) < 0.999).all()
     assert (np.abs(parts.suffix.gap[:2]) > 1e-3).all()
 
@@ -75,7 +84,10 @@ def test_contrast_of_one_last_token():
     contrast = shared_parts(result, batch).contrast
     for i, row in ((2, 2), (3, 0)):
         expected = single_token_kernel(
-            result.hidden[i, 0, row], result.logits[i, 0, row], batch.targets[i, 0, row], batch.targets[i, 1, row]
+            result.hidden[i, 0, row],
+            result.logits[i, 0, row],
+            batch.targets[i, 0, row],
+            batch.targets[i, 1, row],
         )
         close(jax.tree.map(lambda x, i=i: x[i], contrast), expected)
 
@@ -125,9 +137,14 @@ def test_longer_suffix_in_the_model_raises_the_cosine():
             for h, first in ((h_w, 3), (h_l, 4))
         )
         h, other = jnp.asarray(h_w[: n + 1]), jnp.asarray(h_l[: n + 1])
-        e, f = (prediction_error(x @ w.T, jnp.asarray([first, *suffix[:n]])) for x, first in ((h, 3), (other, 4)))
+        e, f = (
+            prediction_error(x @ w.T, jnp.asarray([first, *suffix[:n]]))
+            for x, first in ((h, 3), (other, 4))
+        )
         kernel = PairKernel(
-            response_inner(h, e, h, e), response_inner(h, e, other, f), response_inner(other, f, other, f)
+            response_inner(h, e, h, e),
+            response_inner(h, e, other, f),
+            response_inner(other, f, other, f),
         )
         close(kernel.inner, (g_w * g_l).sum())
         cosines.append(kernel.cosine.item())

@@ -1,7 +1,7 @@
 """Δlog π(y) = ⟨∇u, v⟩ + ½ vᵀ∇²u v + O(‖v‖³) along any optimizer's step v, for responses trained on or not.
 
-Counter-examples: without the second term the remainder is of second order; beyond the trust radius |first|/|second|
-the first term's sign is lost.
+Counter-examples: without the second term the remainder is of second order; beyond the trust radius
+|first|/|second| the first term's sign is lost.
 """
 
 import dataclasses
@@ -17,7 +17,14 @@ from oracles import slope
 
 from simgrad.objectives import DPO, Coefficients
 from simgrad.pairs import Pair, padded
-from simgrad.theory import displacement, first_order, optimizer_step, own_steps, pair_kernel, responses
+from simgrad.theory import (
+    displacement,
+    first_order,
+    optimizer_step,
+    own_steps,
+    pair_kernel,
+    responses,
+)
 
 PROBES = [Pair([1, 5, 3], [9, 9], [7, 2, 3]), Pair([2], [11, 4], [1])]
 FACTORS = np.geomspace(1e-3, 1e-1, 5)
@@ -43,7 +50,11 @@ def after_two_steps(name, kind="plain"):
     for _ in range(2):
         step = optimizer_step(apply, theta, batch, DPO(), OPTIMIZERS[name], state, reference)
         state, theta = step.state, optax.apply_updates(theta, step.direction)
-    return apply, theta, optimizer_step(apply, theta, batch, DPO(), OPTIMIZERS[name], state, reference).direction
+    return (
+        apply,
+        theta,
+        optimizer_step(apply, theta, batch, DPO(), OPTIMIZERS[name], state, reference).direction,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -59,31 +70,45 @@ def gradient(apply, theta, batch, side):
 
 def slopes(apply, theta, batch, direction, terms):
     """Order of |measured - predicted| in the size of the step, for each response."""
-    start, change = responses(apply, theta, batch).logp, displacement(apply, theta, batch, direction)
+    start, change = (
+        responses(apply, theta, batch).logp,
+        displacement(apply, theta, batch, direction),
+    )
     # unit: a step that moves the responses by about one nat
     unit = 1.0 / float(jnp.abs(change.first).mean())
     sizes = [float(f * unit) for f in FACTORS]
     ends = [moved(apply, theta, batch, direction, size) for size in sizes]
-    miss = [np.abs(e - start - getattr(change.scaled(h), terms)).reshape(-1) for e, h in zip(ends, sizes, strict=True)]
+    miss = [
+        np.abs(e - start - getattr(change.scaled(h), terms)).reshape(-1)
+        for e, h in zip(ends, sizes, strict=True)
+    ]
     return slope(FACTORS, miss)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_order_of_the_remainder_is_three_for_every_optimizer(name):
     apply, theta, direction = after_two_steps(name)
-    np.testing.assert_allclose(np.median(slopes(apply, theta, padded(PAIRS), direction, "total")), 3.0, atol=0.05)
+    np.testing.assert_allclose(
+        np.median(slopes(apply, theta, padded(PAIRS), direction, "total")), 3.0, atol=0.05
+    )
 
 
 @pytest.mark.parametrize("kind", ["plain", "rope_mqa_gated_tied", "unconstrained_features"])
 def test_order_of_the_remainder_is_two_without_the_second_term(kind):
     apply, theta, direction = after_two_steps("sgd", kind)
-    np.testing.assert_allclose(np.median(slopes(apply, theta, padded(PAIRS), direction, "first")), 2.0, atol=0.1)
-    np.testing.assert_allclose(np.median(slopes(apply, theta, padded(PAIRS), direction, "total")), 3.0, atol=0.1)
+    np.testing.assert_allclose(
+        np.median(slopes(apply, theta, padded(PAIRS), direction, "first")), 2.0, atol=0.1
+    )
+    np.testing.assert_allclose(
+        np.median(slopes(apply, theta, padded(PAIRS), direction, "total")), 3.0, atol=0.1
+    )
 
 
 def test_probes_that_nobody_trains_on_are_predicted_alike():
     apply, theta, direction = after_two_steps("adam")
-    np.testing.assert_allclose(np.median(slopes(apply, theta, padded(PROBES), direction, "total")), 3.0, atol=0.1)
+    np.testing.assert_allclose(
+        np.median(slopes(apply, theta, padded(PROBES), direction, "total")), 3.0, atol=0.1
+    )
     assert (jnp.abs(displacement(apply, theta, padded(PROBES), direction).first) > 0).all()
 
 
@@ -100,7 +125,9 @@ def test_own_steps_are_first_order_plus_half_the_curvature_along_the_pairs_gradi
         w, l = (gradient(apply, theta, one, side) for side in range(2))  # noqa: E741
         v = jax.tree.map(lambda a, b, i=i: d.chosen[i] * a - d.rejected[i] * b, w, l)
         left, middle, right = (np.asarray(moved(apply, theta, one, v, x)[0]) for x in (-h, 0.0, h))
-        np.testing.assert_allclose(change.second[i], (right - 2 * middle + left) / h**2 / 2, rtol=1e-3)
+        np.testing.assert_allclose(
+            change.second[i], (right - 2 * middle + left) / h**2 / 2, rtol=1e-3
+        )
 
 
 def test_at_the_trust_radius_both_terms_are_equal_and_beyond_it_the_sign_is_lost():
@@ -126,8 +153,12 @@ def test_subsets_move_only_what_they_select():
     step = optimizer_step(apply, theta, batch, DPO(), optax.sgd(0.1), include=include)
     assert len(jax.tree.leaves(step.direction)) == len(jax.tree.leaves(theta["layers"]["mlp"]))
     whole = jax.tree.map(
-        lambda t, d: jnp.zeros_like(t) if d is None else d, theta, step.direction, is_leaf=lambda x: x is None
+        lambda t, d: jnp.zeros_like(t) if d is None else d,
+        theta,
+        step.direction,
+        is_leaf=lambda x: x is None,
     )
     close(
-        displacement(apply, theta, batch, step.direction, include).total, displacement(apply, theta, batch, whole).total
+        displacement(apply, theta, batch, step.direction, include).total,
+        displacement(apply, theta, batch, whole).total,
     )

@@ -1,6 +1,7 @@
 """An added loss -λ log π(y⁺) adds λ ‖∇ log π(y⁺)‖² ≥ 0 to d/dt log π(y⁺), in any model.
 
-Counter-example: it is the chosen response itself that must be added; -λ log π of another one may push y⁺ down.
+Counter-example: it is the chosen response itself that must be added; -λ log π of another one may
+push y⁺ down.
 """
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from helpers import close
 from oracles import ALL, OTHER_PROMPT, dot, gradient, minus_dpo_gradient, parameters, states
 
-from simgrad.theory.unconstrained import flow_kernel, sft_rate
+from simgrad.theory.closed_forms.unconstrained import flow_kernel, sft_rate
 
 jitted_kernel = jax.jit(flow_kernel)
 

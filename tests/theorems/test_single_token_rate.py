@@ -7,9 +7,24 @@ import jax
 import numpy as np
 import pytest
 from helpers import close
-from oracles import SINGLE, TOKENS, dot, gradient, index, minus_dpo_gradient, parameters, softmax, states
+from oracles import (
+    SINGLE,
+    TOKENS,
+    dot,
+    gradient,
+    index,
+    minus_dpo_gradient,
+    parameters,
+    softmax,
+    states,
+)
 
-from simgrad.theory.unconstrained import flow_inner, flow_kernel, mass_rates, single_token_rate
+from simgrad.theory.closed_forms.unconstrained import (
+    flow_inner,
+    flow_kernel,
+    mass_rates,
+    single_token_rate,
+)
 
 jitted_rate = jax.jit(single_token_rate)
 

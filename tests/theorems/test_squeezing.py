@@ -1,6 +1,7 @@
 """z ← z - η (e_y - π): Δ log π_z = η (π_z - [z = y] - τ), so the likeliest other token gains most and all below τ fall.
 
-Counter-examples: the argmax itself pushed down, a uniform start, and a kernel that is no multiple of the identity.
+Counter-examples: the argmax itself pushed down, a uniform start, and a kernel that is no multiple
+of the identity.
 """
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from helpers import close
 from oracles import softmax
 
-from simgrad.theory.learning_dynamics import (
+from simgrad.theory.closed_forms.learning_dynamics import (
     logit_residual,
     softmax_jacobian,
     squeeze,
@@ -18,7 +19,11 @@ from simgrad.theory.learning_dynamics import (
     unconstrained_logit_kernel,
 )
 
-DRAWS = [np.random.default_rng(s).normal(size=9) * scale for s in range(8) for scale in (0.3, 1.0, 3.0, 8.0)]
+DRAWS = [
+    np.random.default_rng(s).normal(size=9) * scale
+    for s in range(8)
+    for scale in (0.3, 1.0, 3.0, 8.0)
+]
 
 jitted_step = jax.jit(squeeze_step)
 
@@ -54,7 +59,9 @@ def test_the_likeliest_other_token_gains_most():
             assert change[y] < 0 < change[top]
             assert np.argmax(change) == top
             ratios = change[others][:, None] - change[others][None]
-            np.testing.assert_allclose(ratios, 0.7 * (p[others][:, None] - p[others][None]), atol=1e-12)
+            np.testing.assert_allclose(
+                ratios, 0.7 * (p[others][:, None] - p[others][None]), atol=1e-12
+            )
             fallen += (change[others] < 0).sum()
     assert fallen > 100  # bystanders fall as well
 
@@ -80,7 +87,9 @@ def test_uniform_start_squeezes_nobody():
     others = np.delete(change, 2)
     assert np.ptp(others) < 1e-15
     assert (others > 0).all()
-    tilted = np.delete(np.asarray(squeeze_step(jnp.linspace(0.0, 0.8, 9), jnp.array(2), 0.7).change), 2)
+    tilted = np.delete(
+        np.asarray(squeeze_step(jnp.linspace(0.0, 0.8, 9), jnp.array(2), 0.7).change), 2
+    )
     assert np.ptp(tilted) > 1e-3
 
 
@@ -90,7 +99,10 @@ def test_peakier_means_more_squeezing():
     for z in DRAWS[1::4]:
         y = int(np.argsort(z)[0])
         others = np.delete(np.arange(9), y)
-        steps = [jitted_step(jnp.asarray(beta * z), jnp.asarray(y), 0.5) for beta in (0.0, 0.5, 1.0, 2.0, 4.0, 16.0)]
+        steps = [
+            jitted_step(jnp.asarray(beta * z), jnp.asarray(y), 0.5)
+            for beta in (0.0, 0.5, 1.0, 2.0, 4.0, 16.0)
+        ]
         leads = np.array([s.change[z.argmax()] - np.asarray(s.change)[others] for s in steps])
         assert (np.diff(leads, axis=0) >= -1e-15).all()
         assert steps[0].rises.sum() == 8
@@ -103,7 +115,9 @@ def test_peakier_means_more_squeezing():
 def test_the_lead_is_not_monotone_in_temperature_when_the_argmax_is_pushed():
     """The counter-example: the runner-up's lead over the next token first grows, then vanishes as π_y → 1."""
     z = jnp.array([3.0, 2.0, 1.0, 0.0])
-    changes = [squeeze_step(beta * z, jnp.array(0), 0.5).change for beta in (0.5, 1.0, 2.0, 4.0, 10.0)]
+    changes = [
+        squeeze_step(beta * z, jnp.array(0), 0.5).change for beta in (0.5, 1.0, 2.0, 4.0, 10.0)
+    ]
     leads = np.array([c[1] - c[2] for c in changes])
     assert leads[1] > leads[0]
     assert (np.diff(leads[1:]) < 0).all()
@@ -144,7 +158,9 @@ def test_a_kernel_that_is_no_multiple_of_the_identity_may_feed_another_token():
         z = w @ h
         y = int(z.argmin())
         g = -np.asarray(logit_residual(jnp.asarray(z), jnp.asarray(y)))  # pushed down
-        kernel = np.asarray(unconstrained_logit_kernel(jnp.asarray(w), jnp.asarray(h), jnp.asarray(h), True))
+        kernel = np.asarray(
+            unconstrained_logit_kernel(jnp.asarray(w), jnp.asarray(h), jnp.asarray(h), True)
+        )
         change = -np.asarray(softmax_jacobian(jnp.asarray(z))) @ kernel @ g
         plain = -np.asarray(softmax_jacobian(jnp.asarray(z))) @ g
         assert plain.argmax() == z.argmax()

@@ -1,6 +1,7 @@
 """d/dt log π(z) grows with ⟨W_z, W₊ - W₋⟩ for z outside a pair of single tokens, W and h trained, d_w = d_l.
 
-Counter-examples: the order fails for the pair's own tokens, for unequal weights, and for frozen features.
+Counter-examples: the order fails for the pair's own tokens, for unequal weights, and for frozen
+features.
 """
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from helpers import close
 from oracles import SINGLE, TOKENS, dot, gradient, index, parameters, softmax
 
-from simgrad.theory.unconstrained import mass_direction, mass_rates
+from simgrad.theory.closed_forms.unconstrained import mass_direction, mass_rates
 
 jitted_rates = jax.jit(mass_rates)
 
@@ -46,6 +47,8 @@ def test_mass_is_ranked_by_the_direction_outside_the_pair():
         h = np.asarray(at[1])
         p = softmax(np.asarray(theta["w"]) @ h)
         frozen = (h @ h) * (np.eye(TOKENS) - p) @ (np.eye(TOKENS)[3] - np.eye(TOKENS)[5])
-        frozen_breaks += np.ptp(frozen[list(outside)]) < 1e-12 * np.abs(frozen).max()  # no order at all
+        frozen_breaks += (
+            np.ptp(frozen[list(outside)]) < 1e-12 * np.abs(frozen).max()
+        )  # no order at all
     assert min(pair_breaks, weights_break) > 0
     assert frozen_breaks == 20

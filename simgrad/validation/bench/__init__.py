@@ -1,7 +1,7 @@
 """Speed of every task, side by side with the published procedure and with what the machine allows, from one run.
 
-Every contestant is timed in turn within each repeat, so that a noisy machine disturbs all alike; ratios are
-medians over repeats of the within-repeat ratio, with their range.
+Every contestant is timed in turn within each repeat, so that a noisy machine disturbs all alike;
+ratios are medians over repeats of the within-repeat ratio, with their range.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from simgrad.validation.bench.setting import SHAPES, Config, Setting, set_up, ve
 from simgrad.validation.bench.tables import Growth, Route, growth, routes
 from simgrad.validation.bench.tasks import TASKS, Measurement, measure
 
-__all__ = ["SHAPES", "TABLES", "TASKS", "Config", "Growth", "Measurement", "Route", "bench", "write"]
+__all__ = [
+    "SHAPES",
+    "TABLES",
+    "TASKS",
+    "Config",
+    "Growth",
+    "Measurement",
+    "Route",
+    "bench",
+    "write",
+]
 
 TABLES: dict[str, Callable[[Setting], list[Any]]] = {"routes": routes, "growth": growth}
 """What is measured of simgrad alone: the cost formula's choices, and growth with pairs and tokens."""
@@ -30,8 +40,8 @@ def bench(
 ) -> dict[str, Any]:
     """Time tasks (and tables) on every length; returns a record that goes into JSON.
 
-    Token kernels are timed on ``config.token_lengths``; data-set kernels and directional scores on the first of
-    the lengths.
+    Token kernels are timed on ``config.token_lengths``; data-set kernels and directional scores on
+    the first of the lengths.
 
     Raises:
         ValueError: no such task.
@@ -46,7 +56,11 @@ def bench(
         "provenance": {**provenance(), "cores": os.cpu_count(), "torch": version("torch")},
         "measurements": [],
     }
-    lengths = {"tokens": (config.token_lengths,), "dataset": config.lengths[:1], "directional": config.lengths[:1]}
+    lengths = {
+        "tokens": (config.token_lengths,),
+        "dataset": config.lengths[:1],
+        "directional": config.lengths[:1],
+    }
     for task in (task for task in TASKS if task in tasks):
         for prompt, response in lengths.get(task, config.lengths):
             found = measure(task, here, prompt, response)

@@ -17,7 +17,7 @@ import numpy as np
 from simgrad.bridge import Policy, load
 from simgrad.models import ModelConfig, create
 from simgrad.pairs import Pair
-from simgrad.theory.cost import Shapes
+from simgrad.theory.kernel.cost import Shapes
 from simgrad.validation import published
 
 __all__ = ["SHAPES", "Config", "Setting", "race", "set_up", "version"]
@@ -43,15 +43,17 @@ class Config:
     """What is timed: a model with random weights on random pairs.
 
     Attributes:
-        lengths: (prompt tokens, response tokens) of the pairs; 96 and 32 are about the medians of the HH-RLHF
-            harmless test set.
+        lengths: (prompt tokens, response tokens) of the pairs; 96 and 32 are about the medians of
+            the HH-RLHF harmless test set.
         token_lengths: the same for token kernels.
-        pairs: pairs of each length; simgrad evaluates them as one batch, the published procedure one by one.
+        pairs: pairs of each length; simgrad evaluates them as one batch, the published procedure
+            one by one.
         repeats: timings of each contestant.
         shape: one of :data:`SHAPES`.
         depth: blocks (None: those of the shape).
         dtype: of weights and activations.
-        sample: tokens whose gradients the published token kernel takes; its time is scaled to all of them.
+        sample: tokens whose gradients the published token kernel takes; its time is scaled to all
+            of them.
     """
 
     lengths: tuple[tuple[int, int], ...] = ((96, 32), (32, 32), (128, 64))
@@ -76,12 +78,16 @@ class Config:
             raise ValueError("lengths: give at least one pair of prompt and response tokens")
         for prompt, response in (*self.lengths, self.token_lengths):
             if min(prompt, response) < 1:
-                raise ValueError(f"prompts and responses have at least one token, got {prompt} and {response}")
+                raise ValueError(
+                    f"prompts and responses have at least one token, got {prompt} and {response}"
+                )
 
     @property
     def longest(self) -> int:
         """Positions that the model must have; growth is measured on up to four times the first length."""
-        return max(4 * sum(self.lengths[0]), *(p + r for p, r in (*self.lengths, self.token_lengths)))
+        return max(
+            4 * sum(self.lengths[0]), *(p + r for p, r in (*self.lengths, self.token_lengths))
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,10 @@ class Setting:
         """Random pairs, the same for the same lengths."""
         rng = np.random.default_rng(0)
         draw = lambda n: rng.integers(0, self.policy.config.vocab_size, n).tolist()  # noqa: E731
-        return [Pair(draw(prompt), draw(response), draw(response)) for _ in range(count or self.config.pairs)]
+        return [
+            Pair(draw(prompt), draw(response), draw(response))
+            for _ in range(count or self.config.pairs)
+        ]
 
 
 def set_up(config: Config) -> Setting:
@@ -119,9 +128,16 @@ def set_up(config: Config) -> Setting:
     shape = {**SHAPES[config.shape], **({} if config.depth is None else {"depth": config.depth})}
     if importlib.util.find_spec("torch") is None:
         llama = {"positions": "rope", "activation": "silu"}
-        gpt2 = {"norm": "layernorm", "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+        gpt2 = {
+            "norm": "layernorm",
+            "qkv_bias": True,
+            "attention_output_bias": True,
+            "mlp_bias": True,
+        }
         more = llama if "mlp" in shape else gpt2
-        model_config = ModelConfig(max_length=config.longest, tied=True, dtype=config.dtype, **more, **shape)
+        model_config = ModelConfig(
+            max_length=config.longest, tied=True, dtype=config.dtype, **more, **shape
+        )
         policy, model = Policy(*create(model_config), model_config), None
     else:
         import torch

@@ -9,8 +9,8 @@ import numpy as np
 
 from simgrad.pairs import packed, padded
 from simgrad.theory import pair_kernel, responses
-from simgrad.theory.cost import kernel_flops
-from simgrad.theory.kernel import Method
+from simgrad.theory.kernel.cost import kernel_flops
+from simgrad.theory.kernel.pair import Method
 from simgrad.validation.bench.setting import Setting, race
 from simgrad.validation.bench.tasks import compiled
 
@@ -49,9 +49,12 @@ def routes(here: Setting) -> list[Route]:
         for layout, method in itertools.product(("padded", "packed"), _ROUTES):
             batch = (packed if layout == "packed" else padded)(pairs)
             name, length = f"{layout} {method}", batch.tokens.shape[-1]
-            flops[name] = kernel_flops(here.shapes, length, response, layout == "packed", method == "ghost").total
+            flops[name] = kernel_flops(
+                here.shapes, length, response, layout == "packed", method == "ghost"
+            ).total
             calls[name], _ = compiled(
-                lambda theta, b=batch, m=method: pair_kernel(here.policy.apply, theta, b, method=m), here.policy.theta
+                lambda theta, b=batch, m=method: pair_kernel(here.policy.apply, theta, b, method=m),
+                here.policy.theta,
             )
         times = {name: float(np.median(t)) for name, t in race(calls, here.config.repeats).items()}
         base = "padded ghost"
@@ -91,8 +94,13 @@ def growth(here: Setting) -> list[Growth]:
     """Time 1, 2 and 4 times as many pairs as configured, and prompts and responses 1, 2 and 4 times as long."""
     (prompt, response), apply = here.config.lengths[0], here.policy.apply
     batches = {
-        "pairs": {k * here.config.pairs: here.pairs(prompt, response, k * here.config.pairs) for k in (1, 2, 4)},
-        "tokens": {k * (prompt + response): here.pairs(k * prompt, k * response) for k in (1, 2, 4)},
+        "pairs": {
+            k * here.config.pairs: here.pairs(prompt, response, k * here.config.pairs)
+            for k in (1, 2, 4)
+        },
+        "tokens": {
+            k * (prompt + response): here.pairs(k * prompt, k * response) for k in (1, 2, 4)
+        },
     }
     found = []
     for grows, sized in batches.items():

@@ -11,13 +11,13 @@ import numpy as np
 import optax
 
 from simgrad import objectives
-from simgrad.bridge.engine import score_batch
+from simgrad.bridge.engine.score import score_batch
 from simgrad.dynamics.directional import directional_score
 from simgrad.dynamics.recipe import Recipe
 from simgrad.pairs import Batch, Pair, packed, padded
 from simgrad.theory import entanglement_kernel, kernel_plan, pair_kernel, responses, token_kernel
-from simgrad.theory.cost import kernel_flops, packing_pays, token_flops
-from simgrad.theory.entanglement import jacobian
+from simgrad.theory.kernel.cost import kernel_flops, packing_pays, token_flops
+from simgrad.theory.kernel.dataset import jacobian
 from simgrad.typing import Array, Theta
 from simgrad.validation import published
 from simgrad.validation.bench.setting import Setting, race
@@ -40,13 +40,15 @@ class Measurement:
         own_limit: simgrad's time over that of its own bare passes.
         own_range: smallest and largest.
         bare: what those are.
-        flops: floating-point operations a pair by the formulas of :mod:`simgrad.theory.cost`.
+        flops: floating-point operations a pair by the formulas of :mod:`simgrad.theory.kernel.cost`.
         achieved: flops a second over those of a large matrix product in the same repeat.
         ceiling: the product's best flops a second.
-        bytes: parameters' bytes times the passes over them, a batch: the least that has to be moved.
-        temporary: bytes of temporary memory the compiled program needs, beyond parameters and results.
-        error: largest difference of the results from float64-accumulated dot products of PyTorch's gradients,
-            relative to each number (kernels of many entries: to the largest).
+        bytes: parameters' bytes times the passes over them, a batch: the least that has to be
+            moved.
+        temporary: bytes of temporary memory the compiled program needs, beyond parameters and
+            results.
+        error: largest difference of the results from float64-accumulated dot products of PyTorch's
+            gradients, relative to each number (kernels of many entries: to the largest).
     """
 
     task: str
@@ -71,7 +73,8 @@ class Measurement:
 class Task:
     """Contestants and what they are held against.
 
-    ``scale`` multiplies the published time (it may do a part of the work), ``bare_times`` the bare pass's.
+    ``scale`` multiplies the published time (it may do a part of the work), ``bare_times`` the bare
+    pass's.
     """
 
     ours: Callable[[], Any]
@@ -102,9 +105,16 @@ def measure(task: str, here: Setting, prompt: int, response: int) -> Measurement
         times["published"] = times["published"] * made.scale
         ratios = times["published"] / times["simgrad"]
         ours, theirs = made.read(made.ours()), np.asarray(made.reference(here.model))
-        error = float(np.max(np.abs(ours - theirs) / (np.abs(theirs).max() if made.entries else np.abs(theirs))))
+        error = float(
+            np.max(
+                np.abs(ours - theirs) / (np.abs(theirs).max() if made.entries else np.abs(theirs))
+            )
+        )
     each = float(np.median(times["simgrad"])) / len(pairs)
-    speed, ceiling = made.flops * len(pairs) / times["simgrad"], here.product_flops / times["product"]
+    speed, ceiling = (
+        made.flops * len(pairs) / times["simgrad"],
+        here.product_flops / times["product"],
+    )
     return Measurement(
         task=task,
         prompt=prompt,
@@ -142,13 +152,23 @@ def _gradient(here: Setting, batch: Batch) -> Callable[[], Any]:
     return compiled(jax.grad(lambda t: responses(apply, t, batch).logp.sum()), here.policy.theta)[0]
 
 
-def _forward_task(here: Setting, pairs: list[Pair], ours: Callable[[Theta, Batch], Any], **rest: Any) -> Task:
+def _forward_task(
+    here: Setting, pairs: list[Pair], ours: Callable[[Theta, Batch], Any], **rest: Any
+) -> Task:
     apply, theta, batch = here.policy.apply, here.policy.theta, packed(pairs)
     call, temporary = compiled(lambda theta: ours(theta, batch), theta)
     length, rows = batch.tokens.shape[-1], batch.targets.shape[-1]
     flops = kernel_flops(here.shapes, length, rows, packed=True).forward
     bare = compiled(lambda theta: responses(apply, theta, batch).logp, theta)[0]
-    return Task(ours=call, bare=bare, bare_name="forward", flops=flops, passes=1, temporary=temporary, **rest)
+    return Task(
+        ours=call,
+        bare=bare,
+        bare_name="forward",
+        flops=flops,
+        passes=1,
+        temporary=temporary,
+        **rest,
+    )
 
 
 def _scoring(here: Setting, pairs: list[Pair]) -> Task:
@@ -160,7 +180,9 @@ def _scoring(here: Setting, pairs: list[Pair]) -> Task:
     return _forward_task(
         here,
         pairs,
-        lambda theta, batch: score_batch(here.policy.apply, theta, batch, objective, 1.0, gradients=False),
+        lambda theta, batch: score_batch(
+            here.policy.apply, theta, batch, objective, 1.0, gradients=False
+        ),
         read=lambda got: _columns(got["logp_chosen"], got["logp_rejected"], got["ches"]),
         published=published_scores,
         reference=published_scores,
@@ -185,7 +207,9 @@ def _gradients(here: Setting, pairs: list[Pair]) -> Task:
     prompt, response = len(pairs[0].prompt), len(pairs[0].chosen)
     layout = packed if packing_pays(here.shapes, prompt, response, response) else padded
     batch = layout(pairs)
-    call, temporary = compiled(lambda theta: pair_kernel(here.policy.apply, theta, batch), here.policy.theta)
+    call, temporary = compiled(
+        lambda theta: pair_kernel(here.policy.apply, theta, batch), here.policy.theta
+    )
     return Task(
         ours=call,
         read=lambda got: _columns(got.sq_chosen, got.inner, got.sq_rejected),
@@ -202,7 +226,9 @@ def _gradients(here: Setting, pairs: list[Pair]) -> Task:
 def _tokens(here: Setting, pairs: list[Pair]) -> Task:
     batch, rows = padded(pairs), len(pairs[0].chosen)
     some = np.unique(np.linspace(0, rows - 1, min(here.config.sample, rows)).astype(int))
-    call, temporary = compiled(lambda theta: token_kernel(here.policy.apply, theta, batch), here.policy.theta)
+    call, temporary = compiled(
+        lambda theta: token_kernel(here.policy.apply, theta, batch), here.policy.theta
+    )
     return Task(
         ours=call,
         read=lambda got: np.asarray(got, np.float64)[0, 0, :, 0][np.ix_(some, some)],
@@ -222,10 +248,14 @@ def _tokens(here: Setting, pairs: list[Pair]) -> Task:
 def _dataset(here: Setting, pairs: list[Pair]) -> Task:
     apply, theta, batch = here.policy.apply, here.policy.theta, packed(pairs)
     count = sum(x.size for x in jax.tree.leaves(theta))
-    memory = 4 * 2 * len(pairs) * count  # all gradients at once, as the published procedure keeps them
+    memory = (
+        4 * 2 * len(pairs) * count
+    )  # all gradients at once, as the published procedure keeps them
     plan = kernel_plan(apply, theta, len(pairs), memory=memory)
     _, temporary = compiled(lambda theta: jacobian(apply, theta, batch), theta)
-    forward = kernel_flops(here.shapes, batch.tokens.shape[-1], batch.targets.shape[-1], packed=True).forward
+    forward = kernel_flops(
+        here.shapes, batch.tokens.shape[-1], batch.targets.shape[-1], packed=True
+    ).forward
     return Task(
         ours=lambda: entanglement_kernel(apply, theta, batch, memory=memory),
         read=lambda got: np.asarray(got, np.float64),
@@ -245,9 +275,13 @@ def _directional(here: Setting, pairs: list[Pair]) -> Task:
     apply, rate = here.policy.apply, 1e-3
     dpo, batch = objectives.DPO(), packed(pairs)
     recipe = Recipe(dpo, optax.sgd(rate), steps=1)
-    call, temporary = compiled(lambda theta: directional_score(apply, theta, batch, recipe).change, here.policy.theta)
+    call, temporary = compiled(
+        lambda theta: directional_score(apply, theta, batch, recipe).change, here.policy.theta
+    )
     pull = rate * dpo.beta / 2  # d_w = d_l = β σ(0) where the policy is its own reference
-    forward = kernel_flops(here.shapes, batch.tokens.shape[-1], batch.targets.shape[-1], packed=True).forward
+    forward = kernel_flops(
+        here.shapes, batch.tokens.shape[-1], batch.targets.shape[-1], packed=True
+    ).forward
     return Task(
         ours=call,
         read=lambda got: np.asarray(got, np.float64),

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints as pure functions, and back: families, weights, mesh."""

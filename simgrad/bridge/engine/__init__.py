@@ -1,0 +1,1 @@
+"""From rows to numbers: planned by length, resumable, on any mesh."""

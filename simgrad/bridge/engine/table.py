@@ -1,0 +1,130 @@
+"""The score table: one row a pair, in input order, with its provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simgrad.bridge.preferences.rows import Skipped
+from simgrad.experiments.findings import Findings
+from simgrad.provenance import provenance
+
+__all__ = ["ScoreTable", "save_findings", "write_parquet"]
+
+_KEY = b"simgrad"
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores as arrays: ``table["ches"]``.
+
+    Attributes:
+        columns: one array a column, all of the same length.
+        skipped: rows that could not be scored, with reasons.
+        metadata: ``run`` (the arguments), ``source`` (where the data were read), ``provenance``
+            (versions, device) and ``counts``.
+    """
+
+    columns: dict[str, np.ndarray]
+    skipped: tuple[Skipped, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """One column."""
+        try:
+            return self.columns[name]
+        except KeyError:
+            raise KeyError(f"no column {name!r}; there are: {', '.join(self.columns)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a column."""
+        return name in self.columns
+
+    def __iter__(self) -> Iterator[str]:
+        """Column names."""
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self.columns.values()), ()))
+
+    def to_pandas(self):
+        """The columns as a pandas DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self.columns)
+
+    def save(self, path: str | Path) -> None:
+        """Write a parquet file at once (never half of it); skipped rows go to ``<stem>.skipped.jsonl``."""
+        path = Path(path)
+        skipped = path.with_name(f"{path.stem}.skipped.jsonl")
+        lines = "".join(
+            json.dumps({"index": s.index, "reason": s.reason}) + "\n" for s in self.skipped
+        )
+        _replace(skipped, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+        write_parquet(path, self.columns, self.metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ScoreTable:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: not a file that :meth:`save` wrote.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        try:
+            table = pq.read_table(path)
+            metadata = json.loads((table.schema.metadata or {})[_KEY])
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise ValueError(f"{path} is not a score table of simgrad") from error
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        skipped = path.with_name(f"{path.stem}.skipped.jsonl")
+        lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else []
+        return cls(columns, tuple(Skipped(**json.loads(line)) for line in lines), metadata)
+
+
+def write_parquet(
+    path: Path, columns: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+) -> None:
+    """Columns and a JSON text of metadata, written at once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(dict(columns))
+    meta = {_KEY: json.dumps(metadata, sort_keys=True).encode()}
+    _replace(path, lambda temporary: pq.write_table(table.replace_schema_metadata(meta), temporary))
+
+
+def save_findings(found: Findings, folder: str | Path) -> list[Path]:
+    """One parquet file a table, ``WORLD.TABLE.parquet``: every seed's row, with knobs, claims and versions."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for table in found.tables:
+        metadata = {
+            "world": found.world,
+            "knobs": dict(found.knobs),
+            "seeds": list(found.seeds),
+            "caption": table.caption,
+            "claims": [dataclasses.asdict(claim) for claim in found.claims],
+            "provenance": provenance(),
+        }
+        written.append(folder / f"{found.world}.{table.name}.parquet")
+        write_parquet(written[-1], table.columns, metadata)
+    return written
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Preference data: rows, and their token ids with every guard."""

@@ -1,0 +1,1 @@
+"""What the papers measured, on worlds: tables and claims."""

@@ -1,0 +1,164 @@
+"""What an experiment found: tidy tables, one row a seed and setting, with intervals over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["Claim", "Findings", "Interval", "Table", "interval", "listing"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over seeds with the 95 % interval of Student's t.
+
+    Attributes:
+        mean: over the seeds.
+        low: lower bound; nan for a single seed.
+        high: upper bound; nan for a single seed.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        half = (self.high - self.low) / 2
+        return f"{self.mean:.2f}" if not np.isfinite(half) else f"{self.mean:.2f} ±{half:.2f}"
+
+
+def interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Mean and 95 % interval t_{.975, n-1} s/√n of independent values; nan entries are left out.
+
+    >>> interval([1.0, 2.0, 3.0]).mean
+    2.0
+    """
+    x = np.asarray(values, float)
+    x = x[~np.isnan(x)]
+    if not len(x):
+        return Interval(np.nan, np.nan, np.nan)
+    if len(x) == 1:
+        return Interval(float(x[0]), np.nan, np.nan)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+
+
+def listing(values: Sequence[float] | np.ndarray) -> str:
+    """Numbers for a claim, two decimals each."""
+    return " ".join(f"{v:.2f}" for v in values)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one experiment.
+
+    Attributes:
+        name: for files and look-up.
+        caption: what to see.
+        by: columns that tell settings apart; the others are measurements, one row a setting and
+            seed.
+        columns: arrays of one length; ``seed`` is among them.
+    """
+
+    name: str
+    caption: str
+    by: tuple[str, ...]
+    columns: dict[str, np.ndarray]
+
+    @classmethod
+    def of(
+        cls, name: str, caption: str, by: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> Table:
+        """A table from one mapping a row."""
+        columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        return cls(name, caption, tuple(by), columns)
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        """One column."""
+        return self.columns[column]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self.columns.values())))
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the measurements."""
+        return tuple(c for c in self.columns if c not in (*self.by, "seed"))
+
+    def where(self, **setting: Any) -> dict[str, np.ndarray]:
+        """Columns of the rows with this setting, in order of their seeds."""
+        keep = np.ones(len(self), bool)
+        for key, value in setting.items():
+            keep &= self.columns[key] == value
+        return {name: column[keep] for name, column in self.columns.items()}
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The settings in order of appearance."""
+        seen: dict[tuple, None] = {}
+        for row in zip(*(self.columns[k] for k in self.by), strict=True):
+            seen.setdefault(tuple(x.item() for x in row), None)
+        return [dict(zip(self.by, row, strict=True)) for row in seen]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One entry a setting: :class:`Interval` of each number, the commonest value of each text."""
+        lines = []
+        for setting in self.settings():
+            rows = self.where(**setting)
+            line: dict[str, Any] = dict(setting)
+            for name in self.measured:
+                values = rows[name]
+                line[name] = interval(values) if values.dtype.kind in "fiub" else _commonest(values)
+            lines.append(line)
+        return lines
+
+
+def _commonest(values: np.ndarray) -> str:
+    names, counts = np.unique(values, return_counts=True)
+    best = int(counts.argmax())
+    return f"{names[best]} ({counts[best]}/{len(values)})"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the papers, or of a recipe, and whether these seeds bear it out.
+
+    Attributes:
+        text: the statement.
+        holds: whether it does; None where these seeds cannot tell.
+        numbers: those it was judged by.
+    """
+
+    text: str
+    holds: bool | None
+    numbers: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All tables of a world's experiment, and what they say.
+
+    Attributes:
+        world: its name.
+        knobs: their values.
+        seeds: all that were run.
+        tables: one row a seed and setting.
+        claims: statements held against the tables.
+    """
+
+    world: str
+    knobs: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    tables: tuple[Table, ...]
+    claims: tuple[Claim, ...] = field(default=())
+
+    def __getitem__(self, name: str) -> Table:
+        """A table by name."""
+        for table in self.tables:
+            if table.name == name:
+                return table
+        raise KeyError(f"no table {name!r}; there are: {', '.join(t.name for t in self.tables)}")

@@ -1,0 +1,160 @@
+"""Log-probs and hidden states of the responses in a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from simgrad import tree
+from simgrad.models import Apply, Output
+from simgrad.pairs import Batch
+from simgrad.typing import Array, Bool, Float, Int, Theta
+
+__all__ = [
+    "CHUNK",
+    "Responses",
+    "flat_rows",
+    "in_chunks",
+    "log_probs",
+    "prediction_error",
+    "read",
+    "require_shape",
+    "responses",
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Responses:
+    """What a model says about both responses of each pair; the axis of length 2 is (chosen, rejected).
+
+    Attributes:
+        token_logp: log π(y_k | x, y_<k) in nats, 0 where padded.
+        logits: of the states that predict the response tokens, float32 or better.
+        hidden: those states (last prompt position to last-but-one response position), 0 where
+            padded.
+        last_hidden: state at each response's last token, which has read the whole response.
+    """
+
+    token_logp: Float[Array, "B 2 R"]
+    logits: Float[Array, "B 2 R V"]
+    hidden: Float[Array, "B 2 R D"]
+    last_hidden: Float[Array, "B 2 D"]
+
+    @property
+    def logp(self) -> Float[Array, "B 2"]:
+        """Log π(y | x) = Σ_k log π(y_k | x, y_<k) in nats."""
+        return self.token_logp.sum(-1)
+
+
+def flat_rows(batch: Batch) -> Int[Array, "N Q"]:
+    """The batch's rows as each of its N = B S sequences wants them (Q = 2 R / S)."""
+    b, s, _ = batch.tokens.shape
+    return batch.rows.reshape(b * s, -1)
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def responses(apply: Apply, theta: Theta, batch: Batch) -> Responses:
+    """Evaluate both responses of every pair in one forward pass, logits on response rows only.
+
+    Compiled once per ``apply`` (which must be hashable) and batch shape.
+
+    >>> from simgrad.models import ModelConfig, create
+    >>> from simgrad.pairs import Pair, packed
+    >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
+    >>> responses(apply, theta, packed([Pair([1, 2], [3], [4, 5])])).logp.shape
+    (1, 2)
+    """
+    b, s, t = batch.tokens.shape
+    flat = (x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams))
+    return read(apply(theta, *flat, rows=flat_rows(batch)), batch)
+
+
+def read(output: Output, batch: Batch) -> Responses:
+    """Arrange a model's output on the batch's sequences by pair and response."""
+    b, s, t = batch.tokens.shape
+    rows, last = batch.rows, batch.last
+    valid, targets = batch.valid, batch.targets
+    logits = output.logits.reshape(*rows.shape, -1)
+    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    token_logp = jnp.where(valid, at_target - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    states = jnp.broadcast_to(
+        output.hidden.reshape(b, s, t, -1), (b, 2, t, output.hidden.shape[-1])
+    )
+    hidden = jnp.take_along_axis(states, rows[..., None], axis=2)
+    hidden = jnp.where(valid[..., None], hidden, jnp.zeros((), hidden.dtype))
+    last_hidden = jnp.take_along_axis(states, last[..., None, None], axis=2)[:, :, 0]
+    return Responses(token_logp, logits, hidden, last_hidden)
+
+
+def log_probs(
+    apply: Apply, theta: Theta, batch: Batch, include: Sequence[str] | None = None
+) -> tuple[Callable[[Theta], Float[Array, "B 2"]], Theta]:
+    """Log π of the batch as a function of the trained parameters, and those parameters.
+
+    The trained parameters are the leaves that ``include`` selects (None: all) and the model does
+    not freeze; in their tree the others are None. The function differentiates in any mode.
+
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4, 5])]
+    >>> logp, trained = log_probs(*linear_softmax(pairs, 9, 4), padded(pairs))
+    >>> tree.names(trained), logp(trained).shape
+    (['unembedding/table'], (1, 2))
+    """
+    trained, rest = tree.partition(theta, include, apply.frozen)
+
+    def logp(trained: Theta) -> Array:
+        return responses(apply, tree.combine(trained, rest), batch).logp
+
+    return logp, trained
+
+
+def prediction_error(
+    logits: Float[Array, "*rows V"],
+    targets: Int[Array, "*rows"],
+    valid: Bool[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows V"]:
+    """e_y - π, the gradient of log π(y) with respect to the logits; 0 where not ``valid``.
+
+    >>> import jax.numpy as jnp
+    >>> prediction_error(jnp.zeros((1, 4)), jnp.array([2])).tolist()
+    [[-0.25, -0.25, 0.75, -0.25]]
+    """
+    logits = tree.widen(logits)
+    here = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    others = jnp.where(here, 0.0, jax.nn.softmax(logits, axis=-1))
+    # 1 - π_y as the sum of the other probabilities, which does not cancel where the model is
+    # certain
+    error = jnp.where(here, others.sum(-1, keepdims=True), -others)
+    return (
+        error if valid is None else jnp.where(valid[..., None], error, jnp.zeros((), error.dtype))
+    )
+
+
+CHUNK = 8
+"""Pairs evaluated at once where a whole data set is followed."""
+
+
+def in_chunks(f: Callable[[Batch], Any], batch: Batch) -> Any:
+    """``f`` of the batch, a few pairs at a time so that memory does not grow with their number.
+
+    ``f`` maps a batch to arrays with a leading pair axis, each pair by itself.
+    """
+    if batch.size <= CHUNK:
+        return f(batch)
+    count = -(-batch.size // CHUNK)
+    index = jnp.minimum(jnp.arange(count * CHUNK), batch.size - 1).reshape(count, CHUNK)
+    pieces = jax.lax.map(lambda i: f(batch.take(i)), index)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: batch.size], pieces)
+
+
+def require_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape: JAX would clamp indices or broadcast without a word."""
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {x.shape}, but {shape} is needed")

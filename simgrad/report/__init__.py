@@ -1,0 +1,1 @@
+"""Pages about a scored data set: numbers, words, charts, page."""

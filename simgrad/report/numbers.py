@@ -1,0 +1,373 @@
+"""What a score table says, in numbers: distributions, regimes, confounds, remedies.
+
+Values that are not finite are left out of every number, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simgrad.bridge.engine.table import ScoreTable
+from simgrad.dynamics.agreement import partial_spearman, spearman
+from simgrad.report.remedies import (
+    Filtered,
+    ObjectiveFate,
+    Strength,
+    filtered,
+    objective_fates,
+    strength,
+)
+from simgrad.report.summary import Summary, summarise
+from simgrad.typing import Float
+
+__all__ = [
+    "Association",
+    "RegimeMap",
+    "ReportNumbers",
+    "Score",
+    "SourceShare",
+    "associations",
+    "by_source",
+    "read_score_table",
+    "regime_map",
+    "report_numbers",
+    "require_score_table",
+    "scores",
+]
+
+SOURCES = (
+    "source",
+    "behavior",
+    "subset",
+    "category",
+    "dataset",
+    "domain",
+    "task",
+    "type",
+    "topic",
+    "split",
+)
+"""Fields of a row that may say where it comes from, the first that tells rows apart is taken."""
+_PARTIAL = 8  # pairs: with fewer, three lengths explain nearly everything
+_NEEDED = "index n_prompt n_chosen n_rejected logp_chosen logp_rejected ches ln_ches d_chosen d_rejected".split()
+
+
+@dataclass(frozen=True)
+class Score:
+    """One column, or what follows from two: a value a pair.
+
+    Attributes:
+        name: column of the table, or ``gap`` = ⟨g_w,g_l⟩ - ‖g_w‖².
+        label: for people.
+        unit: of the values; empty for pure numbers.
+        values: one a pair, in the table's order.
+        risk: 1 where a high value should mean that the chosen falls, -1 where a low one should.
+    """
+
+    name: str
+    label: str
+    unit: str
+    values: Float[np.ndarray, " B"]
+    risk: int
+
+    @property
+    def finite(self) -> Float[np.ndarray, " F"]:
+        """The values that are numbers."""
+        return self.values[np.isfinite(self.values)]
+
+
+@dataclass(frozen=True)
+class RegimeMap:
+    """Every pair in the plane of x = ⟨g_w,g_l⟩/‖g_w‖² and y = ⟨g_w,g_l⟩/‖g_l‖², where xy = cos².
+
+    The chosen rises where x ≤ r, the rejected falls where y ≤ 1/r, r = d_w/d_l > 0.
+
+    Attributes:
+        x: x, or x/r where r varies from pair to pair.
+        y: y, or y·r.
+        regime: labels of the pairs that are drawn.
+        ratio: r, or None where it varies.
+        left_out: pairs with a coefficient that is not positive, a vanishing gradient, or a number
+            that is not finite.
+    """
+
+    x: Float[np.ndarray, " P"]
+    y: Float[np.ndarray, " P"]
+    regime: np.ndarray
+    ratio: float | None
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Association:
+    """Spearman ρ of one score with lengths in tokens, and with the predicted Δlog π of the chosen (nan: not defined).
+
+    Attributes:
+        score: its name.
+        label: for people.
+        prompt: ρ with the prompt's length.
+        chosen: with the chosen response's.
+        rejected: with the rejected response's.
+        difference: with |y_w| - |y_l|.
+        change: with the predicted Δlog π_w; nan without gradients.
+        partial: the same with all three lengths partialled out.
+        pairs: pairs where all of these are finite.
+    """
+
+    score: str
+    label: str
+    prompt: float
+    chosen: float
+    rejected: float
+    difference: float
+    change: float
+    partial: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """How many pairs of one data source lose their chosen response."""
+
+    source: str
+    pairs: int
+    falling: int
+
+
+@dataclass(frozen=True)
+class ReportNumbers:
+    """All numbers of the report.
+
+    Attributes:
+        summary: counts, worst pairs, advice.
+        unit: of predicted changes.
+        gradients: whether the table holds regimes; without, ``map``, ``strength`` are None and
+            ``objectives``, ``filters`` and ``sources`` are empty.
+        scores: in the order of the page.
+        not_finite: column to number of values that are no numbers; only columns that have some.
+        falling: pairs whose chosen falls, and their share's 95 % interval (Wilson).
+        finite: pairs whose predicted change is a number, of which ``falling`` are counted.
+        map: the plane of regimes.
+        associations: rank correlations.
+        source_field: the rows' field that names data sources, if there is one.
+        sources: by data source.
+        objectives: what the library's objectives would do at the start.
+        strength: shares against the relative strength of the pull on the chosen.
+        filters: what is left by keeping the pairs with least of each score.
+        metadata: the table's own.
+    """
+
+    summary: Summary
+    unit: str
+    gradients: bool
+    scores: tuple[Score, ...]
+    not_finite: Mapping[str, int]
+    falling: tuple[int, float, float]
+    finite: int
+    map: RegimeMap | None
+    associations: tuple[Association, ...]
+    source_field: str | None
+    sources: tuple[SourceShare, ...]
+    objectives: tuple[ObjectiveFate, ...]
+    strength: Strength | None
+    filters: tuple[Filtered, ...]
+    metadata: Mapping[str, Any]
+
+
+def report_numbers(
+    table: ScoreTable, rows: Sequence[Mapping[str, Any]] | None = None, worst: int = 5
+) -> ReportNumbers:
+    """Everything the report says, of a table of :func:`simgrad.score` and (for data sources) the rows it was made from.
+
+    Raises:
+        ValueError: a table of another kind, or fewer rows than the table speaks of.
+    """
+    require_score_table(table)
+    gradients, found = "regime" in table, scores(table)
+    change = table["predicted_dlogp_chosen"] if gradients else np.full(len(table), np.nan)
+    known = change[np.isfinite(change)]
+    usable = gradients and len(known) > 0
+    source_field, sources = by_source(table, rows) if usable and rows is not None else (None, ())
+    return ReportNumbers(
+        summary=summarise(table, worst),
+        unit=unit_of(table),
+        gradients=gradients,
+        scores=found,
+        not_finite={s.name: n for s in found if (n := len(s.values) - len(s.finite))},
+        falling=(int((known < 0).sum()), *_wilson(int((known < 0).sum()), len(known))),
+        finite=len(known),
+        map=regime_map(table) if usable else None,
+        associations=associations(table) if len(table) > 2 else (),
+        source_field=source_field,
+        sources=sources,
+        objectives=objective_fates(table) if usable else (),
+        strength=strength(table) if usable else None,
+        filters=filtered(_risks(table, found), change) if usable else (),
+        metadata=table.metadata,
+    )
+
+
+def read_score_table(path: str | Path) -> ScoreTable:
+    """A table that :func:`simgrad.score` wrote.
+
+    Raises:
+        FileNotFoundError: no such file, or a run that is not finished.
+        ValueError: a file of another kind.
+    """
+    path = Path(path)
+    journal = path.with_name(f"{path.name}.partial.jsonl")
+    if not path.exists() and journal.exists():
+        raise FileNotFoundError(
+            f"{path} is not finished ({journal} is there): run the same simgrad score to its end"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    table = ScoreTable.load(path)
+    try:
+        require_score_table(table)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
+    return table
+
+
+def require_score_table(table: ScoreTable) -> None:
+    """Refuse tables that :func:`simgrad.score` did not make.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    missing = [name for name in _NEEDED if name not in table]
+    missing += [name for name in ("run", "counts") if name not in table.metadata]
+    if missing:
+        raise ValueError(f"not a table of simgrad score: it has no {', '.join(missing)}")
+
+
+def _risks(table: ScoreTable, found: Sequence[Score]) -> list[tuple[str, str, np.ndarray]]:
+    """What pairs are filtered by: every score but what happens to the rejected, and length alone."""
+    longer = (table["n_rejected"] - table["n_chosen"]).astype(float)
+    kept = [
+        (s.label, s.name, s.risk * s.values) for s in found if s.name != "predicted_dlogp_rejected"
+    ]
+    return [("length alone, |y_l| − |y_w|", "length", longer), *kept]
+
+
+def unit_of(table: ScoreTable) -> str:
+    """Unit of predicted changes: nats for the learning rate of the run, or per unit learning rate."""
+    rate = table.metadata["run"]["learning_rate"]
+    return "nats per unit learning rate" if rate is None else f"nats for learning rate {rate:g}"
+
+
+def scores(table: ScoreTable) -> tuple[Score, ...]:
+    """The table's scores, with ⟨g_w,g_l⟩ - ‖g_w‖² where there are gradients."""
+    unit = unit_of(table)
+    inner = "nats per unit learning rate, d = 1"
+    known = (
+        ("ches", "CHES", "", 1),
+        ("ln_ches", "length-normalised CHES", "", 1),
+        ("last_hidden_inner", "last hidden states' inner product", "", 1),
+        ("embedding_cosine", "cosine of response embeddings", "", 1),
+        ("edit_distance", "edit distance, normalised", "", -1),
+        ("head_gap", "head gap", inner, 1),
+        ("gap", "full gap ⟨g_w,g_l⟩ − ‖g_w‖²", inner, 1),
+        ("grad_cosine", "cosine of gradients", "", 1),
+        ("predicted_dlogp_chosen", "predicted Δ log π(chosen)", unit, -1),
+        ("predicted_dlogp_rejected", "predicted Δ log π(rejected)", unit, -1),
+    )
+    columns = dict(table.columns)
+    if "grad_inner" in table:
+        columns["gap"] = table["grad_inner"] - table["grad_sq_chosen"]
+    return tuple(
+        Score(name, label, unit, np.asarray(columns[name], float), risk)
+        for name, label, unit, risk in known
+        if name in columns
+    )
+
+
+def regime_map(table: ScoreTable) -> RegimeMap:
+    """Coordinates of every pair under the scored objective; needs gradients."""
+    inner, d_w, d_l = table["grad_inner"], table["d_chosen"], table["d_rejected"]
+    squares = table["grad_sq_chosen"], table["grad_sq_rejected"]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        r, x, y = d_w / d_l, inner / squares[0], inner / squares[1]
+        there = np.isfinite(np.stack([r, x, y, inner, *squares])).all(0) & (d_w > 0) & (d_l > 0)
+        ratio = r[there]
+        same = len(ratio) > 0 and float(np.ptp(ratio)) <= 1e-5 * float(ratio[0])
+        scale = np.ones_like(r) if same else r
+        x, y = (x / scale)[there], (y * scale)[there]
+    return RegimeMap(
+        x, y, table["regime"][there], float(np.median(ratio)) if same else None, int((~there).sum())
+    )
+
+
+def associations(table: ScoreTable) -> tuple[Association, ...]:
+    """Rank correlations of every score with lengths and with the predicted change."""
+    lengths = np.stack([table[f"n_{part}"] for part in ("prompt", "chosen", "rejected")], 1).astype(
+        float
+    )
+    columns = [*lengths.T, lengths[:, 1] - lengths[:, 2]]
+    change = table.columns.get("predicted_dlogp_chosen")
+    found = []
+    for score in scores(table):
+        use = np.isfinite(score.values) & (True if change is None else np.isfinite(change))
+        x, given, moved, partial = score.values[use], lengths[use], float("nan"), float("nan")
+        if len(x) < 3:
+            continue
+        if change is not None:
+            moved = spearman(x, change[use])
+            partial = partial_spearman(x, change[use], given) if len(x) >= _PARTIAL else partial
+        prompt, chosen, rejected, difference = (spearman(x, c[use]) for c in columns)
+        pairs = int(use.sum())
+        found.append(
+            Association(
+                score.name, score.label, prompt, chosen, rejected, difference, moved, partial, pairs
+            )
+        )
+    return tuple(found)
+
+
+def by_source(
+    table: ScoreTable, rows: Sequence[Mapping[str, Any]]
+) -> tuple[str | None, tuple[SourceShare, ...]]:
+    """Share of falling pairs within each value of the first field of :data:`SOURCES` that tells rows apart.
+
+    Raises:
+        ValueError: fewer rows than the table speaks of.
+    """
+    if len(table) and table["index"].max() >= len(rows):
+        raise ValueError(
+            f"the table speaks of row {table['index'].max()}, but there are {len(rows)} rows"
+        )
+    change = table["predicted_dlogp_chosen"]
+    mine = [rows[i] for i in table["index"]]
+    for name in SOURCES:
+        values = [row.get(name) for row in mine]
+        if not all(isinstance(v, str | int) for v in values) or not 2 <= len(set(values)) <= max(
+            len(values) // 2, 2
+        ):
+            continue
+        names = np.array([str(v) for v in values], object)
+        shares = [
+            SourceShare(source, int(np.isfinite(here).sum()), int((here < 0).sum()))
+            for source in sorted(set(names))
+            for here in [change[names == source]]
+        ]
+        return name, tuple(sorted(shares, key=lambda s: -s.pairs))
+    return None, ()
+
+
+def _wilson(count: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share."""
+    if not total:
+        return float("nan"), float("nan")
+    z, p = 1.959964, count / total
+    centre, half = (
+        p + z * z / (2 * total),
+        z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
+    )
+    low, high = ((centre + sign * half) / (1 + z * z / total) for sign in (-1, 1))
+    return max(0.0, float(low)), min(1.0, float(high))

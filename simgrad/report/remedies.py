@@ -1,0 +1,208 @@
+"""What other objectives, a stronger pull on the chosen, or a filter would do to the pairs of a score table.
+
+All of it is the first-order own-pair theory at the start of training, where the policy is its own
+reference: no model is needed, only the log-probs, lengths and gradient scalars that the table
+holds. In joint training other pairs add terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simgrad import objectives
+from simgrad.bridge.engine.table import ScoreTable
+from simgrad.objectives import Coefficients
+from simgrad.theory import (
+    Calibrated,
+    PairKernel,
+    PairwiseNormalized,
+    Projected,
+    Regime,
+    compare_objectives,
+    keep_lowest,
+    regime,
+)
+from simgrad.typing import Array, Float, Int
+
+__all__ = ["Filtered", "ObjectiveFate", "Strength", "filtered", "objective_fates", "strength"]
+
+FRACTIONS = (0.5, 0.25, 0.1)
+REMEDIES = {
+    "as scored + pairwise normalisation": PairwiseNormalized(),
+    "as scored + calibration": Calibrated(),
+    "as scored + projection": Projected(),
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveFate:
+    """Regimes under objectives that give every pair the same one.
+
+    Attributes:
+        names: objectives at their defaults, or remedies applied to the scored one.
+        ratio: smallest and largest d_w/d_l over pairs and these objectives (infinite where d_l = 0,
+            nan where both are 0).
+        pushed_down: pairs whose chosen the loss itself pushes down, d_w < 0 (most of any of these
+            objectives).
+        regimes: label to number of pairs.
+    """
+
+    names: tuple[str, ...]
+    ratio: tuple[float, float]
+    pushed_down: int
+    regimes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Shares of pairs when d_w/d_l is multiplied: an SFT term on the chosen, or a weaker push on the rejected.
+
+    Attributes:
+        multiplier: m, the factor on d_w/d_l, log-spaced.
+        ideal: share with chosen rising and rejected falling.
+        chosen_falls: share that loses its chosen response.
+        rejected_rises: share whose rejected response rises.
+        best: the m nearest 1 (in logarithms) of those with the largest ideal share.
+        pull: d_w, where it is positive and the same for all pairs, else None. An SFT term of weight
+            λ on the summed log-prob multiplies by 1 + λ/d_w; DPO-Shift's λ is 1/m.
+    """
+
+    multiplier: Float[np.ndarray, " M"]
+    ideal: Float[np.ndarray, " M"]
+    chosen_falls: Float[np.ndarray, " M"]
+    rejected_rises: Float[np.ndarray, " M"]
+    best: float
+    pull: float | None
+
+    def at(self, multiplier: float) -> tuple[float, float, float]:
+        """Shares (ideal, chosen falls, rejected rises) at the grid's nearest multiplier."""
+        k = int(np.abs(np.log(self.multiplier / multiplier)).argmin())
+        return float(self.ideal[k]), float(self.chosen_falls[k]), float(self.rejected_rises[k])
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What remains when the pairs with the lowest score are kept.
+
+    Attributes:
+        score: its name.
+        label: for people; the least alike responses are kept where similarity is a risk.
+        kept: fraction to (pairs kept, pairs among them whose chosen falls).
+    """
+
+    score: str
+    label: str
+    kept: Mapping[float, tuple[int, int]]
+
+
+def _finite(table: ScoreTable) -> dict[str, np.ndarray]:
+    """Columns that the theory needs, of the pairs where all of them are numbers."""
+    names = "grad_sq_chosen grad_inner grad_sq_rejected logp_chosen logp_rejected d_chosen d_rejected".split()
+    columns = {name: np.asarray(table[name], np.float64) for name in names}
+    use = np.isfinite(np.stack(list(columns.values()))).all(0)
+    lengths = {name: np.asarray(table[name]) for name in ("n_chosen", "n_rejected")}
+    return {name: column[use] for name, column in {**columns, **lengths}.items()}
+
+
+def _kernel(column: Mapping[str, np.ndarray]) -> PairKernel:
+    return PairKernel(
+        *(jnp.asarray(column[n]) for n in ("grad_sq_chosen", "grad_inner", "grad_sq_rejected"))
+    )
+
+
+def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
+    """Regimes under every objective of the library that treats each pair by itself, most ideal pairs first.
+
+    Hyperparameters are the defaults. Objectives without any difference on these pairs share an
+    entry, as do remedies.
+    """
+    with jax.enable_x64(True):
+        column = _finite(table)
+        if not len(column["d_chosen"]):
+            return ()
+        kernel = _kernel(column)
+        logp, lengths = (
+            jnp.stack(
+                [jnp.asarray(column[f"{kind}_{side}"]) for side in ("chosen", "rejected")], -1
+            )
+            for kind in ("logp", "n")
+        )
+        names = [d.name for d in objectives.catalog() if not d.batch_coupled]
+        candidates = [objectives.get(name) for name in names]
+        fates = compare_objectives(kernel, logp, logp, lengths, candidates)
+        found = {
+            n: (fates[o].coefficients, fates[o].regime)
+            for n, o in zip(names, candidates, strict=True)
+        }
+        scored = Coefficients(jnp.asarray(column["d_chosen"]), jnp.asarray(column["d_rejected"]))
+        for name, remedy in REMEDIES.items():
+            changed = remedy(scored, kernel)
+            found[name] = changed, regime(kernel, changed)
+        groups: dict[tuple[bool, bytes], list[str]] = {}
+        for name, (_, labels) in found.items():
+            groups.setdefault((name in REMEDIES, np.asarray(labels).tobytes()), []).append(name)
+        fates = [
+            _fate(tuple(members), found[members[0]][1], [found[m][0] for m in members])
+            for members in groups.values()
+        ]
+    return tuple(sorted(fates, key=lambda fate: -fate.regimes["ideal"]))
+
+
+def _fate(
+    names: tuple[str, ...], labels: Int[Array, " B"], members: Sequence[Coefficients]
+) -> ObjectiveFate:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.concatenate([np.asarray(d.chosen) / np.asarray(d.rejected) for d in members])
+    ratios = ratios[~np.isnan(ratios)]
+    bounds = (
+        (float(ratios.min()), float(ratios.max())) if len(ratios) else (float("nan"), float("nan"))
+    )
+    counts = np.bincount(np.asarray(labels), minlength=len(Regime))
+    down = max(int((d.chosen < 0).sum()) for d in members)
+    return ObjectiveFate(names, bounds, down, {r.label: int(counts[r]) for r in Regime})
+
+
+def strength(table: ScoreTable) -> Strength | None:
+    """Shares of pairs against the factor on the scored objective's d_w/d_l, any signs (None: no pair)."""
+    column = _finite(table)
+    if not len(column["d_chosen"]):
+        return None
+    d_w, d_l, inner = column["d_chosen"], column["d_rejected"], column["grad_inner"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        need = d_l * inner / (d_w * column["grad_sq_chosen"])
+    need = need[np.isfinite(need) & (need > 0)]
+    reach = float(np.clip(2 * np.quantile(need, 0.98) if len(need) else 4.0, 4.0, 64.0))
+    grid = np.concatenate([np.geomspace(1 / reach, 1, 81), np.geomspace(1, reach, 81)[1:]])
+    falls = (grid[:, None] * d_w * column["grad_sq_chosen"] - d_l * inner) < 0
+    rises = (grid[:, None] * d_w * inner - d_l * column["grad_sq_rejected"]) > 0
+    ideal = (~falls & ~rises).mean(1)
+    top = np.flatnonzero(ideal == ideal.max())
+    best = float(grid[top[np.abs(np.log(grid[top])).argmin()]])
+    same = len(d_w) and d_w[0] > 0 and np.ptp(d_w) <= 1e-5 * d_w[0]
+    return Strength(
+        grid, ideal, falls.mean(1), rises.mean(1), best, float(d_w[0]) if same else None
+    )
+
+
+def filtered(
+    risks: Iterable[tuple[str, str, Float[np.ndarray, " B"]]], change: Float[np.ndarray, " B"]
+) -> tuple[Filtered, ...]:
+    """Pairs kept and pairs falling among them, for each (label, name, risk): the lowest risk is kept."""
+    found = []
+    for label, name, risk in risks:
+        use = np.isfinite(risk) & np.isfinite(change)
+        if not use.any():
+            continue
+        falls, kept = change[use] < 0, {}
+        with jax.enable_x64(True):
+            values = jnp.asarray(risk[use])
+            for fraction in FRACTIONS:
+                index = np.asarray(keep_lowest(values, fraction))
+                kept[fraction] = (len(index), int(falls[index].sum()))
+        found.append(Filtered(name, label, kept))
+    return tuple(found)

@@ -1,0 +1,60 @@
+"""Kernels of parameter blocks, grouped: which layer, and which kind of matrix, the entanglement sits in."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+
+from simgrad.tree import is_layered
+
+__all__ = ["by_layer", "by_matrix"]
+
+Block = TypeVar("Block")
+
+
+def _add(groups: dict[str, Block], name: str, block: Block) -> None:
+    groups[name] = (
+        jax.tree.map(lambda x, y: x + y, groups[name], block) if name in groups else block
+    )
+
+
+def by_layer(blocks: dict[str, Block]) -> dict[str, Block]:
+    """One kernel a layer (``layer 0``, ``layer 1``, …), others by module (``embedding``, …).
+
+    Takes the result of :func:`simgrad.theory.pair_kernel_blocks` or
+    :func:`simgrad.theory.entanglement_blocks`, whose leaves under ``layers/`` carry depth as last
+    axis.
+
+    >>> import jax.numpy as jnp
+    >>> blocks = {"layers/mlp/kernel": jnp.array([[1.0, 2.0]]), "layers/norm/scale": jnp.array([[3.0, 4.0]])}
+    >>> {name: block.tolist() for name, block in by_layer(blocks).items()}
+    {'layer 0': [4.0], 'layer 1': [6.0]}
+    """
+    groups: dict[str, Block] = {}
+    for path, block in blocks.items():
+        if is_layered(path):
+            for layer in range(jax.tree.leaves(block)[0].shape[-1]):
+                _add(
+                    groups,
+                    f"layer {layer}",
+                    jax.tree.map(lambda x, layer=layer: x[..., layer], block),
+                )
+        else:
+            _add(groups, path.split("/")[0], block)
+    return groups
+
+
+def by_matrix(blocks: dict[str, Block]) -> dict[str, Block]:
+    """One kernel a kind of matrix, summed over layers (``attention/query``, ``mlp/up``, …).
+
+    >>> import jax.numpy as jnp
+    >>> blocks = {"layers/mlp/up/kernel": jnp.array([[1.0, 2.0]]), "layers/mlp/up/bias": jnp.array([[3.0, 4.0]])}
+    >>> {name: block.tolist() for name, block in by_matrix(blocks).items()}
+    {'mlp/up': [10.0]}
+    """
+    groups: dict[str, Block] = {}
+    for path, block in blocks.items():
+        name = "/".join(part for part in path.split("/")[:-1] if part != "layers")
+        _add(groups, name, jax.tree.map(lambda x: x.sum(-1), block) if is_layered(path) else block)
+    return groups

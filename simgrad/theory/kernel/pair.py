@@ -1,0 +1,181 @@
+"""The entanglement kernel: inner products of gradients of response log-probs.
+
+For one pair K = [[‖g_w‖², ⟨g_w,g_l⟩], [⟨g_w,g_l⟩, ‖g_l‖²]] with g = ∇_θ log π(y|x), over all
+trainable parameters or a named subset. A parameter subset's kernel is the sum of its leaves'
+kernels, and every number here is accumulated leaf by leaf in float32 or better.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from simgrad import tree
+from simgrad.models import Apply, TappedApply
+from simgrad.models.likelihood import Responses, prediction_error, responses
+from simgrad.pairs import Batch
+from simgrad.theory.kernel.ghost import ghost_blocks
+from simgrad.theory.kernel.gram import PairKernel, gradients, outer_products
+from simgrad.typing import Array, Theta
+
+__all__ = [
+    "Method",
+    "PairKernel",
+    "head_kernel",
+    "kernel_and_responses",
+    "pair_kernel",
+    "pair_kernel_blocks",
+]
+
+Method = Literal["auto", "ghost", "explicit", "plain"]
+
+
+def pair_kernel(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    include: Sequence[str] | None = None,
+    method: Method = "auto",
+) -> PairKernel:
+    """‖g_w‖², ⟨g_w,g_l⟩ and ‖g_l‖² of each pair, in nats² per unit of θ².
+
+    Args:
+        apply: the model.
+        theta: its parameters.
+        batch: B pairs in either layout; long prompts are cheaper packed
+            (:func:`simgrad.theory.kernel.cost.packing_pays`).
+        include: patterns of parameter paths (``fnmatch`` over :func:`simgrad.tree.names`), for
+            example ``["layers/attention/*"]``; None means all. The model's ``frozen`` parameters
+            never count.
+        method: ``plain`` takes two gradients a pair (any model, the reference). ``ghost`` takes one
+            backward pass for the batch and no weight gradients, ``explicit`` the same with weight
+            gradients one leaf at a time. ``auto`` is the cheaper of the last two for each leaf
+            where the model allows (:mod:`simgrad.theory.kernel.cost`), else plain. Compiled once per model
+            and batch shape.
+
+    Raises:
+        ValueError: a pattern matches no parameter; nothing is trainable; ``ghost`` without a
+        transformer.
+
+    Source: Yuan et al., arXiv 2410.13828, Sec. 3 (the gradient inner product condition).
+
+    >>> from simgrad.models import ModelConfig, create
+    >>> from simgrad.pairs import Pair, padded
+    >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
+    >>> kernel = pair_kernel(apply, theta, padded([Pair([1, 2], [3], [4, 5])]))
+    >>> kernel.inner.shape, bool(kernel.inner[0] ** 2 <= kernel.sq_chosen[0] * kernel.sq_rejected[0])
+    ((1,), True)
+    """
+    return kernel_and_responses(apply, theta, batch, include, method)[0]
+
+
+def kernel_and_responses(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    include: Sequence[str] | None = None,
+    method: Method = "auto",
+) -> tuple[PairKernel, Responses]:
+    """:func:`pair_kernel` together with the forward pass it needed anyway.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4, 5])]
+    >>> batch, (apply, theta) = padded(pairs), linear_softmax(pairs, 9, 4)
+    >>> kernel, result = kernel_and_responses(apply, theta, batch)
+    >>> jnp.allclose(kernel.inner, head_kernel(result, batch).inner).item()  # frozen features: W has it all
+    True
+    """
+    blocks, result = _blocks(apply, theta, batch, tree.patterns(include), method)
+    flat = [jax.tree.map(lambda x: x.reshape(x.shape[0], -1).sum(-1), k) for k in blocks.values()]
+    return jax.tree.map(lambda *xs: jnp.stack(xs).sum(0), *flat), result
+
+
+def pair_kernel_blocks(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    include: Sequence[str] | None = None,
+    method: Method = "auto",
+) -> dict[str, PairKernel]:
+    """:func:`pair_kernel` of each parameter leaf by path; leaves under ``layers/`` give (B, depth).
+
+    >>> from simgrad.models import unconstrained_features
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4])]
+    >>> batch, (apply, theta) = padded(pairs), unconstrained_features(pairs, 9, 4)
+    >>> blocks = pair_kernel_blocks(apply, theta, batch)
+    >>> list(blocks), bool(blocks["unembedding/table"].gap[0] < 0)  # W alone cannot push one token down
+    (['features/table', 'unembedding/table'], True)
+    """
+    return _blocks(apply, theta, batch, tree.patterns(include), method)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "include", "method"))
+def _blocks(
+    apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | None, method: Method
+) -> tuple[dict[str, PairKernel], Responses]:
+    tree.partition(theta, include, apply.frozen)  # raises where the selection is empty
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r}: choose one of {', '.join(get_args(Method))}")
+    tapped = isinstance(apply, TappedApply)
+    if method == "plain" or (method == "auto" and not tapped):
+        return _plain(apply, theta, batch, include), responses(apply, theta, batch)
+    if not tapped:
+        raise ValueError(
+            f"method {method!r} needs a transformer; {type(apply).__name__} has method 'plain' only"
+        )
+    route = None if method == "auto" else method == "ghost"
+    return ghost_blocks(apply, theta, batch, include, route)
+
+
+def _plain(
+    apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | None
+) -> dict[str, PairKernel]:
+    trained, rest = tree.partition(theta, include, apply.frozen)
+    paths = tree.names(trained)
+
+    def one(pair: Batch) -> dict[str, PairKernel]:
+        single = jax.tree.map(lambda x: x[None], pair)
+
+        def logp(trained: Theta) -> Array:
+            return responses(apply, tree.combine(trained, rest), single).logp[0]
+
+        value, pullback = jax.vjp(logp, trained)
+        both = tree.pulled_back(pullback, jnp.eye(2, dtype=value.dtype))
+        return {
+            path: _leaf_kernel(path, g)
+            for path, g in zip(paths, jax.tree.leaves(both), strict=True)
+        }
+
+    return jax.lax.map(one, batch)
+
+
+def _leaf_kernel(path: str, g: Array) -> PairKernel:
+    if tree.is_layered(path):
+        return gradients(jnp.swapaxes(g, 0, 1))  # one kernel a layer
+    return jax.tree.map(lambda x: x[0], gradients(g[None]))
+
+
+def head_kernel(result: Responses, batch: Batch) -> PairKernel:
+    """Exact kernel of an untied unembedding, from the forward pass alone.
+
+    ⟨∇_W log π(y|x), ∇_W log π(y'|x)⟩ = Σ_{k,k'} ⟨h_k, h'_k'⟩ ⟨e_{y_k} - π_k, e_{y'_k'} - π'_k'⟩,
+    accumulated in float32 or better. With every second factor set to 1 its gap ⟨g_w,g_l⟩ - ‖g_w‖²
+    is the CHES score.
+
+    >>> import jax.numpy as jnp
+    >>> from simgrad.pairs import Pair, padded
+    >>> h, logits = jnp.ones((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 2))
+    >>> result = Responses(jnp.zeros((1, 2, 1)), logits, h, h[:, :, 0])
+    >>> kernel = head_kernel(result, padded([Pair([2], [0], [1])]))
+    >>> kernel.sq_chosen.item(), kernel.inner.item()
+    (0.5, -0.5)
+    """
+    error = prediction_error(result.logits, batch.targets, batch.valid)
+    return outer_products(result.hidden, error)[0]

@@ -1,0 +1,1 @@
+"""One step, and whole runs, to first order and beyond."""
