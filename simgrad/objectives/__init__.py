@@ -5,8 +5,9 @@ through
 
     -∇L = d_w ∇log π_w - d_l ∇log π_l,    d_w = -∂L/∂log π_w,    d_l = ∂L/∂log π_l
 
-(Yuan et al., arXiv 2410.13828, Sec. 3), so an objective here is its loss, and d_w, d_l come from
-automatic differentiation, never from a formula typed in twice.
+(Yuan et al., arXiv 2410.13828, Sec. 3), so an objective here is its loss, and its force
+c = (d_w, -d_l) on the two log-probs comes from automatic differentiation, never from a formula
+typed in twice.
 
     get("dpo", beta=0.05)                   a textbook objective by name; names() lists them
     get("trl:ipo")                          TRL's loss of that name, also from_trl("ipo")
@@ -17,7 +18,7 @@ automatic differentiation, never from a formula typed in twice.
 
 from __future__ import annotations
 
-from simgrad.objectives.base import Coefficients, Combined, Objective
+from simgrad.objectives.base import Combined, Objective
 from simgrad.objectives.catalog import (
     FAMILIES,
     NOTATION,
@@ -82,7 +83,6 @@ __all__ = [
     "AlphaPO",
     "BCOPair",
     "CalDPO",
-    "Coefficients",
     "Combined",
     "DPOShift",
     "Description",

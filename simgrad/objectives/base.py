@@ -12,53 +12,47 @@ import jax.numpy as jnp
 
 from simgrad.typing import Array, Float, Int
 
-__all__ = [
-    "REGISTRY",
-    "Coefficients",
-    "Combined",
-    "Composed",
-    "Objective",
-    "Terms",
-    "number",
-    "require",
-]
+__all__ = ["REGISTRY", "Combined", "Composed", "Objective", "Terms", "number"]
 
 REGISTRY: dict[str, type[Objective]] = {}
 """Every objective that has a name."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Coefficients:
-    """d_w and d_l of each pair: pull on the chosen, push on the rejected log-prob (signed)."""
-
-    chosen: Float[Array, "*pairs"]
-    rejected: Float[Array, "*pairs"]
-
-
 @dataclass(frozen=True)
 class Terms:
-    """All that an objective sees of the pairs: log-probs (nats), the reference's, and numbers of tokens."""
+    """All that an objective sees of the pairs; the last axis of length 2 is (chosen, rejected).
 
-    chosen: Float[Array, "*pairs"]
-    rejected: Float[Array, "*pairs"]
-    ref_chosen: Float[Array, "*pairs"]
-    ref_rejected: Float[Array, "*pairs"]
-    len_chosen: Float[Array, "*pairs"]
-    len_rejected: Float[Array, "*pairs"]
-    policy_chosen: Float[Array, "*pairs"]
-    policy_rejected: Float[Array, "*pairs"]
-    """log π/|y| of the policy, whatever modifiers have made of the other entries."""
+    Attributes:
+        logp: summed log-probs of the policy in nats, or what a modifier has made of them.
+        reference: the reference's.
+        lengths: response tokens, as numbers of the log-probs' dtype.
+        policy_mean: log π/|y| of the policy, whatever modifiers have made of the other entries.
+    """
+
+    logp: Float[Array, "*pairs 2"]
+    reference: Float[Array, "*pairs 2"]
+    lengths: Float[Array, "*pairs 2"]
+    policy_mean: Float[Array, "*pairs 2"]
+
+    @property
+    def chosen(self) -> Float[Array, "*pairs"]:
+        """Log π_w."""
+        return self.logp[..., 0]
+
+    @property
+    def rejected(self) -> Float[Array, "*pairs"]:
+        """Log π_l."""
+        return self.logp[..., 1]
 
     @property
     def delta_chosen(self) -> Float[Array, "*pairs"]:
         """Δ_w = log π_w - log ref_w."""
-        return self.chosen - self.ref_chosen
+        return (self.logp - self.reference)[..., 0]
 
     @property
     def delta_rejected(self) -> Float[Array, "*pairs"]:
         """Δ_l = log π_l - log ref_l."""
-        return self.rejected - self.ref_rejected
+        return (self.logp - self.reference)[..., 1]
 
     @property
     def margin(self) -> Float[Array, "*pairs"]:
@@ -68,12 +62,12 @@ class Terms:
     @property
     def mean_chosen(self) -> Float[Array, "*pairs"]:
         """μ_w = log π_w / |y_w|."""
-        return self.chosen / self.len_chosen
+        return (self.logp / self.lengths)[..., 0]
 
     @property
     def mean_rejected(self) -> Float[Array, "*pairs"]:
         """μ_l = log π_l / |y_l|."""
-        return self.rejected / self.len_rejected
+        return (self.logp / self.lengths)[..., 1]
 
 
 @dataclass(frozen=True)
@@ -93,6 +87,24 @@ class Objective:
     pushes_chosen_down: ClassVar[str] = ""
     """When d_w < 0; empty: never."""
     source: ClassVar[str] = ""
+    usual: ClassVar[str] = "positive"
+    """What its numbers must be: positive, non-negative or finite."""
+    ranges: ClassVar[dict[str, str]] = {}
+    """The same for single fields."""
+
+    def __post_init__(self) -> None:
+        """Make numbers plain floats; refuse what is out of range (NaN always is), by name."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), self.ranges.get(field.name, self.usual)
+            if field.type not in ("float", "float | None") or (
+                value is None and "None" in field.type
+            ):
+                continue
+            name = self.name or type(self).__name__
+            value = number(value, f"{name}: {field.name}")
+            if not _RANGES[kind](value):
+                raise ValueError(f"{name}: {field.name} must be {kind}, got {value}")
+            object.__setattr__(self, field.name, value)
 
     def __init_subclass__(cls) -> None:
         """Make a named objective known, and complete its docstring."""
@@ -116,61 +128,32 @@ class Objective:
 
     def loss(
         self,
-        logp_chosen: Float[Array, "*pairs"],
-        logp_rejected: Float[Array, "*pairs"],
-        ref_chosen: Float[Array, "*pairs"],
-        ref_rejected: Float[Array, "*pairs"],
-        len_chosen: Int[Array, "*pairs"],
-        len_rejected: Int[Array, "*pairs"],
+        logp: Float[Array, "*pairs 2"],
+        reference: Float[Array, "*pairs 2"],
+        lengths: Int[Array, "*pairs 2"],
     ) -> Float[Array, "*pairs"]:
-        """Loss of each pair. Log-probs are sums over response tokens in nats; lengths count tokens."""
-        n, m = len_chosen.astype(logp_chosen.dtype), len_rejected.astype(logp_chosen.dtype)
-        terms = Terms(
-            logp_chosen,
-            logp_rejected,
-            ref_chosen,
-            ref_rejected,
-            n,
-            m,
-            logp_chosen / n,
-            logp_rejected / m,
-        )
-        return self.per_pair(terms)
+        """Loss of each pair. Log-probs are sums over response tokens in nats, lengths count tokens."""
+        n = lengths.astype(logp.dtype)
+        return self.per_pair(Terms(logp, reference, n, logp / n))
 
-    def coefficients(
-        self,
-        logp_chosen: Float[Array, "*pairs"],
-        logp_rejected: Float[Array, "*pairs"],
-        ref_chosen: Float[Array, "*pairs"],
-        ref_rejected: Float[Array, "*pairs"],
-        len_chosen: Int[Array, "*pairs"],
-        len_rejected: Int[Array, "*pairs"],
-    ) -> Coefficients:
-        """d_w = -∂ΣL/∂log π_w and d_l = ∂ΣL/∂log π_l of each pair, by automatic differentiation.
-
-        ΣL is the sum over all pairs given, so that objectives which couple pairs are differentiated
-        whole.
-        """
-
-        def total(chosen: Array, rejected: Array) -> Array:
-            return self.loss(
-                chosen, rejected, ref_chosen, ref_rejected, len_chosen, len_rejected
-            ).sum()
-
-        to_chosen, to_rejected = jax.grad(total, argnums=(0, 1))(logp_chosen, logp_rejected)
-        return Coefficients(-to_chosen, to_rejected)
-
-    def signed_coefficients(
+    def force(
         self,
         logp: Float[Array, "*pairs 2"],
         reference: Float[Array, "*pairs 2"],
         lengths: Int[Array, "*pairs 2"],
     ) -> Float[Array, "*pairs 2"]:
-        """(d_w, -d_l) = -∂ΣL/∂log π of each pair: the force on each log-prob; last axis (chosen, rejected)."""
-        d = self.coefficients(
-            *(x[..., side] for x in (logp, reference, lengths) for side in (0, 1))
-        )
-        return jnp.stack([d.chosen, -d.rejected], axis=-1)
+        """C = (d_w, -d_l) = -∂ΣL/∂log π: what the loss does to each log-prob, positive is up.
+
+        By automatic differentiation of the sum over all pairs given, so that objectives which
+        couple pairs are differentiated whole.
+
+        >>> import jax.numpy as jnp
+        >>> from simgrad.objectives import DPO
+        >>> start, lengths = jnp.zeros((1, 2)), jnp.ones((1, 2), int)
+        >>> DPO(beta=1.0).force(start, start, lengths).tolist()
+        [[0.5, -0.5]]
+        """
+        return -jax.grad(lambda u: self.loss(u, reference, lengths).sum())(logp)
 
     def __mul__(self, weight: float | int) -> Combined:
         if isinstance(weight, Objective):
@@ -232,10 +215,11 @@ class Combined(Objective):
 class Composed(Objective):
     """An objective that is built from others."""
 
+    usual: ClassVar[str] = "finite"
+
     def __post_init__(self) -> None:
         """Make numbers plain floats, and let the parts refuse what is out of range."""
-        if numbers := [f.name for f in dataclasses.fields(self) if f.type == "float"]:
-            require(self, "finite", *numbers)
+        super().__post_init__()
         self.build()
 
     def build(self) -> Objective:
@@ -262,13 +246,3 @@ def number(value: Any, what: str) -> float:
         return float(value)
     except TypeError:
         raise ValueError(f"{what} must be a number, got {value!r}") from None
-
-
-def require(objective: Objective, kind: str = "positive", *fields: str) -> None:
-    """Make fields (default: all) plain floats; refuse what is not positive, non-negative or finite (NaN is none)."""
-    name = objective.name or type(objective).__name__
-    for field in fields or [f.name for f in dataclasses.fields(objective)]:
-        value = number(getattr(objective, field), f"{name}: {field}")
-        if not _RANGES[kind](value):
-            raise ValueError(f"{name}: {field} must be {kind}, got {value}")
-        object.__setattr__(objective, field, value)

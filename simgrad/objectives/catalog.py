@@ -155,12 +155,9 @@ def uses_reference(objective: Objective) -> bool:
     (True, False)
     """
     with jax.ensure_compile_time_eval():
-        w, l, ref_w, ref_l, *lengths = _example()  # noqa: E741
-        before, after = (
-            objective.loss(w, l, ref_w, ref_l, *lengths),
-            objective.loss(w, l, ref_l, ref_w, *lengths),
-        )
-        return bool((before != after).any())
+        logp, reference, lengths = _example()
+        before = objective.loss(logp, reference, lengths)
+        return bool((before != objective.loss(logp, jnp.flip(reference, -1), lengths)).any())
 
 
 @functools.cache
@@ -172,21 +169,14 @@ def batch_coupled(objective: Objective) -> bool:
     """
     with jax.ensure_compile_time_eval():
         example = _example()
-        whole, half = (
-            objective.coefficients(*example),
-            objective.coefficients(*(x[:4] for x in example)),
-        )
-        moved = [
-            jnp.abs(a[:4] - b).max()
-            for a, b in ((whole.chosen, half.chosen), (whole.rejected, half.rejected))
-        ]
-        return bool(max(moved) > 0)
+        whole, half = objective.force(*example), objective.force(*(x[:4] for x in example))
+        return bool((whole[:4] != half).any())
 
 
-def _example() -> tuple[jax.Array, ...]:
+def _example() -> tuple[jax.Array, jax.Array, jax.Array]:
     random = np.random.default_rng(0)
-    logps = [jnp.asarray(-20 * random.random(8)) for _ in range(4)]
-    return *logps, *(jnp.asarray(random.integers(1, 9, 8)) for _ in range(2))
+    logp, reference = (jnp.asarray(-20 * random.random((8, 2))) for _ in range(2))
+    return logp, reference, jnp.asarray(random.integers(1, 9, (8, 2)))
 
 
 def catalog() -> list[Description]:

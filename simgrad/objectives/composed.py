@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from simgrad.objectives.base import Composed, Objective, require
+from simgrad.objectives.base import Composed, Objective
 from simgrad.objectives.margin import DPO
 from simgrad.objectives.reference_free import SFT, SimPO
 from simgrad.objectives.wrappers import (
@@ -92,10 +92,10 @@ class DPOSFT(Composed):
     beta: float = 0.1
     sft_weight: float = 1.0
     normalization: Literal["sum", "length", "batch"] = "length"
+    ranges: ClassVar[dict[str, str]] = {"sft_weight": "non-negative"}
 
     def build(self) -> Objective:
-        """The sum; refuses λ < 0."""
-        require(self, "non-negative", "sft_weight")
+        """The sum."""
         return DPO(self.beta) + self.sft_weight * SFT(self.normalization)
 
 
@@ -138,7 +138,6 @@ class AlphaPO(Composed):
 
     def build(self) -> Objective:
         """The reward is f' of the alpha-divergence without reference, on mean log-probs."""
-        require(self, "finite", "alpha")
         return ReferenceFree(
             LengthNormalized(FDivergence(SimPO(self.beta, self.gamma), "alpha", 1 - self.alpha))
         )

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from simgrad.objectives.base import Objective, Terms, require
+from simgrad.objectives.base import Objective, Terms
 from simgrad.typing import Array, Float
 
 __all__ = ["AOT", "BCO", "AOTUnpaired", "KTOPair"]
@@ -44,13 +44,11 @@ class AOT(Objective):
     source: ClassVar[str] = "arXiv 2406.05882"
     beta: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
-
     def per_pair(self, x: Terms):  # noqa: D102
         h = x.chosen - x.rejected
-        return -jax.nn.log_sigmoid(self.beta * (h - of_same_rank(h, x.ref_chosen - x.ref_rejected)))
+        return -jax.nn.log_sigmoid(
+            self.beta * (h - of_same_rank(h, (x.reference[..., 0] - x.reference[..., 1])))
+        )
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,6 @@ class AOTUnpaired(Objective):
     ratio: ClassVar[str] = "σ(β·(Δ_l* - Δ_w))/σ(β·(Δ_l - Δ_w*))"
     source: ClassVar[str] = "arXiv 2406.05882"
     beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
 
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(
@@ -91,10 +85,6 @@ class KTOPair(Objective):
     ratio: ClassVar[str] = "σ'(β·(Δ_w - z_l*))/σ'(β·(z_w* - Δ_l))"
     source: ClassVar[str] = "arXiv 2402.01306, eq. 7, as a TRL loss type of 2024"
     beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
 
     def per_pair(self, x: Terms):  # noqa: D102
         point_w, point_l = (
@@ -121,11 +111,7 @@ class BCO(Objective):
     beta: float = 0.1
     delta: float | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0 and δ that is not finite."""
-        require(self, "positive", "beta")
-        if self.delta is not None:
-            require(self, "finite", "delta")
+    ranges: ClassVar[dict[str, str]] = {"delta": "finite"}
 
     def per_pair(self, x: Terms):  # noqa: D102
         mean = (x.delta_chosen + x.delta_rejected).mean() / 2

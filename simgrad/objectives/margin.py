@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from simgrad.objectives.base import Objective, Terms, require
+from simgrad.objectives.base import Objective, Terms
 
 __all__ = ["DPO", "EXO", "IPO", "RDPO", "DiscoPOP", "Hinge"]
 
@@ -26,10 +26,6 @@ class DPO(Objective):
     ratio: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2305.18290, eq. 7"
     beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self, "positive", "beta")
 
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(self.beta * x.margin)
@@ -51,10 +47,6 @@ class IPO(Objective):
     source: ClassVar[str] = "arXiv 2310.12036, eq. 17"
     beta: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self, "positive", "beta")
-
     def per_pair(self, x: Terms):  # noqa: D102
         return jnp.square(x.margin - 1 / (2 * self.beta))
 
@@ -71,10 +63,6 @@ class Hinge(Objective):
     ratio: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2309.06657 (RSO), after 2305.10425 (SLiC-HF)"
     beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self, "positive", "beta")
 
     def per_pair(self, x: Terms):  # noqa: D102
         return jax.nn.relu(1 - self.beta * x.margin)
@@ -94,14 +82,11 @@ class RDPO(Objective):
     beta: float = 0.1
     alpha: float = 0.01
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0 and α that is not finite."""
-        require(self, "positive", "beta")
-        require(self, "finite", "alpha")
+    ranges: ClassVar[dict[str, str]] = {"alpha": "finite"}
 
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(
-            self.beta * x.margin + self.alpha * (x.len_chosen - x.len_rejected)
+            self.beta * x.margin + self.alpha * (x.lengths[..., 0] - x.lengths[..., 1])
         )
 
 
@@ -121,11 +106,11 @@ class EXO(Objective):
     source: ClassVar[str] = "arXiv 2402.00856, eq. 16"
     beta: float = 0.1
     epsilon: float = 1e-3
+    ranges: ClassVar[dict[str, str]] = {"epsilon": "finite"}
 
     def __post_init__(self) -> None:
         """Refuse β ≤ 0 and ε outside (0, 1)."""
-        require(self, "positive", "beta")
-        require(self, "finite", "epsilon")
+        super().__post_init__()
         if not 0 < self.epsilon < 1:
             raise ValueError(f"{self.name}: epsilon must lie in (0, 1), got {self.epsilon}")
 
@@ -154,10 +139,6 @@ class DiscoPOP(Objective):
     source: ClassVar[str] = "arXiv 2406.08414, eq. 5"
     beta: float = 0.1
     tau: float = 0.05
-
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0 and τ ≤ 0."""
-        require(self, "positive", "beta", "tau")
 
     def per_pair(self, x: Terms):  # noqa: D102
         z = self.beta * x.margin

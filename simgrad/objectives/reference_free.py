@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from simgrad.objectives.base import Composed, Objective, Terms, require
+from simgrad.objectives.base import Composed, Objective, Terms
 from simgrad.typing import Array, Float
 
 __all__ = ["CPO", "ORPO", "RRHF", "SFT", "OddsRatio", "SLiC", "SimPO"]
@@ -29,10 +29,7 @@ class SimPO(Objective):
     beta: float = 2.0
     gamma: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0 and γ that is not finite."""
-        require(self, "positive", "beta")
-        require(self, "finite", "gamma")
+    ranges: ClassVar[dict[str, str]] = {"gamma": "finite"}
 
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(self.beta * (x.mean_chosen - x.mean_rejected) - self.gamma)
@@ -64,7 +61,9 @@ class SFT(Objective):
     def per_pair(self, x: Terms):  # noqa: D102
         if self.normalization == "sum":
             return -x.chosen
-        return -x.chosen / (x.len_chosen.mean() if self.normalization == "batch" else x.len_chosen)
+        return -x.chosen / (
+            x.lengths[..., 0].mean() if self.normalization == "batch" else x.lengths[..., 0]
+        )
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,7 @@ class RRHF(Objective):
     source: ClassVar[str] = "arXiv 2304.05302"
     sft_weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse λ < 0."""
-        require(self, "non-negative")
+    usual: ClassVar[str] = "non-negative"
 
     def per_pair(self, x: Terms):  # noqa: D102
         return jax.nn.relu(x.mean_rejected - x.mean_chosen) - self.sft_weight * x.chosen
@@ -104,9 +101,7 @@ class SLiC(Objective):
     delta: float = 1.0
     sft_weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse δ < 0 and λ < 0."""
-        require(self, "non-negative")
+    usual: ClassVar[str] = "non-negative"
 
     def per_pair(self, x: Terms):  # noqa: D102
         return jax.nn.relu(self.delta - (x.chosen - x.rejected)) - self.sft_weight * x.chosen
@@ -127,10 +122,7 @@ class CPO(Objective):
     beta: float = 0.1
     sft_weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0 and λ < 0."""
-        require(self, "positive", "beta")
-        require(self, "non-negative", "sft_weight")
+    ranges: ClassVar[dict[str, str]] = {"sft_weight": "non-negative"}
 
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(self.beta * (x.chosen - x.rejected)) - self.sft_weight * x.chosen
@@ -170,9 +162,7 @@ class ORPO(Composed):
     source: ClassVar[str] = "arXiv 2403.07691, eqs. 6 and 7"
     odds_weight: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Refuse λ < 0."""
-        require(self, "non-negative")
+    usual: ClassVar[str] = "non-negative"
 
     def build(self) -> Objective:  # noqa: D102
         return SFT("length") + self.odds_weight * OddsRatio()

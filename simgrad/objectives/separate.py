@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from simgrad.objectives.base import Objective, Terms, require
+from simgrad.objectives.base import Objective, Terms
 
 __all__ = [
     "DPOP",
@@ -38,10 +38,7 @@ class DPOP(Objective):
     beta: float = 0.1
     penalty: float = 50.0
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0 and λ < 0."""
-        require(self, "positive", "beta")
-        require(self, "non-negative", "penalty")
+    ranges: ClassVar[dict[str, str]] = {"penalty": "non-negative"}
 
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(
@@ -63,10 +60,6 @@ class DPOShift(Objective):
     beta: float = 0.1
     rejected_weight: float = 0.75
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0 and λ ≤ 0."""
-        require(self)
-
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(
             self.beta * (x.delta_chosen - self.rejected_weight * x.delta_rejected)
@@ -87,10 +80,6 @@ class CalDPO(Objective):
     pushes_chosen_down: ClassVar[str] = "Δ_w > σ(-m) + 1/(2·β)"
     source: ClassVar[str] = "arXiv 2412.14516"
     beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
 
     def per_pair(self, x: Terms):  # noqa: D102
         target = 1 / (2 * self.beta)
@@ -117,10 +106,11 @@ class KTO(Objective):
     undesirable_weight: float = 1.0
     kl: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0, negative weights and kl < 0."""
-        require(self, "positive", "beta")
-        require(self, "non-negative", "desirable_weight", "undesirable_weight", "kl")
+    ranges: ClassVar[dict[str, str]] = {
+        "desirable_weight": "non-negative",
+        "undesirable_weight": "non-negative",
+        "kl": "non-negative",
+    }
 
     def per_pair(self, x: Terms):  # noqa: D102
         # 1 - σ(z) is written σ(-z), which keeps its digits for large z
@@ -144,10 +134,6 @@ class SPPOHard(Objective):
     source: ClassVar[str] = "arXiv 2405.00675, eq. 4.7 with P = 1 and 0"
     beta: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
-
     def per_pair(self, x: Terms):  # noqa: D102
         target = 1 / (2 * self.beta)
         return jnp.square(x.delta_chosen - target) + jnp.square(x.delta_rejected + target)
@@ -165,10 +151,6 @@ class BCOPair(Objective):
     ratio: ClassVar[str] = "σ(-β·Δ_w)/σ(β·Δ_l)"
     source: ClassVar[str] = "arXiv 2404.04656, with δ = 0 as in TRL"
     beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
 
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(self.beta * x.delta_chosen) - jax.nn.log_sigmoid(
@@ -191,10 +173,6 @@ class NCAPair(Objective):
     source: ClassVar[str] = "arXiv 2402.05369"
     beta: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
-
     def per_pair(self, x: Terms):  # noqa: D102
         chosen, rejected = self.beta * x.delta_chosen, self.beta * x.delta_rejected
         pull = -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-chosen) / 2
@@ -215,10 +193,6 @@ class APOZero(Objective):
     source: ClassVar[str] = "arXiv 2408.06266, eq. 7"
     beta: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
-
     def per_pair(self, x: Terms):  # noqa: D102
         return KTO(self.beta).per_pair(x)
 
@@ -237,10 +211,6 @@ class APODown(Objective):
     pushes_chosen_down: ClassVar[str] = "Δ_w² < m²"
     source: ClassVar[str] = "arXiv 2408.06266, eq. 8"
     beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Refuse β ≤ 0."""
-        require(self)
 
     def per_pair(self, x: Terms):  # noqa: D102
         return jax.nn.sigmoid(self.beta * x.delta_chosen) + jax.nn.sigmoid(-self.beta * x.margin)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from simgrad.objectives.base import Composed, Objective, Terms, require
+from simgrad.objectives.base import Composed, Objective, Terms
 from simgrad.typing import Array, Float
 
 __all__ = [
@@ -41,18 +41,8 @@ class Swapped(Objective):
     objective: Objective
 
     def per_pair(self, x: Terms):  # noqa: D102
-        return self.objective.per_pair(
-            Terms(
-                x.rejected,
-                x.chosen,
-                x.ref_rejected,
-                x.ref_chosen,
-                x.len_rejected,
-                x.len_chosen,
-                x.policy_rejected,
-                x.policy_chosen,
-            )
-        )
+        every = (x.logp, x.reference, x.lengths, x.policy_mean)
+        return self.objective.per_pair(Terms(*(jnp.flip(y, -1) for y in every)))
 
 
 @dataclass(frozen=True)
@@ -97,18 +87,9 @@ class LengthNormalized(Objective):
     objective: Objective
 
     def per_pair(self, x: Terms):  # noqa: D102
-        one = jnp.ones_like(x.len_chosen)
-        return self.objective.per_pair(
-            replace(
-                x,
-                chosen=x.mean_chosen,
-                rejected=x.mean_rejected,
-                ref_chosen=x.ref_chosen / x.len_chosen,
-                ref_rejected=x.ref_rejected / x.len_rejected,
-                len_chosen=one,
-                len_rejected=one,
-            )
-        )
+        logp, reference = x.logp / x.lengths, x.reference / x.lengths
+        one = jnp.ones_like(x.lengths)
+        return self.objective.per_pair(replace(x, logp=logp, reference=reference, lengths=one))
 
 
 @dataclass(frozen=True)
@@ -118,8 +99,7 @@ class ReferenceFree(Objective):
     objective: Objective
 
     def per_pair(self, x: Terms):  # noqa: D102
-        zero = jnp.zeros_like(x.ref_chosen)
-        return self.objective.per_pair(replace(x, ref_chosen=zero, ref_rejected=zero))
+        return self.objective.per_pair(replace(x, reference=jnp.zeros_like(x.reference)))
 
 
 @dataclass(frozen=True)
@@ -143,6 +123,7 @@ class FDivergence(Objective):
     objective: Objective
     divergence: Divergence = "reverse_kl"
     alpha: float = 0.5
+    ranges: ClassVar[dict[str, str]] = {"alpha": "finite"}
 
     def __post_init__(self) -> None:
         """Refuse an unknown divergence and α that is not finite."""
@@ -150,9 +131,9 @@ class FDivergence(Objective):
             raise ValueError(
                 f"unknown divergence {self.divergence!r}; there are: {', '.join(DIVERGENCES)}"
             )
-        require(self, "finite", "alpha")
+        super().__post_init__()
 
-    def score(self, delta: Float[Array, "*pairs"]) -> Float[Array, "*pairs"]:
+    def score(self, delta: Float[Array, "*pairs 2"]) -> Float[Array, "*pairs 2"]:
         """f'(u) of log u."""
         if self.divergence == "js":
             return math.log(2) + jax.nn.log_sigmoid(delta)
@@ -162,11 +143,9 @@ class FDivergence(Objective):
         return jnp.expm1(jnp.minimum(power * delta, LARGEST_EXPONENT)) / power
 
     def per_pair(self, x: Terms):  # noqa: D102
-        zero = jnp.zeros_like(x.ref_chosen)
-        scores = self.score(x.delta_chosen), self.score(x.delta_rejected)
-        return self.objective.per_pair(
-            replace(x, chosen=scores[0], rejected=scores[1], ref_chosen=zero, ref_rejected=zero)
-        )
+        zero = jnp.zeros_like(x.reference)
+        scores = self.score(x.logp - x.reference)
+        return self.objective.per_pair(replace(x, logp=scores, reference=zero))
 
 
 @dataclass(frozen=True)
@@ -184,12 +163,10 @@ class Gated(Objective):
     threshold: float = -5.0
     temperature: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse a threshold that is not finite and T ≤ 0."""
-        require(self, "finite", "threshold")
-        require(self, "positive", "temperature")
+    ranges: ClassVar[dict[str, str]] = {"threshold": "finite"}
 
     def per_pair(self, x: Terms):  # noqa: D102
-        gate = jax.nn.sigmoid((x.policy_rejected - self.threshold) / self.temperature)
+        gate = jax.nn.sigmoid((x.policy_mean[..., 1] - self.threshold) / self.temperature)
         fixed, gate = jax.lax.stop_gradient((x.rejected, gate))
-        return self.objective.per_pair(replace(x, rejected=fixed + gate * (x.rejected - fixed)))
+        rejected = fixed + gate * (x.rejected - fixed)
+        return self.objective.per_pair(replace(x, logp=jnp.stack([x.chosen, rejected], -1)))
