@@ -9,7 +9,7 @@ other, so that the prompt is computed once. Both give the same log-probs and hid
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from simgrad.typing import Array, Bool, Int
 
-__all__ = ["CHOSEN", "REJECTED", "Batch", "Pair", "packed", "padded"]
+__all__ = ["CHOSEN", "REJECTED", "Batch", "Pair", "chunks", "in_chunks", "one_by_one", "packed", "padded"]
 
 CHOSEN = 1
 """Stream bit of the tokens that the chosen response reads; those of a prompt carry both bits."""
@@ -220,3 +220,44 @@ def packed(pairs: Sequence[Pair], length: int | None = None, rows: int | None = 
             draft.last[i, side] = at + n - 1
             at += n
     return draft.batch()
+
+
+AT_ONCE = 8
+"""Pairs evaluated at once where a whole data set is followed."""
+
+
+def chunks(count: int, most: int = AT_ONCE) -> Int[np.ndarray, "N M"]:
+    """Indices 0 … count - 1 in rows of one size, at most ``most``; the last index fills up the last row.
+
+    One size means one compiled program.
+
+    >>> chunks(5, 3).tolist()
+    [[0, 1, 2], [3, 4, 4]]
+    """
+    rows = -(-count // most)
+    size = -(-count // rows)
+    return np.minimum(np.arange(rows * size, dtype=np.int32), count - 1).reshape(rows, size)
+
+
+def in_chunks(f: Callable[[Batch], Any], batch: Batch) -> Any:
+    """``f`` of the batch, a few pairs at a time so that memory does not grow with their number.
+
+    ``f`` maps a batch to arrays with a leading pair axis, each pair by itself.
+    """
+    if batch.size <= AT_ONCE:
+        return f(batch)
+    pieces = jax.lax.map(lambda i: f(batch.take(i)), jnp.asarray(chunks(batch.size)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: batch.size], pieces)
+
+
+def one_by_one(f: Callable[..., Any], batch: Batch, *more: Any) -> Any:
+    """``f`` of each pair as a batch of one, one after the other; results stacked.
+
+    ``more`` has pairs on its leading axis and goes along, a pair's entry at a time.
+    """
+
+    def one(item: tuple) -> Any:
+        pair, *rest = item
+        return f(jax.tree.map(lambda x: x[None], pair), *rest)
+
+    return jax.lax.map(one, (batch, *more))

@@ -18,7 +18,6 @@ __all__ = [
     "is_layered",
     "names",
     "partition",
-    "patterns",
     "pulled_back",
     "selected",
     "widen",
@@ -44,55 +43,40 @@ def is_layered(name: str) -> bool:
     return "layers" in name.split("/")
 
 
-def selected(name: str, include: Sequence[str] | None, exclude: Sequence[str] = ()) -> bool:
-    """Whether a leaf's path matches ``include`` (None: all) and no pattern of ``exclude``.
+def selected(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether a leaf's path is selected: by some pattern, and by none that begins with ``!``.
 
-    >>> selected("layers/mlp/up/kernel", ["layers/*"]), selected("layers/mlp/up/kernel", None, ["*/kernel"])
+    None, and patterns that only exclude, select everything else.
+
+    >>> selected("layers/mlp/up/kernel", ["layers/*"]), selected("layers/mlp/up/kernel", ["!*/kernel"])
     (True, False)
     """
-    return (include is None or any(fnmatch(name, p) for p in include)) and not any(
-        fnmatch(name, p) for p in exclude
-    )
+    take = [p for p in patterns or () if not p.startswith("!")]
+    leave = [p[1:] for p in patterns or () if p.startswith("!")]
+    there = not take or any(fnmatch(name, p) for p in take)
+    return there and not any(fnmatch(name, p) for p in leave)
 
 
-def patterns(include: Sequence[str] | None) -> tuple[str, ...] | None:
-    """``include`` as a hashable tuple; None selects everything.
-
-    >>> patterns(["embedding/*"]), patterns(None)
-    (('embedding/*',), None)
-
-    Raises:
-        ValueError: a bare string, whose letters would be taken for patterns.
-    """
-    if isinstance(include, str):
-        raise ValueError(f"include takes a list of patterns: [{include!r}] instead of {include!r}")
-    return None if include is None else tuple(include)
-
-
-def partition(
-    theta: Theta, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
-) -> tuple[Theta, Theta]:
+def partition(theta: Theta, patterns: Sequence[str] | None = None) -> tuple[Theta, Theta]:
     """Split ``theta`` in two trees of the same shape: selected leaves, and the rest (None elsewhere).
 
-    Patterns are ``fnmatch`` patterns over :func:`names`; :func:`combine` puts the trees together
-    again.
+    Patterns are ``fnmatch`` patterns over :func:`names`, see :func:`selected`; :func:`combine` puts
+    the trees together again.
 
     >>> partition({"a": {"kernel": 1, "bias": 2}}, ["*/kernel"])
     ({'a': {'bias': None, 'kernel': 1}}, {'a': {'bias': 2, 'kernel': None}})
 
     Raises:
-        ValueError: a pattern of ``include`` matches nothing, or nothing is left.
+        ValueError: a pattern matches nothing, or nothing is left.
     """
     leaves, treedef = jax.tree.flatten(theta)
     paths = names(theta)
-    for pattern in include or ():
-        if not any(fnmatch(name, pattern) for name in paths):
+    for pattern in patterns or ():
+        if not pattern.startswith("!") and not any(fnmatch(name, pattern) for name in paths):
             raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(paths)}")
-    keep = [selected(name, include, exclude) for name in paths]
+    keep = [selected(name, patterns) for name in paths]
     if not any(keep):
-        raise ValueError(
-            f"no parameter is left: include={include}, exclude (frozen)={tuple(exclude)}"
-        )
+        raise ValueError(f"no parameter is left to train by the patterns {', '.join(patterns or ())}")
     chosen = treedef.unflatten([x if k else None for x, k in zip(leaves, keep, strict=True)])
     rest = treedef.unflatten([None if k else x for x, k in zip(leaves, keep, strict=True)])
     return chosen, rest

@@ -1,4 +1,4 @@
-"""Objectives under transformations and at extremes; modifiers; batches; what the shapes mean; refusals."""
+"""Objectives under transformations, at extremes; modifiers; batches; what shapes mean; refusals."""
 
 import dataclasses
 import re
@@ -14,17 +14,19 @@ from test_objectives_closed_forms import (
     ARGS,
     LEN_L,
     LEN_W,
+    LENGTHS,
+    LOGP,
     MATCHED_L,
     MEAN_REWARD,
     NAMES,
-    REF_L,
-    REF_W,
+    REF,
     B,
     L,
     N,
     Q,
     W,
     ls,
+    pull_and_push,
     s,
 )
 
@@ -67,12 +69,12 @@ COMPOSITES = (
 @pytest.mark.parametrize("objective", [*map(objectives.get, NAMES), *COMPOSITES], ids=repr)
 def test_objectives_work_under_transformations_in_float32(objective):
     narrow = [x.astype(jnp.float32) if x.dtype == jnp.float64 else x for x in ARGS]
-    d = jax.jit(lambda o, *x: o.coefficients(*x), static_argnums=0)(objective, *narrow)
+    d_w, d_l = jax.jit(pull_and_push, static_argnums=0)(objective, *narrow)
     loss = objective.loss(*narrow)
-    assert d.chosen.dtype == d.rejected.dtype == loss.dtype == jnp.float32
+    assert d_w.dtype == d_l.dtype == loss.dtype == jnp.float32
     assert hash(objective) == hash(dataclasses.replace(objective))
     close(loss, objective.loss(*ARGS), "float32", scale=5)
-    close(d, objective.coefficients(*ARGS), "float32", scale=5)
+    close((d_w, d_l), pull_and_push(objective, *ARGS), "float32", scale=5)
     if not objectives.batch_coupled(objective):
         close(jax.vmap(objective.loss)(*ARGS), objective.loss(*ARGS))
 
@@ -80,28 +82,28 @@ def test_objectives_work_under_transformations_in_float32(objective):
 EXTREMES = [-1e4, -300.0, -1.0, -1e-9, 0.0]
 
 
+def extremes(dtype, lengths):
+    """Log-probs, references and lengths: all combinations, with one pair of lengths."""
+    grid = jnp.asarray(np.stack(np.meshgrid(*[EXTREMES] * 4), -1).reshape(-1, 4), dtype)
+    return grid[:, :2], grid[:, 2:], jnp.tile(jnp.array(lengths), (len(grid), 1))
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", NAMES)
-def test_extreme_log_probs_give_finite_losses_and_coefficients(name, dtype):
-    grid = jnp.asarray(np.stack(np.meshgrid(*[EXTREMES] * 4), 0).reshape(4, -1), dtype)
+def test_extreme_log_probs_give_finite_losses_and_forces(name, dtype):
     for length in (1, 7):
-        lengths = (jnp.full(grid.shape[1], length), jnp.full(grid.shape[1], 3))
+        x = extremes(dtype, (length, 3))
         objective = objectives.get(name)
-        assert jnp.isfinite(objective.loss(*grid, *lengths)).all()
-        d = objective.coefficients(*grid, *lengths)
-        assert jnp.isfinite(d.chosen).all()
-        assert jnp.isfinite(d.rejected).all()
+        assert jnp.isfinite(objective.loss(*x)).all()
+        assert jnp.isfinite(objective.force(*x)).all()
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
 def test_divergences_are_finite_at_extremes(divergence):
-    grid = jnp.asarray(np.stack(np.meshgrid(*[EXTREMES] * 4), 0).reshape(4, -1), "float32")
-    one = (jnp.ones(grid.shape[1], int),) * 2
+    x = extremes("float32", (1, 1))
     objective = FDivergence(DPO(), divergence, alpha=-1.5)
-    d = objective.coefficients(*grid, *one)
-    assert all(
-        bool(jnp.isfinite(x).all()) for x in (objective.loss(*grid, *one), d.chosen, d.rejected)
-    )
+    assert jnp.isfinite(objective.loss(*x)).all()
+    assert jnp.isfinite(objective.force(*x)).all()
 
 
 # modifiers
@@ -112,11 +114,12 @@ lengths = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 
 def arrays(logp, length):
-    return (*(jnp.array([x]) for x in logp), *(jnp.array([n]) for n in length))
+    """One pair: log-probs of chosen and rejected, the reference's, numbers of tokens."""
+    return jnp.array([logp[:2]], float), jnp.array([logp[2:]], float), jnp.array([length])
 
 
 def swap(x):
-    return x[1], x[0], x[3], x[2], x[5], x[4]
+    return [y[..., ::-1] for y in x]
 
 
 @settings(max_examples=30, deadline=None)
@@ -139,32 +142,23 @@ def test_no_smoothing_is_no_change_and_some_is_one(wrap):
 
 
 @pytest.mark.parametrize("objective", [*map(objectives.get, NAMES)], ids=repr)
-def test_swapping_twice_is_no_change_and_once_exchanges_the_coefficients(objective):
-    once, twice, d = (
-        Swapped(objective),
-        Swapped(Swapped(objective)),
-        objective.coefficients(*swap(ARGS)),
-    )
+def test_swapping_twice_is_no_change_and_once_exchanges_the_forces(objective):
+    once, twice = Swapped(objective), Swapped(Swapped(objective))
     close(twice.loss(*ARGS), objective.loss(*ARGS))
-    close(once.coefficients(*ARGS).chosen, -d.rejected)
-    close(once.coefficients(*ARGS).rejected, -d.chosen)
+    d_w, d_l = pull_and_push(objective, *swap(ARGS))
+    close(once.force(*ARGS)[:, 0], -d_l)
+    close(-once.force(*ARGS)[:, 1], -d_w)
 
 
 def test_length_normalization():
-    one = jnp.ones(N, int)
+    one = jnp.ones((N, 2), int)
     for inner in (DPO(B), IPO(B), SimPO()):
         normalized = LengthNormalized(inner)
-        close(normalized.loss(*ARGS[:4], one, one), inner.loss(*ARGS[:4], one, one))
-    per_token = [
-        jnp.asarray(x / n) for x, n in zip((W, L, REF_W, REF_L), (LEN_W, LEN_L) * 2, strict=True)
-    ]
-    close(LengthNormalized(IPO(B)).loss(*ARGS), IPO(B).loss(*per_token, one, one))
-    d, inner = (
-        LengthNormalized(IPO(B)).coefficients(*ARGS),
-        IPO(B).coefficients(*per_token, one, one),
-    )
-    close(np.asarray(d.chosen) * LEN_W, inner.chosen)
-    close(np.asarray(d.rejected) * LEN_L, inner.rejected)
+        close(normalized.loss(LOGP, REF, one), inner.loss(LOGP, REF, one))
+    per_token = [jnp.asarray(np.divide(x, LENGTHS)) for x in (LOGP, REF)]
+    close(LengthNormalized(IPO(B)).loss(*ARGS), IPO(B).loss(*per_token, one))
+    d_w, d_l = map(np.asarray, pull_and_push(LengthNormalized(IPO(B)), *ARGS))
+    close((d_w * LEN_W, d_l * LEN_L), pull_and_push(IPO(B), *per_token, one))
 
 
 def test_reference_free():
@@ -187,23 +181,24 @@ def generator(divergence, u, alpha):
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
 def test_scores_are_derivatives_of_the_divergence(divergence):
-    u = jnp.asarray(RNG.uniform(0.05, 20, 50))
+    u = jnp.asarray(RNG.uniform(0.05, 20, (25, 2)))
     objective = FDivergence(DPO(), divergence, 0.3)
-    slope = jax.vmap(jax.grad(lambda x: generator(divergence, x, 0.3)))(u)
+    slope = jax.grad(lambda x: generator(divergence, x, 0.3).sum())(u)
     shift = objective.score(jnp.log(u)) - slope
-    np.testing.assert_allclose(shift, shift[0], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(shift, shift[0, 0], rtol=1e-10, atol=1e-10)
 
 
 def test_divergences():
     close(FDivergence(DPO(B), "reverse_kl").loss(*ARGS), DPO(B).loss(*ARGS))
     close(FDivergence(DPO(B), "alpha", 1.0).loss(*ARGS), DPO(B).loss(*ARGS))
-    near = [x / 5 for x in ARGS[:4]]
+    near = (LOGP / 5, REF / 5, LENGTHS)
     forward = FDivergence(DPO(B), "forward_kl")
-    close(FDivergence(DPO(B), "alpha", 0.0).loss(*near, *ARGS[4:]), forward.loss(*near, *ARGS[4:]))
-    close(forward.loss(*near, *ARGS[4:]), -ls(B * (np.exp(-Q.dl / 5) - np.exp(-Q.dw / 5))))
-    d = FDivergence(DPO(B), "alpha", 0.4).coefficients(*ARGS)
-    close(d.chosen * np.exp(0.6 * Q.dw), d.rejected * np.exp(0.6 * Q.dl))
-    close(objectives.get("f_dpo", beta=B, divergence="alpha", alpha=0.4).coefficients(*ARGS), d)
+    close(FDivergence(DPO(B), "alpha", 0.0).loss(*near), forward.loss(*near))
+    close(forward.loss(*near), -ls(B * (np.exp(-Q.dl / 5) - np.exp(-Q.dw / 5))))
+    d_w, d_l = pull_and_push(FDivergence(DPO(B), "alpha", 0.4), *ARGS)
+    close(d_w * np.exp(0.6 * Q.dw), d_l * np.exp(0.6 * Q.dl))
+    named = objectives.get("f_dpo", beta=B, divergence="alpha", alpha=0.4)
+    close(pull_and_push(named, *ARGS), (d_w, d_l))
 
 
 def test_alphapo_tends_to_simpo():
@@ -224,10 +219,10 @@ def test_alphapo_tends_to_simpo():
 def test_a_gate_changes_only_the_push_on_the_rejected(inner):
     gated = Gated(inner, -2.0, 0.5)
     np.testing.assert_array_equal(gated.loss(*ARGS), inner.loss(*ARGS))
-    d, plain = gated.coefficients(*ARGS), inner.coefficients(*ARGS)
-    close(d.chosen, plain.chosen)
-    close(d.rejected, plain.rejected * s((Q.ml + 2) / 0.5))
-    assert (d.rejected[Q.ml < -6] < 1e-3 * plain.rejected[Q.ml < -6]).all()
+    (d_w, d_l), (plain_w, plain_l) = (pull_and_push(o, *ARGS) for o in (gated, inner))
+    close(d_w, plain_w)
+    close(d_l, plain_l * s((Q.ml + 2) / 0.5))
+    assert (d_l[Q.ml < -6] < 1e-3 * plain_l[Q.ml < -6]).all()
     assert (Q.ml < -6).any()
 
 
@@ -235,7 +230,7 @@ def test_sums_are_linear():
     dpo, sft = DPO(B), SFT()
     combined = 2 * dpo + 0.5 * sft
     close(combined.loss(*ARGS), 2 * dpo.loss(*ARGS) + 0.5 * sft.loss(*ARGS))
-    close(combined.coefficients(*ARGS).chosen, 2 * dpo.coefficients(*ARGS).chosen + 0.5)
+    close(combined.force(*ARGS)[:, 0], 2 * dpo.force(*ARGS)[:, 0] + 0.5)
     assert 2 * (dpo + 0.5 * sft) + IPO() == Combined((dpo, sft, IPO()), (2.0, 1.0, 1.0))
     assert repr(dpo + 0.5 * sft) == "DPO(beta=0.3) + 0.5 * SFT(normalization='sum')"
     close(
@@ -247,7 +242,7 @@ def test_sums_are_linear():
 def test_normalizations_of_sft():
     close(SFT("length").loss(*ARGS), -Q.mw)
     close(SFT("batch").loss(*ARGS).mean(), -W.sum() / LEN_W.sum())
-    close(SFT("batch").coefficients(*ARGS).chosen, np.full(N, N / LEN_W.sum()))
+    close(SFT("batch").force(*ARGS)[:, 0], np.full(N, N / LEN_W.sum()))
 
 
 # batches
@@ -256,41 +251,37 @@ def test_normalizations_of_sft():
 @pytest.mark.parametrize("objective", [*map(objectives.get, NAMES), *COMPOSITES], ids=repr)
 def test_the_order_of_the_pairs_is_that_of_the_results(objective):
     order = RNG.permutation(N)
-    d, shuffled = objective.coefficients(*ARGS), objective.coefficients(*(x[order] for x in ARGS))
-    close(shuffled.chosen, d.chosen[order])
-    close(shuffled.rejected, d.rejected[order])
+    force, shuffled = objective.force(*ARGS), objective.force(*(x[order] for x in ARGS))
+    close(shuffled[:, 0], force[order, 0])
+    close(shuffled[:, 1], force[order, 1])
 
 
 def test_sorting_couples_through_values_while_reference_points_are_detached():
-    moved = [ARGS[0].at[1:].add(3.0), *ARGS[1:]]
+    moved = LOGP.at[1:, 0].add(3.0)
     for objective in (AOT(B), objectives.get("aot_unpaired", beta=B), BCO(B), KTOPair(B)):
-        change = objective.coefficients(*moved).chosen[0] - objective.coefficients(*ARGS).chosen[0]
-        other = (
-            objective.coefficients(*moved).rejected[0] - objective.coefficients(*ARGS).rejected[0]
-        )
-        assert max(abs(change), abs(other)) > 1e-4
+        change = objective.force(moved, REF, LENGTHS)[0] - objective.force(*ARGS)[0]
+        assert jnp.abs(change).max() > 1e-4
     # were z_0 and δ differentiated, the loss of one pair would pull on the others
     for objective in (BCO(B), KTOPair(B)):
-        first = jax.grad(lambda w, o=objective: o.loss(w, *ARGS[1:])[0])(ARGS[0])
-        assert first[0] != 0
+        first = jax.grad(lambda x, o=objective: o.loss(x, REF, LENGTHS)[0])(LOGP)
+        assert first[0, 0] != 0
         np.testing.assert_array_equal(first[1:], 0)
-    pulled = jax.grad(lambda x: objectives.get("aot_unpaired").loss(ARGS[0], x, *ARGS[2:])[0])(
-        ARGS[1]
-    )
-    assert np.flatnonzero(pulled).tolist() == np.flatnonzero(MATCHED_L[0] == Q.dl).tolist()
+    pulled = jax.grad(lambda x: objectives.get("aot_unpaired").loss(x, REF, LENGTHS)[0])(LOGP)
+    assert np.flatnonzero(pulled[:, 1]).tolist() == np.flatnonzero(MATCHED_L[0] == Q.dl).tolist()
 
 
 def test_given_reference_points_replace_those_of_the_batch():
     assert not objectives.batch_coupled(BCO(B, 0.4))
     close(BCO(B, 0.0).loss(*ARGS), objectives.get("bco_pair", beta=B).loss(*ARGS))
-    close(BCO(B, MEAN_REWARD.item()).coefficients(*ARGS), BCO(B).coefficients(*ARGS))
+    given = BCO(B, MEAN_REWARD.item())
+    close(pull_and_push(given, *ARGS), pull_and_push(BCO(B), *ARGS))
     close(KTO(B).loss(*ARGS), objectives.get("apo_zero", beta=B).loss(*ARGS))
 
 
 def test_a_single_pair_is_its_own_batch():
     one = [x[:1] for x in ARGS]
     for name in ("aot", "aot_unpaired"):
-        close(objectives.get(name, beta=B).coefficients(*one), DPO(B).coefficients(*one))
+        close(pull_and_push(objectives.get(name, beta=B), *one), pull_and_push(DPO(B), *one))
     scalars = [x[0] for x in ARGS]
     assert AOT(B).loss(*scalars).shape == ()
 
@@ -299,10 +290,8 @@ def test_a_single_pair_is_its_own_batch():
 
 
 def at(objective, w, l, ref_w=0.0, ref_l=0.0, n=(1, 1)):  # noqa: E741
-    d = objective.coefficients(
-        *(jnp.array([float(x)]) for x in (w, l, ref_w, ref_l)), *(jnp.array([k]) for k in n)
-    )
-    return float(d.chosen[0]), float(d.rejected[0])
+    d_w, d_l = pull_and_push(objective, *arrays((w, l, ref_w, ref_l), n))
+    return float(d_w[0]), float(d_l[0])
 
 
 @pytest.mark.parametrize(
@@ -332,7 +321,7 @@ def test_discopop_pushes_the_chosen_down_where_training_starts():
 
 
 def test_orpo_meets_certainty_with_its_limit():
-    """As p_w → 1 the odds part's pull tends to λ e^(o_l): the growing 1/(1-p_w) and the vanishing s cancel."""
+    """As p_w → 1 the odds part's pull tends to λ e^(o_l): growing 1/(1-p_w), vanishing s cancel."""
     objective = objectives.get("orpo", odds_weight=1.0)
     for mu in (-1e-3, -1e-6, -1e-9):
         d_w, _ = at(objective, mu, np.log(0.25))
@@ -420,7 +409,7 @@ def test_printed_sums_tell_close_weights_apart():
 
 
 def test_gate_looks_at_the_policy_inside_any_modifier():
-    gated, plain = (FDivergence(o, "js").coefficients(*ARGS) for o in (Gated(DPO()), DPO()))
+    gated, plain = (FDivergence(o, "js").force(*ARGS) for o in (Gated(DPO()), DPO()))
     gate = 1 / (1 + np.exp(-(L / LEN_L + 5.0)))
-    close(gated.rejected, gate * plain.rejected)
-    close(gated.chosen, plain.chosen)
+    close(gated[:, 1], gate * plain[:, 1])
+    close(gated[:, 0], plain[:, 0])

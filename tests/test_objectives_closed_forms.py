@@ -10,13 +10,15 @@ import pytest
 from helpers import close
 
 from simgrad import objectives
-from simgrad.objectives import IPO
+from simgrad.objectives import BCO, DPO, IPO, KTO
 
 N = 60
 RNG = np.random.default_rng(0)
 W, L, REF_W, REF_L = -20 * RNG.random((4, N))
 LEN_W, LEN_L = RNG.integers(1, 30, (2, N))
-ARGS = tuple(jnp.asarray(x) for x in (W, L, REF_W, REF_L, LEN_W, LEN_L))
+LOGP, REF, LENGTHS = ARGS = tuple(
+    jnp.stack(columns, -1) for columns in ((W, L), (REF_W, REF_L), (LEN_W, LEN_L))
+)
 COUPLED = ("aot", "aot_unpaired", "bco", "kto_pair")
 
 
@@ -30,6 +32,12 @@ def ds(x):
 
 def ls(x):
     return -np.log1p(np.exp(-x))
+
+
+def pull_and_push(objective, *args):
+    """d_w and d_l: the force on the chosen log-prob, and minus that on the rejected one."""
+    force = objective.force(*args)
+    return force[..., 0], -force[..., 1]
 
 
 def quantities(w, l, ref_w, ref_l, n_w, n_l):  # noqa: E741
@@ -214,23 +222,49 @@ def test_every_name_has_a_closed_form():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_coefficients_in_closed_form(name):
+def test_loss_and_force_in_closed_form(name):
     hyperparameters, loss, (d_w, d_l) = CLOSED[name]
     objective = objectives.get(name, **hyperparameters)
     close(objective.loss(*ARGS), loss)
-    d = objective.coefficients(*ARGS)
-    close(d.chosen, np.broadcast_to(d_w, N))
-    close(d.rejected, np.broadcast_to(d_l, N))
+    force = objective.force(*ARGS)
+    close(force[..., 0], np.broadcast_to(d_w, N))
+    close(-force[..., 1], np.broadcast_to(d_l, N))
+
+
+def loss_with_constants_held(name):
+    """The loss of log-probs; what its gradient takes as constant keeps its value at LOGP."""
+    if name == "gate_dpo":
+        slope = jnp.stack([jnp.ones(N), s((Q.ml + 2) / 1.5)], -1)
+        return lambda logp: DPO(B).loss(LOGP + slope * (logp - LOGP), REF, LENGTHS)
+    held = {
+        "bco": BCO(B, MEAN_REWARD),
+        "kto_pair": KTO(B, 1.0, 0.0, float(Q.zl)) + KTO(B, 0.0, 1.0, float(Q.zw)),
+    }
+    objective = held.get(name, objectives.get(name, **CLOSED[name][0]))
+    return lambda logp: objective.loss(logp, REF, LENGTHS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_signed_coefficients_are_the_forces_on_the_log_probs(name):
-    objective = objectives.get(name)
-    stacked = [jnp.stack(ARGS[i : i + 2], axis=-1).reshape(N // 4, 4, 2) for i in (0, 2, 4)]
-    force = objective.signed_coefficients(*stacked).reshape(N, 2)
-    d = objective.coefficients(*ARGS)
-    close(force[:, 0], d.chosen)
-    close(-force[:, 1], d.rejected)
+def test_the_force_is_minus_the_slope_of_the_summed_loss(name):
+    """On each log-prob, by central differences; pairs may be laid out along several axes."""
+    loss, h = loss_with_constants_held(name), 1e-5
+    steps = h * jnp.eye(2 * N).reshape(2 * N, N, 2)
+    rise = jax.vmap(lambda step: (loss(LOGP + step) - loss(LOGP - step)).sum())(steps)
+    objective = objectives.get(name, **CLOSED[name][0])
+    force = objective.force(*ARGS)
+    np.testing.assert_allclose(
+        -rise.reshape(N, 2) / (2 * h), force, rtol=1e-8, atol=2e-9 * jnp.abs(force).max()
+    )
+    folded = objective.force(*(x.reshape(N // 4, 4, 2) for x in ARGS)).reshape(N, 2)
+    close(folded[:, 0], force[:, 0])
+    close(folded[:, 1], force[:, 1])
+
+
+def test_a_positive_force_is_up():
+    force = DPO().force(*ARGS)
+    assert force.shape == (N, 2)
+    assert (force[:, 0] > 0).all()
+    assert (force[:, 1] < 0).all()
 
 
 DETACHED = ("gate_dpo", "kto_pair")
@@ -238,23 +272,22 @@ DETACHED = ("gate_dpo", "kto_pair")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in DETACHED])
-def test_coefficients_are_what_the_gradient_of_the_loss_pulls_with(name):
-    """-∇ΣL = Σ d_w ∇log π_w - d_l ∇log π_l along any direction of the log-probs, by central differences."""
+def test_the_force_is_what_the_gradient_of_the_loss_pulls_with(name):
+    """-∇ΣL = Σ d_w ∇log π_w - d_l ∇log π_l along any direction, by central differences."""
     objective = objectives.get(name, **({"delta": 0.1} if name == "bco" else {}))
-    d = objective.coefficients(*ARGS)
+    d_w, d_l = pull_and_push(objective, *ARGS)
     a, b, h = RNG.normal(size=N), RNG.normal(size=N), 1e-6
-    up = objective.loss(ARGS[0] + h * a, ARGS[1] + h * b, *ARGS[2:]).sum()
-    down = objective.loss(ARGS[0] - h * a, ARGS[1] - h * b, *ARGS[2:]).sum()
-    np.testing.assert_allclose(
-        (up - down) / (2 * h), (d.rejected * b - d.chosen * a).sum(), rtol=1e-5
-    )
+    step = h * jnp.stack([a, b], -1)
+    up = objective.loss(LOGP + step, REF, LENGTHS).sum()
+    down = objective.loss(LOGP - step, REF, LENGTHS).sum()
+    np.testing.assert_allclose((up - down) / (2 * h), (d_l * b - d_w * a).sum(), rtol=1e-5)
 
 
 # what is printed
 
 
 def evaluate(text, objective):
-    """A printed formula in numpy: · is a product, ² a square, a star belongs to the name before it."""
+    """A printed formula in numpy: · is a product, ² a square, a star is part of the name."""
     starred = {"Δ_l*": MATCHED_L, "Δ_w*": MATCHED_W, "h*": MATCHED_REF, "z_w*": Q.zw, "z_l*": Q.zl}
     starred["δ*"] = getattr(objective, "beta", 0) * MEAN_REWARD / B
     names = {
@@ -311,20 +344,20 @@ def test_the_printed_formula_is_the_loss(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_printed_ratio_is_that_of_the_coefficients(name):
+def test_the_printed_ratio_is_that_of_pull_and_push(name):
     objective = objectives.get(name, **CLOSED[name][0])
-    d = objective.coefficients(*ARGS)
-    acts = np.asarray((d.chosen != 0) | (d.rejected != 0))
+    d_w, d_l = map(np.asarray, pull_and_push(objective, *ARGS))
+    acts = (d_w != 0) | (d_l != 0)
     assert acts.mean() > 0.3
     with np.errstate(divide="ignore"):
-        ratio = np.asarray(d.chosen)[acts] / np.asarray(d.rejected)[acts]
+        ratio = d_w[acts] / d_l[acts]
     np.testing.assert_allclose(evaluate(objective.ratio, objective)[acts], ratio, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_printed_condition_is_when_the_chosen_is_pushed_down(name):
     objective = objectives.get(name, **CLOSED[name][0])
-    down = np.asarray(objective.coefficients(*ARGS).chosen) < 0
+    down = np.asarray(objective.force(*ARGS)[..., 0]) < 0
     if objective.pushes_chosen_down:
         np.testing.assert_array_equal(evaluate(objective.pushes_chosen_down, objective), down)
         assert down.any()
@@ -336,14 +369,14 @@ def test_the_printed_condition_is_when_the_chosen_is_pushed_down(name):
 @pytest.mark.parametrize("description", objectives.catalog(), ids=lambda d: d.name)
 def test_the_catalog_agrees_with_what_the_objective_does(description):
     objective = objectives.get(description.name)
-    d = objective.coefficients(*ARGS)
+    d_w, d_l = pull_and_push(objective, *ARGS)
     assert description.uses_reference == objectives.uses_reference(objective)
     assert (
         description.batch_coupled
         == objectives.batch_coupled(objective)
         == (description.name in COUPLED)
     )
-    equal = bool(jnp.allclose(d.chosen, d.rejected, rtol=1e-12, atol=0))
+    equal = bool(jnp.allclose(d_w, d_l, rtol=1e-12, atol=0))
     assert equal == (description.ratio == "1")
     assert description.hyperparameters == {
         f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)

@@ -1,4 +1,4 @@
-"""TRL's loss types against TRL's own code: value and gradient with respect to every token's log-prob."""
+"""TRL's loss types against TRL's own code: value and gradient for every token's log-prob."""
 
 import contextlib
 import itertools
@@ -37,15 +37,14 @@ REFERENCE = LOG_PROBS.sum(1) + RNG.normal(size=2 * PAIRS)
 
 def ours(objective, dtype="float64"):
     """Mean loss, and minus its gradient with respect to the 2n log-probs (chosen first)."""
-    columns = [
-        jnp.asarray(x, dtype)
+    logp, reference = (
+        jnp.asarray(np.stack([total[:PAIRS], total[PAIRS:]], -1), dtype)
         for total in (LOG_PROBS.sum(1), REFERENCE)
-        for x in (total[:PAIRS], total[PAIRS:])
-    ]
-    lengths = [jnp.asarray(n) for n in LENGTHS]
-    d = objective.coefficients(*columns, *lengths)
-    force = np.concatenate([d.chosen, -d.rejected]) / PAIRS
-    return float(objective.loss(*columns, *lengths).mean()), force
+    )
+    lengths = jnp.asarray(LENGTHS.T)
+    force = objective.force(logp, reference, lengths)
+    force = np.concatenate([force[:, 0], force[:, 1]]) / PAIRS
+    return float(objective.loss(logp, reference, lengths).mean()), force
 
 
 def per_token(dtype):
@@ -57,7 +56,7 @@ def completion_mask():
 
 
 def fake_model(log_probs):
-    """What a model returns to TRL's trainers, a token ahead of the mask: the prompt has log-prob zero."""
+    """What a model returns to TRL's trainers, a token ahead of the mask; the prompt's are 0."""
     whole = torch.nn.functional.pad(log_probs, (PROMPT - 1, 0))
     zeros = torch.zeros_like(whole)
     outputs = SimpleNamespace(

@@ -1,8 +1,10 @@
 """Models behind one call: ``apply(theta, tokens, ...) -> Output(logits, hidden)``."""
 
+from simgrad.models.binding import Bound, bind, only
 from simgrad.models.cache import Cache, Rereading, cached
 from simgrad.models.config import InitScales, ModelConfig, Rope
 from simgrad.models.context import ContextApply, contexts_of, linear_softmax, unconstrained_features
+from simgrad.models.likelihood import Responses, prediction_error, responses
 from simgrad.models.lora import LoraApply, add_lora, merge_lora
 from simgrad.models.output import Apply, CachedApply, Memory, Output, TappedApply, Use
 from simgrad.models.transformer import Transformer, TransformerApply, init_transformer
@@ -10,6 +12,7 @@ from simgrad.typing import Theta
 
 __all__ = [
     "Apply",
+    "Bound",
     "Cache",
     "CachedApply",
     "ContextApply",
@@ -19,18 +22,23 @@ __all__ = [
     "ModelConfig",
     "Output",
     "Rereading",
+    "Responses",
     "Rope",
     "TappedApply",
     "Transformer",
     "TransformerApply",
     "Use",
     "add_lora",
+    "bind",
     "cached",
     "contexts_of",
     "create",
     "init_transformer",
     "linear_softmax",
     "merge_lora",
+    "only",
+    "prediction_error",
+    "responses",
     "unconstrained_features",
 ]
 

@@ -90,9 +90,13 @@ class Rereading:
     base: Apply
 
     @property
-    def frozen(self) -> tuple[str, ...]:
-        """Patterns of the parameters that are never trained."""
-        return self.base.frozen
+    def trainable(self) -> tuple[str, ...]:
+        """Patterns of the parameters that are trained."""
+        return self.base.trainable
+
+    def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """The model's own."""
+        return self.base.readout(theta, hidden)
 
     def __call__(
         self,

@@ -77,8 +77,6 @@ class ModelConfig:
         mlp_bias: bias on the MLP's matrices.
         tied: the unembedding is the embedding table.
         init: standard deviations for :func:`simgrad.models.create`.
-        frozen: path patterns (``fnmatch``) of parameters that are never trained, for example
-            ``("embedding/*", "layers/mlp/*")``; kernels leave them out.
         dtype: parameters and activations; norms, softmax and inner products use float32 or better.
     """
 
@@ -102,7 +100,6 @@ class ModelConfig:
     mlp_bias: bool = False
     tied: bool = False
     init: InitScales = field(default_factory=InitScales)
-    frozen: tuple[str, ...] = ()
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:

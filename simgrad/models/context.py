@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad.models.layers import visible
+from simgrad.models.layers import unembedded, visible
 from simgrad.models.output import Output
 from simgrad.pairs import Pair
 from simgrad.tree import accumulator
-from simgrad.typing import Array, Int, Theta
+from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["ContextApply", "contexts_of", "linear_softmax", "unconstrained_features"]
 
@@ -46,7 +46,7 @@ class ContextApply:
     """
 
     contexts: tuple[tuple[int, ...], ...]
-    frozen: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -64,14 +64,15 @@ class ContextApply:
         if streams is None:
             streams = jnp.ones_like(tokens)
         index = self._lookup(tokens, positions, streams)
-        features, table = theta["features"]["table"], theta["unembedding"]["table"]
+        features = theta["features"]["table"]
         hidden = jnp.where((index >= 0)[:, :, None], features[index], jnp.nan)
         hidden = jnp.where((streams > 0)[:, :, None], hidden, jnp.zeros((), features.dtype))
         read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
-        logits = jnp.einsum(
-            "nqd,vd->nqv", read, table, preferred_element_type=accumulator(table.dtype)
-        )
-        return Output(logits, hidden)
+        return Output(self.readout(theta, read), hidden)
+
+    def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """W h."""
+        return unembedded(hidden, theta["unembedding"]["table"])
 
     def _lookup(self, tokens: Array, positions: Array, streams: Array) -> Int[Array, "N T"]:
         """Row of the context read at each position, -1 where there is none."""
@@ -112,7 +113,7 @@ def linear_softmax(
     """
     contexts = contexts_of(pairs)
     theta = _theta(len(contexts), vocab_size, width, 1 / math.sqrt(width), seed, dtype)
-    return ContextApply(contexts, frozen=("features/*",)), theta
+    return ContextApply(contexts, ("!features/*",)), theta
 
 
 def unconstrained_features(

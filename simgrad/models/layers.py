@@ -24,12 +24,13 @@ __all__ = [
     "Attention",
     "Block",
     "Linear",
+    "Lookup",
     "Mlp",
     "Norm",
-    "Table",
     "Tape",
     "rope_frequencies",
     "rotate",
+    "unembedded",
     "visible",
 ]
 
@@ -69,7 +70,8 @@ class Tape:
             )
         if self.record:
             kept = values if kind == "linear" else ()
-            self.uses[next(iter(outputs))] = Use(kind, tuple(outputs), x, kept)  # type: ignore[arg-type]
+            name = "readout" if kind == "readout" else next(iter(outputs))
+            self.uses[name] = Use(kind, tuple(outputs), x, kept)  # type: ignore[arg-type]
         return values
 
 
@@ -109,7 +111,7 @@ class Linear(nnx.Module):
         return y + _last(self.bias[...], y) if hasattr(self, "bias") else y
 
 
-class Table(nnx.Module):
+class Lookup(nnx.Module):
     """One learned vector per row."""
 
     def __init__(self, rows: int, width: int, std: float, dtype: str, rngs: nnx.Rngs) -> None:
@@ -135,6 +137,12 @@ class Norm(nnx.Module):
         y = unit * _last(self.scale[...], unit)
         y = y + _last(self.bias[...], y) if hasattr(self, "bias") else y
         return tape("affine", unit, {site: y})[0]
+
+
+def unembedded(hidden: Float[Array, "*n D"], table: Float[Array, "V D"]) -> Float[Array, "*n V"]:
+    """Logits ``table @ hidden``, accumulated in float32 or better."""
+    wide = accumulator(table.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=wide)
 
 
 def rope_frequencies(rope: Rope, head_dim: int, max_length: int) -> tuple[np.ndarray, float]:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models import Apply, Output
+from simgrad.models.output import Apply, Output
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
 __all__ = [
-    "CHUNK",
     "Responses",
     "flat_rows",
-    "in_chunks",
-    "log_probs",
     "prediction_error",
     "read",
     "require_shape",
@@ -92,29 +87,6 @@ def read(output: Output, batch: Batch) -> Responses:
     return Responses(token_logp, logits, hidden, last_hidden)
 
 
-def log_probs(
-    apply: Apply, theta: Theta, batch: Batch, include: Sequence[str] | None = None
-) -> tuple[Callable[[Theta], Float[Array, "B 2"]], Theta]:
-    """Log π of the batch as a function of the trained parameters, and those parameters.
-
-    The trained parameters are the leaves that ``include`` selects (None: all) and the model does
-    not freeze; in their tree the others are None. The function differentiates in any mode.
-
-    >>> from simgrad.models import linear_softmax
-    >>> from simgrad.pairs import Pair, padded
-    >>> pairs = [Pair([1, 2], [3], [4, 5])]
-    >>> logp, trained = log_probs(*linear_softmax(pairs, 9, 4), padded(pairs))
-    >>> tree.names(trained), logp(trained).shape
-    (['unembedding/table'], (1, 2))
-    """
-    trained, rest = tree.partition(theta, include, apply.frozen)
-
-    def logp(trained: Theta) -> Array:
-        return responses(apply, tree.combine(trained, rest), batch).logp
-
-    return logp, trained
-
-
 def prediction_error(
     logits: Float[Array, "*rows V"],
     targets: Int[Array, "*rows"],
@@ -135,23 +107,6 @@ def prediction_error(
     return (
         error if valid is None else jnp.where(valid[..., None], error, jnp.zeros((), error.dtype))
     )
-
-
-CHUNK = 8
-"""Pairs evaluated at once where a whole data set is followed."""
-
-
-def in_chunks(f: Callable[[Batch], Any], batch: Batch) -> Any:
-    """``f`` of the batch, a few pairs at a time so that memory does not grow with their number.
-
-    ``f`` maps a batch to arrays with a leading pair axis, each pair by itself.
-    """
-    if batch.size <= CHUNK:
-        return f(batch)
-    count = -(-batch.size // CHUNK)
-    index = jnp.minimum(jnp.arange(count * CHUNK), batch.size - 1).reshape(count, CHUNK)
-    pieces = jax.lax.map(lambda i: f(batch.take(i)), index)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: batch.size], pieces)
 
 
 def require_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:

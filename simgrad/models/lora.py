@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from simgrad import tree
 from simgrad.models.output import Apply, Output
-from simgrad.typing import Array, Int, Theta
+from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["LoraApply", "add_lora", "merge_lora"]
 
@@ -26,11 +26,7 @@ class LoraApply:
 
     base: Apply
     scale: float
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """Everything but the adapters."""
-        return ("base/*",)
+    trainable: tuple[str, ...] = ("!base/*",)
 
     def __call__(
         self,
@@ -42,6 +38,10 @@ class LoraApply:
     ) -> Output:
         """The base model's output at the merged parameters."""
         return self.base(merge_lora(self, theta), tokens, positions, streams, rows)
+
+    def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """The base model's, which adapters leave alone."""
+        return self.base.readout(theta["base"], hidden)
 
 
 def add_lora(

@@ -67,8 +67,12 @@ class Apply(Protocol):
     """
 
     @property
-    def frozen(self) -> tuple[str, ...]:
-        """Patterns of the parameters that are never trained."""
+    def trainable(self) -> tuple[str, ...]:
+        """Patterns of the parameters that are trained (:func:`simgrad.tree.selected`); (): all."""
+        ...
+
+    def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Logits of hidden states, in float32 or better."""
         ...
 
     def __call__(

@@ -14,9 +14,8 @@ from flax import nnx
 from simgrad.models.backward import backward
 from simgrad.models.cache import Cache, Slots
 from simgrad.models.config import ModelConfig
-from simgrad.models.layers import Block, Norm, Table, Tape, visible
+from simgrad.models.layers import Block, Lookup, Norm, Tape, unembedded, visible
 from simgrad.models.output import Output, Use, Visit
-from simgrad.tree import accumulator
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
 __all__ = ["Transformer", "TransformerApply", "init_transformer"]
@@ -28,9 +27,9 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         init, dtype = config.init, config.dtype
-        self.embedding = Table(config.vocab_size, config.width, init.embedding, dtype, rngs)
+        self.embedding = Lookup(config.vocab_size, config.width, init.embedding, dtype, rngs)
         if config.positions == "learned":
-            self.positions = Table(config.max_length, config.width, init.positions, dtype, rngs)
+            self.positions = Lookup(config.max_length, config.width, init.positions, dtype, rngs)
         if config.depth:
             stack = nnx.split_rngs(splits=config.depth)(nnx.vmap(functools.partial(Block, config)))
             self.layers = stack(rngs)
@@ -38,7 +37,7 @@ class Transformer(nnx.Module):
             self.final_norm = Norm(config, gain=init.final_norm)
         if not config.tied:
             std = init.unembedding / math.sqrt(config.width)
-            self.unembedding = Table(config.vocab_size, config.width, std, dtype, rngs)
+            self.unembedding = Lookup(config.vocab_size, config.width, std, dtype, rngs)
 
     def __call__(
         self,
@@ -86,12 +85,17 @@ class Transformer(nnx.Module):
             tape.uses["state"] = Use("state", (), x)
         hidden = self.final_norm(x, "final_norm", tape) if hasattr(self, "final_norm") else x
         read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
-        table = (self.embedding if self.config.tied else self.unembedding).table[...]
-        logits = jnp.einsum(
-            "nqd,vd->nqv", read, table, preferred_element_type=accumulator(table.dtype)
-        )
-        (logits,) = tape("readout", read, {"unembedding": logits})
+        (logits,) = tape("readout", read, {self.head: self.readout(read)})
         return Output(logits, hidden, tape.uses), cache
+
+    @property
+    def head(self) -> str:
+        """The table that reads logits off hidden states: the embedding's own where it is tied."""
+        return "embedding" if self.config.tied else "unembedding"
+
+    def readout(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Logits of hidden states."""
+        return unembedded(hidden, getattr(self, self.head).table[...])
 
     def _blocks(
         self, x: Array, positions: Array, mask: Array, tape: Tape, cache: Cache | None
@@ -142,11 +146,7 @@ class TransformerApply:
     """
 
     config: ModelConfig
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """Patterns of the parameters that are never trained."""
-        return self.config.frozen
+    trainable: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -158,6 +158,10 @@ class TransformerApply:
     ) -> Output:
         """Logits and hidden states."""
         return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows)
+
+    def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Logits of hidden states."""
+        return nnx.merge(_graph(self.config), theta).readout(hidden)
 
     def cache(self, theta: Theta, sequences: int, size: int) -> Cache:
         """Empty slots for the keys and values of ``sequences`` sequences of at most ``size`` tokens."""

@@ -9,9 +9,9 @@ from enum import IntEnum
 import jax
 import jax.numpy as jnp
 
-from simgrad.objectives import Coefficients, Objective
+from simgrad.objectives import Objective
 from simgrad.theory.kernel.gram import PairKernel
-from simgrad.theory.prediction.changes import Change, first_order
+from simgrad.theory.prediction.changes import first_order
 from simgrad.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -40,24 +40,23 @@ class Regime(IntEnum):
         return self.name.lower()
 
 
-def regime(kernel: PairKernel, coefficients: Coefficients) -> Int[Array, "*pairs"]:
-    """Regime of each pair as the value of :class:`Regime`.
+def regime(change: Float[Array, "*pairs 2"]) -> Int[Array, "*pairs"]:
+    """Regime of each pair, as the value of :class:`Regime`: the signs of its two changes.
 
-    The chosen rises when d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩ ≥ 0 and the rejected falls when
-    d_w ⟨g_w,g_l⟩ - d_l ‖g_l‖² ≤ 0; for d_w, d_l > 0 these read ⟨g_w,g_l⟩ ≤ (d_w/d_l) ‖g_w‖² and
-    ⟨g_w,g_l⟩ ≤ (d_l/d_w) ‖g_l‖². REVERSED (chosen falls, rejected rises) is then impossible to
-    first order, because the weighted margin d_w Δ_w - d_l Δ_l = ‖d_w g_w - d_l g_l‖² cannot shrink.
+    With first-order changes Δu = η K c (:func:`simgrad.theory.first_order`) the chosen rises when
+    d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩ ≥ 0 and the rejected falls when d_w ⟨g_w,g_l⟩ - d_l ‖g_l‖² ≤ 0; for
+    d_w, d_l > 0 these read ⟨g_w,g_l⟩ ≤ (d_w/d_l) ‖g_w‖² and ⟨g_w,g_l⟩ ≤ (d_l/d_w) ‖g_l‖².
+    REVERSED (chosen falls, rejected rises) is then impossible to first order, because the weighted
+    margin d_w Δ_w - d_l Δ_l = ‖d_w g_w - d_l g_l‖² cannot shrink.
 
     Source: Yuan et al., arXiv 2410.13828, Sec. 3, for d_w, d_l > 0; stated here for any signs.
 
     >>> import jax.numpy as jnp
     >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
-    >>> Regime(int(regime(kernel, Coefficients(jnp.array([1.0]), jnp.array([1.0])))[0])).label
+    >>> Regime(int(regime(first_order(kernel, jnp.array([[1.0, -1.0]])))[0])).label
     'both_fall'
     """
-    change = first_order(kernel, coefficients)
-    falls = change.chosen < 0
-    rises = change.rejected > 0
+    falls, rises = change[..., 0] < 0, change[..., 1] > 0
     return jnp.where(
         falls,
         jnp.where(rises, int(Regime.REVERSED), int(Regime.BOTH_FALL)),
@@ -90,7 +89,7 @@ class Band:
     calibration: Float[Array, "*pairs"]
 
 
-def band(kernel: PairKernel, coefficients: Coefficients) -> Band:
+def band(kernel: PairKernel, force: Float[Array, "*pairs 2"]) -> Band:
     """How far each pair stands from losing its chosen (or raising its rejected) response.
 
     With p = d_w ‖g_w‖ and q = d_l ‖g_l‖ the ideal regime is the cone p ≥ ρ q, q ≥ ρ p. For positive
@@ -102,11 +101,10 @@ def band(kernel: PairKernel, coefficients: Coefficients) -> Band:
 
     >>> import jax.numpy as jnp
     >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
-    >>> one = jnp.array([1.0])
-    >>> bool(band(kernel, Coefficients(one, one)).inside[0]), bool(band(kernel, Coefficients(2 * one, one)).inside[0])
-    (False, True)
+    >>> [bool(band(kernel, jnp.array([[d_w, -1.0]])).inside[0]) for d_w in (1.0, 2.0)]
+    [False, True]
     """
-    d_w, d_l = coefficients.chosen, coefficients.rejected
+    d_w, d_l = force[..., 0], -force[..., 1]
     positive = (d_w > 0) & (d_l > 0)
     log_ratio = jnp.where(positive, jnp.log(jnp.where(positive, d_w / d_l, 1.0)), jnp.nan)
     centre = 0.5 * (jnp.log(kernel.sq_rejected) - jnp.log(kernel.sq_chosen))
@@ -179,14 +177,17 @@ class Fate:
     """What an objective does to each pair, trained alone, to first order.
 
     Attributes:
-        coefficients: d_w and d_l.
+        force: (d_w, -d_l).
         change: Δlog π of both, per unit learning rate.
-        regime: values of :class:`Regime`.
     """
 
-    coefficients: Coefficients
-    change: Change
-    regime: Int[Array, "*pairs"]
+    force: Float[Array, "*pairs 2"]
+    change: Float[Array, "*pairs 2"]
+
+    @property
+    def regime(self) -> Int[Array, "*pairs"]:
+        """Values of :class:`Regime`."""
+        return regime(self.change)
 
 
 def compare_objectives(
@@ -206,9 +207,5 @@ def compare_objectives(
     >>> [Regime(int(fate.regime[0])).label for fate in fates.values()]
     ['both_fall', 'ideal']
     """
-    fates = {}
-    for objective in candidates:
-        pull = objective.signed_coefficients(logp, reference, lengths)
-        d = Coefficients(pull[..., 0], -pull[..., 1])
-        fates[objective] = Fate(d, first_order(kernel, d), regime(kernel, d))
-    return fates
+    forces = {o: o.force(logp, reference, lengths) for o in candidates}
+    return {o: Fate(c, first_order(kernel, c)) for o, c in forces.items()}

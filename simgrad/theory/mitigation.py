@@ -1,10 +1,10 @@
-"""Remedies for displacement, as objects that theory and training share.
+"""Mitigations of displacement, as objects that theory and training share.
 
-A remedy acts in one of four places:
+A mitigation acts in one of four places:
 
 * on the loss: the objectives that keep the chosen up (DPOP, an added SFT term, DPO-Shift, gating)
   are in :mod:`simgrad.objectives`;
-* on the two numbers d_w, d_l of a pair, given its kernel: :class:`PairwiseNormalized`,
+* on the force (d_w, -d_l) of a pair, given its kernel: :class:`PairwiseNormalized`,
   :class:`Calibrated`, :class:`RunningCalibrated`, :class:`Projected` here. Theory predicts with the
   changed numbers (:func:`simgrad.theory.first_order`), training differentiates
   :func:`surrogate_loss`;
@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from simgrad import tree
-from simgrad.models.likelihood import Responses
-from simgrad.objectives import Coefficients
+from simgrad.models import Responses
 from simgrad.pairs import Batch
 from simgrad.theory.closed_forms.linear_softmax import shared_lengths
 from simgrad.theory.kernel.gram import PairKernel
@@ -45,17 +44,41 @@ __all__ = [
 ]
 
 
-@runtime_checkable
 class Mitigation(Protocol):
-    """A change of d_w and d_l that looks at the pair's geometry."""
+    """A change of the force that looks at the pair's geometry, in the manner of an optax transformation."""
 
-    def __call__(self, coefficients: Coefficients, kernel: PairKernel) -> Coefficients:
-        """The coefficients to train with."""
+    def init(self, dtype: Any = ...) -> Any:
+        """The state before the first batch; () where nothing is kept."""
+        ...
+
+    def update(
+        self, force: Float[Array, "B 2"], state: Any, kernel: PairKernel
+    ) -> tuple[Float[Array, "B 2"], Any]:
+        """The force to train with, and the state after this batch."""
         ...
 
 
 @dataclass(frozen=True)
-class PairwiseNormalized:
+class Stateless:
+    """A mitigation that treats every batch alike: subclasses define :meth:`changed`."""
+
+    def init(self, dtype: Any = None) -> tuple[()]:
+        """Nothing is kept."""
+        return ()
+
+    def update(
+        self, force: Float[Array, "B 2"], state: Any, kernel: PairKernel
+    ) -> tuple[Float[Array, "B 2"], Any]:
+        """The force to train with, and the state as it was."""
+        return self.changed(force, kernel), state
+
+    def changed(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs 2"]:
+        """The force to train with: what a subclass defines."""
+        raise TypeError(f"{type(self).__name__} does not say what it changes")
+
+
+@dataclass(frozen=True)
+class PairwiseNormalized(Stateless):
     """Step along g_w/‖g_w‖ - g_l/‖g_l‖: d_w → d_w/‖g_w‖ and d_l → d_l/‖g_l‖.
 
     For d_w = d_l = d it changes log π_w by η d ‖g_w‖ (1 - ρ) ≥ 0 and log π_l by -η d ‖g_l‖ (1 - ρ)
@@ -65,20 +88,19 @@ class PairwiseNormalized:
     Source: the pairwise-normalised gradient of Yuan et al., arXiv 2410.13828.
 
     >>> import jax.numpy as jnp
-    >>> kernel, one = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0])), jnp.array([1.0])
-    >>> d = PairwiseNormalized()(Coefficients(one, one), kernel)
-    >>> d.chosen.item(), d.rejected.item()
-    (1.0, 0.5)
+    >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
+    >>> PairwiseNormalized().changed(jnp.array([[1.0, -1.0]]), kernel).tolist()
+    [[1.0, -0.5]]
     """
 
-    def __call__(self, coefficients: Coefficients, kernel: PairKernel) -> Coefficients:
-        """Divide each coefficient by its gradient's norm."""
-        norms = (jnp.sqrt(jnp.where(x > 0, x, 1.0)) for x in (kernel.sq_chosen, kernel.sq_rejected))
-        return Coefficients(*map(jnp.divide, (coefficients.chosen, coefficients.rejected), norms))
+    def changed(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs 2"]:
+        """Divide each component by its gradient's norm."""
+        squares = jnp.stack([kernel.sq_chosen, kernel.sq_rejected], -1)
+        return force / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class Calibrated(Stateless):
     """Reward calibration: d_w → α d_w and d_l → d_l/α with α = √(r*/r), r = d_w/d_l, r* = ‖g_l‖/‖g_w‖.
 
     Moves the pair to the centre of its band, hence to the ideal regime, and keeps d_w d_l. Pairs
@@ -87,28 +109,35 @@ class Calibrated:
     Source: Chen et al., arXiv 2604.18239.
 
     >>> import jax.numpy as jnp
-    >>> kernel, one = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0])), jnp.array([1.0])
-    >>> d = Calibrated()(Coefficients(one, one), kernel)
-    >>> round((d.chosen / d.rejected).item(), 4)
+    >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
+    >>> d_w, minus_d_l = Calibrated().changed(jnp.array([[1.0, -1.0]]), kernel)[0].tolist()
+    >>> round(d_w / -minus_d_l, 4)
     2.0
     """
 
-    def __call__(self, coefficients: Coefficients, kernel: PairKernel) -> Coefficients:
-        """Rescale both coefficients."""
-        d_w, d_l = coefficients.chosen, coefficients.rejected
+    def changed(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs 2"]:
+        """Rescale both components."""
+        return _scaled(force, self.alpha(force, kernel))
+
+    def alpha(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs"]:
+        """α of each pair, 1 where it is left as it is."""
+        d_w, d_l = force[..., 0], -force[..., 1]
         positive = (d_w > 0) & (d_l > 0) & (kernel.sq_chosen > 0) & (kernel.sq_rejected > 0)
-        r = jnp.where(positive, d_w / jnp.where(positive, d_l, 1.0), 1.0)
-        square = jnp.where(
-            positive, kernel.sq_rejected / jnp.where(positive, kernel.sq_chosen, 1.0), 1.0
+        r = jnp.where(positive, d_w, 1.0) / jnp.where(positive, d_l, 1.0)
+        square = jnp.where(positive, kernel.sq_rejected, 1.0) / jnp.where(
+            positive, kernel.sq_chosen, 1.0
         )
-        alpha = jnp.where(positive, jnp.sqrt(jnp.sqrt(square) / r), 1.0)
-        return Coefficients(alpha * d_w, d_l / alpha)
+        return jnp.sqrt(jnp.sqrt(square) / r)
+
+
+def _scaled(force: Array, alpha: Array) -> Array:
+    return force * jnp.stack(jnp.broadcast_arrays(alpha, 1 / alpha), -1)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Average:
-    """Exponential moving average of a number, and the weight it has gathered (for the bias correction)."""
+    """Exponential moving average, and the weight it has gathered (for the bias correction)."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
@@ -126,10 +155,10 @@ class RunningCalibrated:
     decay are our choice.
 
     >>> import jax.numpy as jnp
-    >>> kernel, one = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0])), jnp.array([1.0])
-    >>> remedy = RunningCalibrated()
-    >>> d, average = remedy.update(remedy.init(), Coefficients(one, one), kernel)
-    >>> round((d.chosen / d.rejected).item(), 4)
+    >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
+    >>> mitigation = RunningCalibrated()
+    >>> force, average = mitigation.update(jnp.array([[1.0, -1.0]]), mitigation.init(), kernel)
+    >>> round((-force[0, 0] / force[0, 1]).item(), 4)
     2.0
     """
 
@@ -140,70 +169,61 @@ class RunningCalibrated:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
 
-    def init(self, dtype: str = "float32") -> Average:
+    def init(self, dtype: Any = "float32") -> Average:
         """Nothing averaged yet: α = 1."""
         return Average(jnp.zeros((), dtype), jnp.zeros((), dtype))
 
     def update(
-        self, average: Average, coefficients: Coefficients, kernel: PairKernel
-    ) -> tuple[Coefficients, Average]:
-        """The coefficients to train with, and the average after this batch."""
-        per_pair = Calibrated()(coefficients, kernel)
-        d_w = coefficients.chosen
-        there = d_w != 0
-        alpha = jnp.where(there, per_pair.chosen / jnp.where(there, d_w, 1.0), 1.0)
-        mean = jnp.log(alpha).mean().astype(average.total.dtype)
+        self, force: Float[Array, "B 2"], state: Average, kernel: PairKernel
+    ) -> tuple[Float[Array, "B 2"], Average]:
+        """The force to train with, and the average after this batch."""
+        mean = jnp.log(Calibrated().alpha(force, kernel)).mean().astype(state.total.dtype)
         keep = 1 - self.decay
-        average = Average(
-            self.decay * average.total + keep * mean, self.decay * average.weight + keep
+        state = Average(
+            self.decay * state.total + keep * mean, self.decay * state.weight + keep
         )
-        alpha = jnp.exp(average.total / average.weight).astype(d_w.dtype)
-        return Coefficients(alpha * d_w, coefficients.rejected / alpha), average
+        return _scaled(force, jnp.exp(state.total / state.weight).astype(force.dtype)), state
 
 
 @dataclass(frozen=True)
-class Projected:
-    """Push the rejected only along the part of g_l that does not touch the chosen.
+class Projected(Stateless):
+    """Lower the rejected only along the part of g_l that does not touch the chosen.
 
     Where they conflict (d_l ⟨g_w,g_l⟩ > 0), g_l is replaced by g_l - (⟨g_w,g_l⟩/‖g_w‖²) g_w, which
-    is d_w → d_w + d_l ⟨g_w,g_l⟩/‖g_w‖². To first order the chosen then changes by exactly η d_w
-    ‖g_w‖², as if there were no rejected response; the rejected may still rise when d_w ⟨g_w,g_l⟩ is
-    large.
+    is d_w → d_w + d_l ⟨g_w,g_l⟩/‖g_w‖². To first order the chosen then changes by exactly
+    η d_w ‖g_w‖², as if there were no rejected response; the rejected may still rise when
+    d_w ⟨g_w,g_l⟩ is large.
 
     Source: derived here, after gradient surgery (Yu et al., arXiv 2001.06782).
 
     >>> import jax.numpy as jnp
-    >>> kernel, one = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0])), jnp.array([1.0])
-    >>> Projected()(Coefficients(one, one), kernel).chosen.item()
-    2.5
+    >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
+    >>> Projected().changed(jnp.array([[1.0, -1.0]]), kernel).tolist()
+    [[2.5, -1.0]]
     """
 
-    def __call__(self, coefficients: Coefficients, kernel: PairKernel) -> Coefficients:
+    def changed(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs 2"]:
         """Add what the projection gives back to the chosen."""
-        conflict = (
-            coefficients.rejected
-            * kernel.inner
-            / jnp.where(kernel.sq_chosen > 0, kernel.sq_chosen, 1.0)
-        )
-        return Coefficients(coefficients.chosen + jnp.maximum(conflict, 0.0), coefficients.rejected)
+        square = jnp.where(kernel.sq_chosen > 0, kernel.sq_chosen, 1.0)
+        conflict = -force[..., 1] * kernel.inner / square
+        return force.at[..., 0].add(jnp.maximum(conflict, 0.0))
 
 
 def surrogate_loss(
-    logp: Float[Array, "*pairs 2"], coefficients: Coefficients
+    logp: Float[Array, "*pairs 2"], force: Float[Array, "*pairs 2"]
 ) -> Float[Array, "*pairs"]:
-    """Loss of each pair whose gradient is -(d_w g_w - d_l g_l) with d_w, d_l held constant.
+    """Loss of each pair whose gradient is -(d_w g_w - d_l g_l) with the force held constant.
 
     Its value means nothing; differentiate it in a training step after a :class:`Mitigation` has set
-    the coefficients.
+    the force.
 
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> d = Coefficients(jnp.array([2.0]), jnp.array([3.0]))
-    >>> jax.grad(lambda logp: surrogate_loss(logp, d).sum())(jnp.zeros((1, 2))).tolist()
+    >>> force = jnp.array([[2.0, -3.0]])
+    >>> jax.grad(lambda logp: surrogate_loss(logp, force).sum())(jnp.zeros((1, 2))).tolist()
     [[-2.0, 3.0]]
     """
-    d = jax.tree.map(jax.lax.stop_gradient, coefficients)
-    return d.rejected * logp[..., 1] - d.chosen * logp[..., 0]
+    return -(jax.lax.stop_gradient(force) * logp).sum(-1)
 
 
 def contrastive_mask(batch: Batch) -> Float[Array, "B 2 R"]:

@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models import Apply
-from simgrad.models.likelihood import prediction_error
+from simgrad.models import Apply, bind, prediction_error
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
 __all__ = [
@@ -114,13 +113,13 @@ def logit_kernel(
     >>> jnp.allclose(kernel, kernel[0, 0] * jnp.eye(5, dtype=kernel.dtype)).item()  # ⟨φ, φ'⟩ I
     True
     """
-    trained, rest = tree.partition(theta, None, apply.frozen)
+    model = bind(apply, theta)
 
     def jacobian(tokens: Array) -> Theta:
         def logits(trained: Theta) -> Array:
-            return _logits(apply, tree.combine(trained, rest), tokens, _last(tokens))[0]
+            return _logits(apply, model.whole(trained), tokens, _last(tokens))[0]
 
-        value, pullback = jax.vjp(logits, trained)
+        value, pullback = jax.vjp(logits, model.trained)
         return tree.pulled_back(pullback, jnp.eye(value.shape[0], dtype=value.dtype))
 
     def product(a: Array, b: Array) -> Array:
@@ -212,14 +211,14 @@ def predicted_change(
     >>> (predicted_change(apply, theta, tokens, tokens, row, residual, 0.1) > 0).tolist()  # SFT on token 3
     [False, False, False, True, False]
     """
-    trained, rest = tree.partition(theta, None, apply.frozen)
+    model = bind(apply, theta)
 
     def at(tokens: Array, rows: Array):
-        return lambda trained: _logits(apply, tree.combine(trained, rest), tokens, rows)
+        return lambda trained: _logits(apply, model.whole(trained), tokens, rows)
 
-    _, pullback = jax.vjp(at(updated, rows), trained)
+    _, pullback = jax.vjp(at(updated, rows), model.trained)
     (gradient,) = pullback(residuals)
-    logits, moved = jax.jvp(at(observed, _last(observed)), (trained,), (gradient,))
+    logits, moved = jax.jvp(at(observed, _last(observed)), (model.trained,), (gradient,))
     return -learning_rate * (moved[0] - tree.dot(jax.nn.softmax(logits[0]), moved[0]))
 
 

@@ -9,7 +9,6 @@ K_P = J P J^T.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -17,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad import tree
-from simgrad.models import Apply
-from simgrad.models.likelihood import log_probs
-from simgrad.objectives import Coefficients
-from simgrad.pairs import Batch
+from simgrad.models import Apply, bind
+from simgrad.pairs import Batch, chunks, one_by_one
 from simgrad.typing import Array, Float, Theta
 
 __all__ = [
@@ -58,7 +55,6 @@ def kernel_plan(
     theta: Theta,
     pairs: int,
     others: int | None = None,
-    include: Sequence[str] | None = None,
     memory: int = MEMORY,
 ) -> KernelPlan:
     """Largest chunk whose Jacobian rows fit in ``memory`` bytes, and what it costs.
@@ -68,36 +64,32 @@ def kernel_plan(
 
     >>> from simgrad.models import ModelConfig, create
     >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
-    >>> plan = kernel_plan(apply, theta, pairs=10, include=["unembedding/*"], memory=8 * 4 * 72)
+    >>> plan = kernel_plan(apply, theta, pairs=10, memory=2**13)
     >>> plan.chunk, plan.bytes, plan.gradients
-    (2, 2304, 60)
+    PLAN
 
     Raises:
         ValueError: not even one pair at a time fits.
     """
-    trained, _ = tree.partition(theta, include, apply.frozen)
-    pair = 2 * sum(x.size * tree.accumulator(x.dtype).itemsize for x in jax.tree.leaves(trained))
+    leaves = jax.tree.leaves(bind(apply, theta).trained)
+    pair = 2 * sum(x.size * tree.accumulator(x.dtype).itemsize for x in leaves)
     if others is None and pair * pairs <= memory:
         return KernelPlan(pairs, pair * pairs, 2 * pairs)
     if 2 * pair > memory:
         raise ValueError(
             f"memory={memory:,} bytes is too little: the gradients of two pairs take {2 * pair:,}; "
-            "raise it, "
-            f"or select fewer parameters with include"
+            "raise it, or select fewer parameters with simgrad.models.only"
         )
     chunk = memory // (2 * pair)
     if others is None:
-        rows = -(-pairs // chunk)
+        rows, chunk = chunks(pairs, chunk).shape
         return KernelPlan(chunk, 2 * chunk * pair, chunk * rows * (rows + 1))
-    left, right = min(chunk, pairs), min(chunk, others)
-    rows, columns = -(-pairs // left), -(-others // right)
+    (rows, left), (columns, right) = chunks(pairs, chunk).shape, chunks(others, chunk).shape
     return KernelPlan(max(left, right), (left + right) * pair, 2 * rows * (left + columns * right))
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "include"))
-def jacobian(
-    apply: Apply, theta: Theta, batch: Batch, include: tuple[str, ...] | None = None
-) -> Theta:
+@functools.partial(jax.jit, static_argnames="apply")
+def jacobian(apply: Apply, theta: Theta, batch: Batch) -> Theta:
     """J: for every trained leaf its gradients, one row a response (chosen 1, rejected 1, …).
 
     Leaves have shape (2 B, *leaf) in float32 or better; leaves that are not trained are None.
@@ -108,15 +100,14 @@ def jacobian(
     >>> jacobian(apply, theta, padded([Pair([1, 2], [3], [4, 5])]))["unembedding"]["table"].shape
     (2, 9, 8)
     """
-    trained, _ = tree.partition(theta, include, apply.frozen)
+    model = bind(apply, theta)
 
     def one(pair: Batch) -> Theta:
-        logp, _ = log_probs(apply, theta, jax.tree.map(lambda x: x[None], pair), include)
-        value, pullback = jax.vjp(lambda t: logp(t)[0], trained)
+        value, pullback = jax.vjp(lambda t: model.logp(t, pair)[0], model.trained)
         rows = tree.pulled_back(pullback, jnp.eye(2, dtype=value.dtype))
         return jax.tree.map(tree.widen, rows)
 
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(one, batch))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), one_by_one(one, batch))
 
 
 def entanglement_kernel(
@@ -124,7 +115,6 @@ def entanglement_kernel(
     theta: Theta,
     batch: Batch,
     other: Batch | None = None,
-    include: Sequence[str] | None = None,
     scale: Theta | None = None,
     memory: int = MEMORY,
 ) -> Float[Array, "U others"]:
@@ -136,16 +126,15 @@ def entanglement_kernel(
     chunk by chunk.
 
     Args:
-        apply: the model.
+        apply: the model; :func:`simgrad.models.only` selects parameters.
         theta: its parameters.
         batch: B pairs.
         other: further pairs; their shapes may differ.
-        include: patterns of parameter paths, see :func:`simgrad.theory.pair_kernel`.
         scale: the diagonal of P for every trained leaf, for example ``preconditioner.scale``.
         memory: bound on the bytes of Jacobian rows held at once, see :func:`kernel_plan`.
 
     Raises:
-        ValueError: a pattern matches nothing; not even one pair's gradients fit in ``memory``.
+        ValueError: not even one pair's gradients fit in ``memory``.
 
     Source: the gradient inner products of Yuan et al. (arXiv 2410.13828), for all pairs of
     responses.
@@ -157,10 +146,8 @@ def entanglement_kernel(
     >>> entanglement_kernel(apply, theta, batch).shape
     (4, 4)
     """
-    blocks = entanglement_blocks(apply, theta, batch, other, include, scale, memory)
-    return jnp.stack(
-        [block.sum(-1) if block.ndim == 3 else block for block in blocks.values()]
-    ).sum(0)
+    blocks = entanglement_blocks(apply, theta, batch, other, scale, memory)
+    return jnp.stack([x.sum(-1) if x.ndim == 3 else x for x in blocks.values()]).sum(0)
 
 
 def entanglement_blocks(
@@ -168,13 +155,12 @@ def entanglement_blocks(
     theta: Theta,
     batch: Batch,
     other: Batch | None = None,
-    include: Sequence[str] | None = None,
     scale: Theta | None = None,
     memory: int = MEMORY,
 ) -> dict[str, Float[Array, "U others *depth"]]:
-    """:func:`entanglement_kernel` of each parameter leaf by path; leaves under ``layers/`` have a depth axis.
+    """:func:`entanglement_kernel` of each parameter leaf by path.
 
-    The blocks sum to the whole kernel; :func:`simgrad.theory.by_layer` and
+    Leaves under ``layers/`` have depth as last axis. The blocks sum to the whole kernel; :func:`simgrad.theory.by_layer` and
     :func:`simgrad.theory.by_matrix` group them.
 
     Raises:
@@ -186,26 +172,26 @@ def entanglement_blocks(
     >>> pairs = [Pair([1], [3], [4]), Pair([2], [3], [4])]
     >>> apply, theta = unconstrained_features(pairs, 9, 4)
     >>> blocks = entanglement_blocks(apply, theta, padded(pairs))
-    >>> bool((blocks["features/table"][:2, 2:] == 0).all())  # contexts of their own: only W entangles the pairs
+    >>> bool((blocks["features/table"][:2, 2:] == 0).all())  # only W entangles the pairs
     True
     """
-    patterns = tree.patterns(include)
     across, others = (batch, None) if other is None else (other, other.size)
-    chunk = kernel_plan(apply, theta, batch.size, others, include, memory).chunk
-    trained, _ = tree.partition(theta, patterns, apply.frozen)
-    if scale is not None and jax.tree.structure(scale) != jax.tree.structure(trained):
+    chunk = kernel_plan(apply, theta, batch.size, others, memory).chunk
+    like = jax.tree.structure(bind(apply, theta).trained)
+    if scale is not None and jax.tree.structure(scale) != like:
         raise ValueError(
             "scale must be a tree like the trained parameters, such as the scale of a "
             "Preconditioner"
         )
     rows: list[list[dict[str, np.ndarray]]] = []
-    for start, left in _chunks(batch, min(chunk, batch.size)):
-        a = jacobian(apply, theta, left, patterns)
+    for left in chunks(batch.size, chunk):
+        a = jacobian(apply, theta, batch.take(left))
         row = []
-        for first, right in _chunks(across, min(chunk, across.size)):
-            if other is None and first > start:
+        for right in chunks(across.size, chunk):
+            if other is None and right[0] > left[0]:
                 break
-            b = a if other is None and first == start else jacobian(apply, theta, right, patterns)
+            same = other is None and right[0] == left[0]
+            b = a if same else jacobian(apply, theta, across.take(right))
             row.append({name: np.asarray(x) for name, x in _products(a, b, scale).items()})
             del b  # two chunks are held at once, not three
         rows.append(row)
@@ -216,17 +202,20 @@ def entanglement_blocks(
 
     def whole(name: str) -> Array:
         lines = [np.concatenate([block[name] for block in row], 1) for row in rows]
+        # the last chunk repeats its final pair
         return jnp.asarray(np.concatenate(lines)[:n, :m])
 
     return {name: whole(name) for name in rows[0][0]}
 
 
 def pair_pushes(
-    kernel: Float[Array, "followed U"], coefficients: Coefficients, share: float | None = None
+    kernel: Float[Array, "followed U"], force: Float[Array, "B 2"], share: float | None = None
 ) -> Float[Array, "followed B"]:
-    """Which pair moves which response: each pair's part of the first-order Δlog π, in nats per unit learning rate.
+    """Which pair moves which response: each pair's part of the first-order Δlog π.
 
         push(z, j) = s (d_w^j K(z, w_j) - d_l^j K(z, l_j)),        Δlog π(z) = η Σ_j push(z, j)
+
+    in nats per unit learning rate.
 
     ``kernel`` is :func:`entanglement_kernel` of the followed responses (rows) against the pairs
     (columns), with the optimizer's ``scale``; ``share`` is s, 1/B of a mean loss unless given.
@@ -235,23 +224,15 @@ def pair_pushes(
         ValueError: a kernel with other than two columns a pair.
 
     >>> import jax.numpy as jnp
-    >>> one = jnp.ones(2)
-    >>> pair_pushes(jnp.array([[4.0, 1.0, -2.0, 2.0]]), Coefficients(one, one)).tolist()  # one up, one down
+    >>> force = jnp.array([[1.0, -1.0], [1.0, -1.0]])
+    >>> pair_pushes(jnp.array([[4.0, 1.0, -2.0, 2.0]]), force).tolist()  # one up, one down
     [[1.5, -2.0]]
     """
-    b = len(coefficients.chosen)
+    b = len(force)
     if kernel.shape[-1] != 2 * b:
         raise ValueError(f"kernel has {kernel.shape[-1]} columns, but {b} pairs need {2 * b}")
-    signed = jnp.stack([coefficients.chosen, -coefficients.rejected], -1)
-    each = (kernel.reshape(-1, b, 2) * signed[None]).sum(-1)
+    each = (kernel.reshape(-1, b, 2) * force[None]).sum(-1)
     return each * (1 / b if share is None else share)
-
-
-def _chunks(batch: Batch, size: int) -> Iterator[tuple[int, Batch]]:
-    """Pieces of equal size (one compiled program); the last repeats its final pair, cut off at the end."""
-    for start in range(0, batch.size, size):
-        index = np.minimum(np.arange(start, start + size), batch.size - 1)
-        yield start, batch.take(index)
 
 
 def _mirrored(rows: list[list[dict[str, np.ndarray]]]) -> list[list[dict[str, np.ndarray]]]:
@@ -264,7 +245,7 @@ def _mirrored(rows: list[list[dict[str, np.ndarray]]]) -> list[list[dict[str, np
 
 
 def _products(a: Theta, b: Theta, scale: Theta | None) -> dict[str, Array]:
-    """Inner products of all rows by leaf, one compiled call a leaf so that working copies stay those of one."""
+    """Inner products of all rows by leaf; one compiled call a leaf keeps working copies small."""
     scales = [None] * len(jax.tree.leaves(a)) if scale is None else jax.tree.leaves(scale)
     leaves = zip(tree.names(a), jax.tree.leaves(a), jax.tree.leaves(b), scales, strict=True)
     return {path: _product(x, y, p, tree.is_layered(path)) for path, x, y, p in leaves}

@@ -8,40 +8,30 @@ a batch's, or whatever an optax optimizer makes of it (:mod:`simgrad.theory.pred
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from simgrad import tree
-from simgrad.models import Apply
-from simgrad.models.likelihood import in_chunks, log_probs
-from simgrad.objectives import Coefficients
-from simgrad.pairs import Batch
+from simgrad.models import Apply, Bound, bind
+from simgrad.pairs import Batch, in_chunks, one_by_one
 from simgrad.theory.kernel.gram import PairKernel
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["Change", "StepChange", "displacement", "first_order", "own_steps"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Change:
-    """Δlog π_w and Δlog π_l of each pair, in nats."""
-
-    chosen: Float[Array, "*pairs"]
-    rejected: Float[Array, "*pairs"]
+__all__ = ["StepChange", "displacement", "first_order", "own_steps", "require_step"]
 
 
 def first_order(
-    kernel: PairKernel, coefficients: Coefficients, learning_rate: float | Float[Array, ""] = 1.0
-) -> Change:
-    """First-order change after one SGD step on the pair alone.
+    kernel: PairKernel,
+    force: Float[Array, "*pairs 2"],
+    learning_rate: float | Float[Array, ""] = 1.0,
+) -> Float[Array, "*pairs 2"]:
+    """First-order change of (chosen, rejected) after one SGD step on the pair alone, in nats.
 
-        Δlog π_w = η (d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩) + O(η²)
-        Δlog π_l = η (d_w ⟨g_w,g_l⟩ - d_l ‖g_l‖²) + O(η²)
+        Δu = η K c + O(η²),        c = (d_w, -d_l)
 
+    that is Δlog π_w = η (d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩), Δlog π_l = η (d_w ⟨g_w,g_l⟩ - d_l ‖g_l‖²).
     With η = 1 (the default) the result is per unit learning rate. In a batch of n pairs whose loss
     is a mean, a pair's own contribution is 1/n of this and the other pairs add theirs.
 
@@ -49,15 +39,12 @@ def first_order(
 
     >>> import jax.numpy as jnp
     >>> kernel = PairKernel(jnp.array([1.0]), jnp.array([1.5]), jnp.array([4.0]))
-    >>> change = first_order(kernel, Coefficients(jnp.array([0.5]), jnp.array([0.5])), learning_rate=0.1)
-    >>> round(change.chosen.item(), 6), round(change.rejected.item(), 6)
-    (-0.025, -0.125)
+    >>> change = first_order(kernel, jnp.array([[0.5, -0.5]]), learning_rate=0.1)
+    >>> change.round(6).tolist()
+    [[-0.025..., -0.125...]]
     """
-    d_w, d_l = coefficients.chosen, coefficients.rejected
-    return Change(
-        learning_rate * (d_w * kernel.sq_chosen - d_l * kernel.inner),
-        learning_rate * (d_w * kernel.inner - d_l * kernel.sq_rejected),
-    )
+    moved = jnp.einsum("...ij,...j->...i", kernel.matrix, force, precision="highest")
+    return learning_rate * moved
 
 
 @jax.tree_util.register_dataclass
@@ -122,24 +109,21 @@ def _terms(logp: Callable[[Theta], Array], trained: Theta, step: Theta) -> StepC
     return StepChange(first, bend / 2)
 
 
-def displacement(
-    apply: Apply, theta: Theta, batch: Batch, step: Theta, include: Sequence[str] | None = None
-) -> StepChange:
+def displacement(apply: Apply, theta: Theta, batch: Batch, step: Theta) -> StepChange:
     """Δlog π of both responses of every pair along a parameter step, to second order.
 
     Two nested forward derivatives, about three forward passes, a few pairs at a time; the
     first-order part is the directional score ⟨∇log π(y), v⟩.
 
     Args:
-        apply: the model.
+        apply: the model that the step was made with.
         theta: its parameters.
         batch: the responses to follow, trained on or not.
         step: v, a tree like the trained parameters (None elsewhere), for example of
             :func:`simgrad.theory.optimizer_step`.
-        include: the selection of trained parameters that ``step`` was made with.
 
     Raises:
-        ValueError: ``step`` holds other parameters than ``include`` selects.
+        ValueError: ``step`` holds other parameters than the model trains.
 
     Source: second-order term derived here; first-order as in :func:`first_order`.
 
@@ -151,29 +135,30 @@ def displacement(
     >>> displacement(apply, theta, padded([Pair([1, 2], [3], [4, 5])]), nowhere).total.tolist()
     [[0.0, 0.0]]
     """
-    trained, _ = tree.partition(theta, include, apply.frozen)
-    if jax.tree.structure(step) != jax.tree.structure(trained):
+    require_step(bind(apply, theta), step)
+    return _displacement(apply, theta, batch, step)
+
+
+def require_step(model: Bound, step: Theta) -> None:
+    """Refuse a step in other parameters than those that are trained."""
+    if jax.tree.structure(step) != jax.tree.structure(model.trained):
         raise ValueError(
-            "step is no tree of the trained parameters: give the direction of an optimizer_step, "
-            "and the include that "
+            "step is no tree of the trained parameters: give the model (simgrad.models.only) that "
             "it was made with"
         )
-    return _displacement(apply, theta, batch, step, tree.patterns(include))
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "include"))
-def _displacement(
-    apply: Apply, theta: Theta, batch: Batch, step: Theta, include: tuple[str, ...] | None
-) -> StepChange:
-    return in_chunks(lambda some: _terms(*log_probs(apply, theta, some, include), step), batch)
+@functools.partial(jax.jit, static_argnames="apply")
+def _displacement(apply: Apply, theta: Theta, batch: Batch, step: Theta) -> StepChange:
+    model = bind(apply, theta)
+    return in_chunks(
+        lambda some: _terms(lambda t: model.logp(t, some), model.trained, step), batch
+    )
 
 
+@functools.partial(jax.jit, static_argnames="apply")
 def own_steps(
-    apply: Apply,
-    theta: Theta,
-    batch: Batch,
-    coefficients: Coefficients,
-    include: Sequence[str] | None = None,
+    apply: Apply, theta: Theta, batch: Batch, force: Float[Array, "B 2"]
 ) -> StepChange:
     """Each pair trained alone by SGD with η = 1: v = d_w g_w - d_l g_l, both orders.
 
@@ -184,26 +169,16 @@ def own_steps(
     >>> from simgrad.models import ModelConfig, create
     >>> from simgrad.pairs import Pair, padded
     >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
-    >>> one = jnp.ones(1)
-    >>> own_steps(apply, theta, padded([Pair([1, 2], [3], [4, 5])]), Coefficients(one, one)).trust_radius.shape
+    >>> batch, force = padded([Pair([1, 2], [3], [4, 5])]), jnp.array([[1.0, -1.0]])
+    >>> own_steps(apply, theta, batch, force).trust_radius.shape
     (1, 2)
     """
-    return _own_steps(apply, theta, batch, coefficients, tree.patterns(include))
+    model = bind(apply, theta)
 
+    def one(pair: Batch, c: Array) -> StepChange:
+        value, pullback = jax.vjp(lambda t: model.logp(t, pair), model.trained)
+        (step,) = pullback(c[None].astype(value.dtype))
+        terms = _terms(lambda t: model.logp(t, pair), model.trained, step)
+        return jax.tree.map(lambda x: x[0], terms)
 
-@functools.partial(jax.jit, static_argnames=("apply", "include"))
-def _own_steps(
-    apply: Apply,
-    theta: Theta,
-    batch: Batch,
-    coefficients: Coefficients,
-    include: tuple[str, ...] | None,
-) -> StepChange:
-    def one(item: tuple[Batch, Coefficients]) -> StepChange:
-        pair, d = item
-        logp, trained = log_probs(apply, theta, jax.tree.map(lambda x: x[None], pair), include)
-        value, pullback = jax.vjp(logp, trained)
-        (step,) = pullback(jnp.stack([d.chosen, -d.rejected])[None].astype(value.dtype))
-        return jax.tree.map(lambda x: x[0], _terms(logp, trained, step))
-
-    return jax.lax.map(one, (batch, coefficients))
+    return one_by_one(one, batch, force)

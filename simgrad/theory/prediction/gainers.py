@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from simgrad import tree
-from simgrad.models import Apply
-from simgrad.models.likelihood import responses
+from simgrad.models import Apply, bind, responses
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -36,7 +33,7 @@ class TokenGains:
 
 
 def token_displacement(
-    apply: Apply, theta: Theta, batch: Batch, step: Theta, include: Sequence[str] | None = None
+    apply: Apply, theta: Theta, batch: Batch, step: Theta
 ) -> Float[Array, "B 2 R V"]:
     """First-order Δlog π(z | x, y_<k) of every token z at every response position, in nats; 0 where padded.
 
@@ -53,7 +50,7 @@ def token_displacement(
     >>> (gains > 0).nonzero()[0].tolist()
     [3]
     """
-    return _tokens(apply, theta, batch, step, tree.patterns(include))[1]
+    return _tokens(apply, theta, batch, step)[1]
 
 
 def top_gainers(
@@ -63,7 +60,6 @@ def top_gainers(
     step: Theta,
     k: int = 10,
     by: Literal["probability", "logp"] = "probability",
-    include: Sequence[str] | None = None,
 ) -> TokenGains:
     """The ``k`` tokens that gain most along a parameter step, to first order, at each response position.
 
@@ -84,7 +80,7 @@ def top_gainers(
     >>> top_gainers(apply, theta, padded([Pair([1, 2], [3], [4])]), nowhere, k=2).tokens.shape
     (1, 2, 1, 2)
     """
-    logits, change = _tokens(apply, theta, batch, step, tree.patterns(include))
+    logits, change = _tokens(apply, theta, batch, step)
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"k={k} tokens of a vocabulary of {logits.shape[-1]}")
     if by not in ("probability", "logp"):
@@ -96,15 +92,13 @@ def top_gainers(
     return TokenGains(jnp.where(there, tokens, -1), jnp.where(there, probability, 0.0), gain)
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "include"))
-def _tokens(
-    apply: Apply, theta: Theta, batch: Batch, step: Theta, include: tuple[str, ...] | None
-) -> tuple[Array, Array]:
-    trained, rest = tree.partition(theta, include, apply.frozen)
+@functools.partial(jax.jit, static_argnames="apply")
+def _tokens(apply: Apply, theta: Theta, batch: Batch, step: Theta) -> tuple[Array, Array]:
+    model = bind(apply, theta)
 
     def logits(trained: Theta) -> Array:
-        return responses(apply, tree.combine(trained, rest), batch).logits
+        return responses(apply, model.whole(trained), batch).logits
 
-    value, tangent = jax.jvp(logits, (trained,), (step,))
+    value, tangent = jax.jvp(logits, (model.trained,), (step,))
     change = tangent - (jax.nn.softmax(value, axis=-1) * tangent).sum(-1, keepdims=True)
     return value, jnp.where(batch.valid[..., None], change, 0.0)

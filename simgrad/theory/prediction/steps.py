@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from simgrad import tree
-from simgrad.models import Apply
-from simgrad.models.likelihood import CHUNK, in_chunks, log_probs, require_shape, responses
+from simgrad.models import Apply, Bound, bind
+from simgrad.models.likelihood import require_shape
 from simgrad.objectives import Objective
-from simgrad.pairs import Batch
+from simgrad.pairs import AT_ONCE, Batch, chunks, in_chunks
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["OptimizerStep", "loss_gradient", "optimizer_step", "require_training", "updated"]
+__all__ = [
+    "OptimizerStep",
+    "ascent",
+    "begun",
+    "loss_gradient",
+    "optimizer_step",
+    "require_training",
+    "updated",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -68,13 +75,19 @@ def updated(
         return optimizer.update(gradient, state, trained)
 
 
+def begun(optimizer: optax.GradientTransformation, trained: Theta) -> Any:
+    """``optimizer.init``, whatever promotion rules are in force."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.init(trained)
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "objective"))
 def loss_gradient(
     apply: Apply,
     theta: Theta,
     batch: Batch,
     objective: Objective,
     reference: Float[Array, "B 2"] | None = None,
-    include: Sequence[str] | None = None,
 ) -> Theta:
     """∇_θ of the mean loss over the pairs, -Jᵀ c with c = (d_w, -d_l)/B.
 
@@ -92,48 +105,50 @@ def loss_gradient(
     >>> pairs = [Pair([1, 2], [3], [4])]
     >>> batch, (apply, theta) = padded(pairs), linear_softmax(pairs, 9, 4)
     >>> table = loss_gradient(apply, theta, batch, DPO())["unembedding"]["table"]
-    >>> (jnp.abs(table).sum(-1) > 1e-6).nonzero()[0].tolist()  # one context, equal weights: no other token is pulled
+    >>> (jnp.abs(table).sum(-1) > 1e-6).nonzero()[0].tolist()  # no token but the two moves
     [3, 4]
     """
-    if reference is not None:
-        require_shape("reference", reference, (batch.size, 2))
-    return _gradient(apply, theta, batch, objective, reference, tree.patterns(include))
+    model = bind(apply, theta)
+    # the force first, from forward passes alone, then the gradient a few pairs at a time
+    logp = in_chunks(lambda some: model.logp(model.trained, some), batch)
+    reference = logp if reference is None else reference
+    require_shape("reference", reference, (batch.size, 2))
+    force = objective.force(logp, reference, batch.lengths) / batch.size
+    return jax.tree.map(jnp.negative, ascent(model, model.trained, batch, force))
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "objective", "include"))
-def _gradient(
-    apply: Apply,
-    theta: Theta,
-    batch: Batch,
-    objective: Objective,
-    reference: Array | None,
-    include: tuple[str, ...] | None,
+def ascent(
+    model: Bound, trained: Theta, batch: Batch, force: Float[Array, "B 2"], most: int = AT_ONCE
 ) -> Theta:
-    if batch.size <= CHUNK:
-        logp, trained = log_probs(apply, theta, batch, include)
-        value, pullback = jax.vjp(logp, trained)
-        pull = objective.signed_coefficients(
-            value, value if reference is None else reference, batch.lengths
-        )
-        (ascent,) = pullback(pull / batch.size)
-        return jax.tree.map(jnp.negative, ascent)
-    # the coefficients first, from forward passes alone, then the gradient a few pairs at a time
-    value = in_chunks(lambda some: responses(apply, theta, some).logp, batch)
-    pull = objective.signed_coefficients(
-        value, value if reference is None else reference, batch.lengths
-    )
-    count = -(-batch.size // CHUNK)
-    at = jnp.arange(count * CHUNK).reshape(count, CHUNK)
+    """Jᵀ c: the direction that a force on the log-probs gives the parameters, ``most`` pairs at once.
 
-    def add(total: Theta, at: Array) -> tuple[Theta, None]:
-        index = jnp.minimum(at, batch.size - 1)
-        logp, trained = log_probs(apply, theta, batch.take(index), include)
-        _, pullback = jax.vjp(logp, trained)
-        (ascent,) = pullback(jnp.where((at < batch.size)[:, None], pull[index] / batch.size, 0.0))
-        return jax.tree.map(jnp.subtract, total, ascent), None
+    >>> import jax.numpy as jnp
+    >>> from simgrad.models import linear_softmax
+    >>> from simgrad.pairs import Pair, padded
+    >>> pairs = [Pair([1, 2], [3], [4])]
+    >>> model, nothing = bind(*linear_softmax(pairs, 9, 4)), jnp.zeros((1, 2))
+    >>> up = ascent(model, model.trained, padded(pairs), nothing)
+    >>> bool((up["unembedding"]["table"] == 0).all())
+    True
+    """
 
-    trained, _ = tree.partition(theta, include, apply.frozen)
-    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), at)[0]
+    def part(index: Array, force: Array) -> Theta:
+        some = batch.take(index)
+        value, pullback = jax.vjp(lambda t: model.logp(t, some), trained)
+        return pullback(force.astype(value.dtype))[0]
+
+    index = chunks(batch.size, most)
+    if len(index) == 1:
+        return part(jnp.asarray(index[0]), force)
+    # the last chunk repeats its final pair, which counts once
+    once = np.arange(index.size).reshape(index.shape) < batch.size
+    forces = jnp.where(jnp.asarray(once)[..., None], force[jnp.asarray(index)], 0.0)
+
+    def add(total: Theta, item: tuple[Array, Array]) -> tuple[Theta, None]:
+        return jax.tree.map(jnp.add, total, part(*item)), None
+
+    zero = jax.tree.map(jnp.zeros_like, trained)
+    return jax.lax.scan(add, zero, (jnp.asarray(index), forces.astype(force.dtype)))[0]
 
 
 def optimizer_step(
@@ -144,12 +159,11 @@ def optimizer_step(
     optimizer: optax.GradientTransformation,
     state: Any = None,
     reference: Float[Array, "B 2"] | None = None,
-    include: Sequence[str] | None = None,
 ) -> OptimizerStep:
     """The update of any optax optimizer (clipping, decay, schedules and all) on a preference batch.
 
     Args:
-        apply: the model.
+        apply: the model; :func:`simgrad.models.only` selects parameters.
         theta: its parameters.
         batch: the pairs of the step; the loss is their mean.
         objective: from :mod:`simgrad.objectives`.
@@ -157,12 +171,11 @@ def optimizer_step(
             ``optax.chain(optax.clip_by_global_norm(1.0), ..)``.
         state: its state (None: freshly initialised).
         reference: log π_ref (None: the policy itself).
-        include: patterns of the parameters that are trained.
 
     Raises:
         ValueError: a name in place of an objective, a number in place of an optimizer; a reference
         of
-            another shape; a pattern that matches nothing.
+            another shape.
 
     >>> import optax
     >>> from simgrad.models import ModelConfig, create
@@ -176,9 +189,7 @@ def optimizer_step(
     (1, 2)
     """
     require_training(objective, optimizer)
-    trained, _ = tree.partition(theta, include, apply.frozen)
-    gradient = loss_gradient(apply, theta, batch, objective, reference, include)
-    direction, state = updated(
-        optimizer, gradient, optimizer.init(trained) if state is None else state, trained
-    )
-    return OptimizerStep(direction, state, gradient)
+    trained = bind(apply, theta).trained
+    gradient = loss_gradient(apply, theta, batch, objective, reference)
+    state = begun(optimizer, trained) if state is None else state
+    return OptimizerStep(*updated(optimizer, gradient, state, trained), gradient)
