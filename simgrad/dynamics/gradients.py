@@ -9,21 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simgrad import tree
 from simgrad.dynamics.recipe import Recipe
-from simgrad.models import Apply
-from simgrad.objectives import Coefficients, batch_coupled
+from simgrad.models import Bound, responses
+from simgrad.objectives import batch_coupled
 from simgrad.pairs import Batch
-from simgrad.theory import RunningCalibrated, masked_logp, pair_kernel, responses
+from simgrad.theory import pair_kernel
+from simgrad.theory.mitigation import masked_logp
+from simgrad.theory.prediction.steps import ascent
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["Learned", "mean_loss", "preference_gradient"]
+__all__ = ["Data", "Learned", "preference_gradient"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Learned:
-    """What the optimizer updates: the policy's trained parameters, and a mask's (None without one)."""
+    """What the optimizer updates: the policy's trained parameters, and a mask's (None without)."""
 
     policy: Theta
     mask: Theta = None
@@ -43,69 +44,45 @@ class Data:
         return jax.tree.map(lambda x: x[index], self)
 
 
-def mean_loss(recipe: Recipe, logp: Array, reference: Array, batch: Batch) -> Array:
-    """The objective's mean over the pairs."""
-    return recipe.objective.loss(
-        *(x[:, side] for x in (logp, reference, batch.lengths) for side in (0, 1))
-    ).mean()
-
-
 def preference_gradient(
-    apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Learned, memory: Any
+    model: Bound, recipe: Recipe, data: Data, learned: Learned, memory: Any
 ) -> tuple[Array, Learned, Any]:
     """Loss, its gradient, and the mitigation's memory after the batch ``data``."""
-    if recipe.mask is not None:
-        loss, slope = _in_parts(
-            functools.partial(_masked, apply, rest, recipe), recipe, data, learned
-        )
-        return loss, slope, memory
-    if recipe.accumulate > 1 and not batch_coupled(recipe.objective) and recipe.mitigation is None:
-        loss, slope = _in_parts(
-            functools.partial(_plain, apply, rest, recipe), recipe, data, learned
-        )
-        return loss, slope, memory
-    if recipe.accumulate == 1 and recipe.mitigation is None:
-        return *_plain(apply, rest, recipe, data, learned), memory
-    return _in_two_passes(apply, rest, recipe, data, learned, memory)
+    if recipe.mask is None and (recipe.mitigation is not None or batch_coupled(recipe.objective)):
+        return _in_two_passes(model, recipe, data, learned, memory)
+    one = _plain if recipe.mask is None else _masked
+    loss, slope = _in_parts(functools.partial(one, model, recipe), recipe, data, learned)
+    return loss, slope, memory
 
 
-def _plain(
-    apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Learned
-) -> tuple[Array, Learned]:
+def _loss(recipe: Recipe, logp: Array, data: Data) -> Array:
+    return recipe.objective.loss(logp, data.reference, data.batch.lengths).mean()
+
+
+def _descent(up: Theta) -> Learned:
+    return Learned(jax.tree.map(jnp.negative, up))
+
+
+def _plain(model: Bound, recipe: Recipe, data: Data, learned: Learned) -> tuple[Array, Learned]:
     """One forward and one backward pass."""
-    logp, pullback = jax.vjp(_logp(apply, rest, data.batch), learned.policy)
-    pull = (
-        recipe.objective.signed_coefficients(logp, data.reference, data.batch.lengths)
-        / data.batch.size
-    )
-    return mean_loss(recipe, logp, data.reference, data.batch), _descent(pullback, pull)
+    logp, pullback = jax.vjp(lambda t: model.logp(t, data.batch), learned.policy)
+    force = recipe.objective.force(logp, data.reference, data.batch.lengths) / data.batch.size
+    return _loss(recipe, logp, data), _descent(pullback(force)[0])
 
 
-def _logp(apply: Apply, rest: Theta, batch: Batch) -> Any:
-    return lambda policy: responses(apply, tree.combine(policy, rest), batch).logp
-
-
-def _descent(pullback: Any, pull: Array) -> Learned:
-    return Learned(jax.tree.map(jnp.negative, pullback(pull)[0]))
-
-
-def _masked(
-    apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Learned
-) -> tuple[Array, Learned]:
+def _masked(model: Bound, recipe: Recipe, data: Data, learned: Learned) -> tuple[Array, Learned]:
     """Objective of the weighted log-probs plus the penalty, differentiated in policy and mask."""
     mask, tokens = recipe.mask, data.token_reference
     assert mask is not None
     assert tokens is not None
 
     def loss(learned: Learned) -> Array:
-        result = responses(apply, tree.combine(learned.policy, rest), data.batch)
+        result = responses(model.apply, model.whole(learned.policy), data.batch)
         assert learned.mask is not None
         weights = mask.weights(learned.mask, result.hidden, data.batch.valid)
         reference = (weights.astype(tokens.dtype) * tokens).sum(-1)
-        return (
-            mean_loss(recipe, masked_logp(result, weights), reference, data.batch)
-            + mask.penalty(weights).mean()
-        )
+        weighted = Data(data.batch, reference, None)
+        return _loss(recipe, masked_logp(result, weights), weighted) + mask.penalty(weights).mean()
 
     return jax.value_and_grad(loss)(learned)
 
@@ -114,7 +91,9 @@ def _parts(recipe: Recipe, x: Any) -> Any:
     return jax.tree.map(lambda a: a.reshape(recipe.accumulate, -1, *a.shape[1:]), x)
 
 
-def _in_parts(gradient: Any, recipe: Recipe, data: Data, learned: Learned) -> tuple[Array, Learned]:
+def _in_parts(
+    gradient: Any, recipe: Recipe, data: Data, learned: Learned
+) -> tuple[Array, Learned]:
     """Mean of the micro-batches' losses and gradients, one after the other."""
     if recipe.accumulate == 1:
         return gradient(data, learned)
@@ -130,41 +109,23 @@ def _in_parts(gradient: Any, recipe: Recipe, data: Data, learned: Learned) -> tu
 
 
 def _in_two_passes(
-    apply: Apply, rest: Theta, recipe: Recipe, data: Data, learned: Learned, memory: Any
+    model: Bound, recipe: Recipe, data: Data, learned: Learned, memory: Any
 ) -> tuple[Array, Learned, Any]:
-    """Log-probs (and kernels) of the whole batch first, for its d_w and d_l; then the gradient."""
-    theta = tree.combine(learned.policy, rest)
+    """Log-probs (and kernels) of the whole batch first, for its force; then the gradient."""
+    theta, mitigation = model.whole(learned.policy), recipe.mitigation
 
-    def look(part: Data) -> tuple[Array, Any]:
-        kernel = (
-            None
-            if recipe.mitigation is None
-            else pair_kernel(apply, theta, part.batch, recipe.include)
-        )
-        return responses(apply, theta, part.batch).logp, kernel
+    def look(part: Batch) -> tuple[Array, Any]:
+        kernel = None if mitigation is None else pair_kernel(model.apply, theta, part)
+        return model.logp(learned.policy, part), kernel
 
-    logp, kernel = (
-        look(data) if recipe.accumulate == 1 else _joined(jax.lax.map(look, _parts(recipe, data)))
-    )
-    pull = recipe.objective.signed_coefficients(logp, data.reference, data.batch.lengths)
-    if recipe.mitigation is not None:
-        d = Coefficients(pull[:, 0], -pull[:, 1])
-        if isinstance(recipe.mitigation, RunningCalibrated):
-            d, memory = recipe.mitigation.update(memory, d, kernel)
-        else:
-            d = recipe.mitigation(d, kernel)
-        pull = jnp.stack([d.chosen, -d.rejected], axis=-1)
-    pull = pull / len(pull)
-
-    def add(total: Learned, part: tuple[Batch, Array]) -> tuple[Learned, None]:
-        batch, pull = part
-        _, pullback = jax.vjp(_logp(apply, rest, batch), learned.policy)
-        return jax.tree.map(jnp.add, total, _descent(pullback, pull)), None
-
-    zero = jax.tree.map(jnp.zeros_like, Learned(learned.policy))
-    slope, _ = jax.lax.scan(add, zero, (_parts(recipe, data.batch), _parts(recipe, pull)))
-    return mean_loss(recipe, logp, data.reference, data.batch), slope, memory
-
-
-def _joined(parts: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+    if recipe.accumulate == 1:
+        logp, kernel = look(data.batch)
+    else:
+        looked = jax.lax.map(look, _parts(recipe, data.batch))
+        logp, kernel = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), looked)
+    force = recipe.objective.force(logp, data.reference, data.batch.lengths)
+    if mitigation is not None:
+        force, memory = mitigation.update(force, memory, kernel)
+    most = data.batch.size // recipe.accumulate
+    up = ascent(model, learned.policy, data.batch, force / len(force), most)
+    return _loss(recipe, logp, data), _descent(up), memory
