@@ -15,19 +15,15 @@ import simgrad.theory.kernel.dataset as module
 from simgrad import tree
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed, padded
-from simgrad.theory import (
+from simgrad.theory import displacement, entanglement_kernel, optimizer_step, pair_kernel, responses
+from simgrad.theory.kernel import (
     by_layer,
     by_matrix,
-    displacement,
     entanglement_blocks,
-    entanglement_kernel,
     jacobian,
     kernel_plan,
-    optimizer_step,
-    pair_kernel,
     pair_kernel_blocks,
     pair_pushes,
-    responses,
 )
 
 PROBES = [Pair(p.prompt, p.rejected, p.chosen) for p in PAIRS[:3]]

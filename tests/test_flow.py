@@ -9,15 +9,10 @@ import pytest
 from helpers import PAIRS, close, model
 
 from simgrad import tree
+from simgrad.dynamics.linearized import kernel_flow, linearized_run
 from simgrad.objectives import DPO, IPO, AOTUnpaired
 from simgrad.pairs import Pair, padded
-from simgrad.theory import (
-    entanglement_kernel,
-    kernel_flow,
-    linearized_run,
-    loss_gradient,
-    responses,
-)
+from simgrad.theory import entanglement_kernel, loss_gradient, responses
 from simgrad.theory.prediction.steps import updated
 
 PROBES = [Pair([1, 5, 3], [9, 9], [7, 2, 3])]

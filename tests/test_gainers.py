@@ -8,7 +8,8 @@ from helpers import PAIRS, VOCAB, close, model
 
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
-from simgrad.theory import displacement, optimizer_step, responses, token_displacement, top_gainers
+from simgrad.theory import displacement, optimizer_step, responses, top_gainers
+from simgrad.theory.prediction import token_displacement
 
 SINGLE = [Pair([1, 5], [7], [8])]
 

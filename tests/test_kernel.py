@@ -11,7 +11,8 @@ from helpers import MODELS, PAIRS, TRANSFORMERS, close, model
 
 from simgrad import tree
 from simgrad.pairs import Pair, packed, padded
-from simgrad.theory import PairKernel, head_kernel, pair_kernel, pair_kernel_blocks, responses
+from simgrad.theory import PairKernel, head_kernel, pair_kernel, responses
+from simgrad.theory.kernel import pair_kernel_blocks
 from simgrad.theory.kernel.gram import gradients, outer_products
 
 

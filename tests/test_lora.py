@@ -9,14 +9,8 @@ from helpers import PAIRS, close, model
 
 from simgrad.models import add_lora, merge_lora
 from simgrad.pairs import padded
-from simgrad.theory import (
-    by_layer,
-    by_matrix,
-    entanglement_kernel,
-    pair_kernel,
-    pair_kernel_blocks,
-    responses,
-)
+from simgrad.theory import entanglement_kernel, pair_kernel, responses
+from simgrad.theory.kernel import by_layer, by_matrix, pair_kernel_blocks
 
 TARGETS = ["layers/attention/query/kernel", "layers/mlp/*/kernel"]
 

@@ -9,24 +9,26 @@ from helpers import PAIRS, close, model
 from simgrad.objectives import DPO, Coefficients
 from simgrad.pairs import Pair, padded
 from simgrad.theory import (
-    Calibrated,
     PairKernel,
-    PairwiseNormalized,
-    Projected,
     Regime,
-    SparseMask,
     band,
-    contrastive_mask,
     first_order,
     ideal_range,
-    keep_lowest,
-    masked_kernel,
-    masked_logp,
     pair_kernel,
     regime,
     responses,
-    surrogate_loss,
     token_kernel,
+)
+from simgrad.theory.kernel import masked_kernel
+from simgrad.theory.mitigation import (
+    Calibrated,
+    PairwiseNormalized,
+    Projected,
+    SparseMask,
+    contrastive_mask,
+    keep_lowest,
+    masked_logp,
+    surrogate_loss,
 )
 
 RNG = np.random.default_rng(3)

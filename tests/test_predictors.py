@@ -17,14 +17,8 @@ from simgrad.experiments.comparison import predictor_table
 from simgrad.models import linear_softmax
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed, padded
-from simgrad.theory import (
-    Calibrated,
-    ches,
-    displacement,
-    entanglement_kernel,
-    loss_gradient,
-    responses,
-)
+from simgrad.theory import ches, displacement, entanglement_kernel, loss_gradient, responses
+from simgrad.theory.mitigation import Calibrated
 
 BATCH = padded(PAIRS)
 KIND = "rope_gqa_head_dim"

@@ -22,7 +22,9 @@ from simgrad.report import tokens
 from simgrad.report.numbers import read_score_table
 from simgrad.report.page import write_report
 from simgrad.report.scored import find_scored
-from simgrad.theory import contrastive_mask, first_order, pair_kernel, token_changes, token_kernel
+from simgrad.theory import first_order, pair_kernel, token_kernel
+from simgrad.theory.kernel import token_changes
+from simgrad.theory.mitigation import contrastive_mask
 
 
 class Bytes:

@@ -9,17 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simgrad.pairs import Pair, packed, padded
-from simgrad.theory import (
-    Responses,
-    ches,
-    embedding_cosine,
-    head_gap,
-    last_hidden_inner,
-    ln_ches,
-    normalized_edit_distance,
-    responses,
-)
+from simgrad.theory import Responses, ches, head_gap, ln_ches, responses
 from simgrad.theory.groups import Group, gwhes, nthr
+from simgrad.theory.similarity import embedding_cosine, last_hidden_inner, normalized_edit_distance
 
 
 @pytest.mark.parametrize("layout", [packed, padded])

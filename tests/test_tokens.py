@@ -10,18 +10,9 @@ from helpers import PAIRS, VOCAB, close, model
 import simgrad.theory.kernel.tokens as module
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Pair, packed, padded
-from simgrad.theory import (
-    Regime,
-    masked_change,
-    masked_kernel,
-    masked_logp,
-    pair_kernel,
-    regime,
-    responses,
-    surrogate_loss,
-    token_columns,
-    token_kernel,
-)
+from simgrad.theory import Regime, pair_kernel, regime, responses, token_kernel
+from simgrad.theory.kernel import masked_change, masked_kernel, token_columns
+from simgrad.theory.mitigation import masked_logp, surrogate_loss
 
 KINDS = ["plain", "rope_mqa_gated_tied", "linear_softmax", "unconstrained_features"]
 

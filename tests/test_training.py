@@ -12,15 +12,13 @@ from simgrad.dynamics import DivergedError, Recipe, Trace, batch_order, train
 from simgrad.models import add_lora
 from simgrad.objectives import DPO, SFT, Coefficients, get
 from simgrad.pairs import Pair, padded
-from simgrad.theory import (
+from simgrad.theory import band, pair_kernel, responses
+from simgrad.theory.mitigation import (
     Calibrated,
     PairwiseNormalized,
     Projected,
     RunningCalibrated,
     SparseMask,
-    band,
-    pair_kernel,
-    responses,
 )
 from simgrad.theory.prediction.steps import updated
 

@@ -11,7 +11,8 @@ import pytest
 from helpers import PAIRS, close, model
 
 from simgrad.pairs import padded
-from simgrad.theory import StepChange, responses
+from simgrad.theory import responses
+from simgrad.theory.prediction import StepChange
 from simgrad.validation import agreement, cells, closed_forms
 from simgrad.validation.cells import regimes_of
 from simgrad.validation.checks import Check, gap

@@ -11,7 +11,8 @@ from helpers import close
 from simgrad.models import ContextApply
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
-from simgrad.theory import entanglement_kernel, pair_kernel, responses, unconstrained
+from simgrad.theory import entanglement_kernel, pair_kernel, responses
+from simgrad.theory.closed_forms import unconstrained
 from simgrad.theory.groups import Group, group_kernel
 from simgrad.worlds.linear import Linear
 from simgrad.worlds.squeezing import CORRECT, Squeezing, _stepping

@@ -8,10 +8,11 @@ from simgrad.dynamics.directional import (
     directional_score,
     run_direction,
 )
-from simgrad.dynamics.loop import State
+from simgrad.dynamics.linearized import kernel_flow, linearized_run
 from simgrad.dynamics.predictors import PREDICTORS, Predictor, Setting, measured
 from simgrad.dynamics.pretraining import Corpus, corpus, pretrain
 from simgrad.dynamics.recipe import Recipe, batch_order
+from simgrad.dynamics.run import DivergedError, State, Training
 from simgrad.dynamics.sampling import (
     Enumeration,
     Samples,
@@ -22,8 +23,8 @@ from simgrad.dynamics.sampling import (
 from simgrad.dynamics.spread import spread
 from simgrad.dynamics.sweep import sweep
 from simgrad.dynamics.sweep_table import SweepTable
-from simgrad.dynamics.trace import Trace
-from simgrad.dynamics.training import DivergedError, Training, train
+from simgrad.dynamics.training import train
+from simgrad.dynamics.trajectory import Trajectory
 
 __all__ = [
     "PREDICTORS",
@@ -39,8 +40,8 @@ __all__ = [
     "Setting",
     "State",
     "SweepTable",
-    "Trace",
     "Training",
+    "Trajectory",
     "agreement",
     "batch_order",
     "corpus",
@@ -48,6 +49,8 @@ __all__ = [
     "directional_score",
     "enumerate_responses",
     "grid",
+    "kernel_flow",
+    "linearized_run",
     "measured",
     "next_token_logp",
     "percentile_means",

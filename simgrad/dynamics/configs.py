@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import optax
 
-from simgrad import tree
 from simgrad.dynamics.recipe import Recipe
 from simgrad.objectives import Objective, catalog, get
 from simgrad.objectives.base import number
-from simgrad.theory import (
+from simgrad.theory.mitigation import (
     Calibrated,
     Mitigation,
     PairwiseNormalized,
@@ -37,7 +36,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": lambda rate, momentum, decay: optax.adam(rate),
     "adamw": lambda rate, momentum, decay: optax.adamw(rate, weight_decay=decay),
 }
-MITIGATIONS: dict[str, Mitigation | RunningCalibrated] = {
+MITIGATIONS: dict[str, Mitigation] = {
     "pairwise-normalised": PairwiseNormalized(),
     "calibrated": Calibrated(),
     "running": RunningCalibrated(),
@@ -92,7 +91,10 @@ class RunConfig:
         object.__setattr__(
             self, "hyperparameters", tuple(sorted(dict(self.hyperparameters).items()))
         )
-        object.__setattr__(self, "include", tree.patterns(self.include))
+        if isinstance(self.include, str):
+            raise ValueError(f"include takes a list of patterns: [{self.include!r}]")
+        if self.include is not None:
+            object.__setattr__(self, "include", tuple(self.include))
         if not isinstance(self.objective, str) and self.hyperparameters:
             raise ValueError(
                 "hyperparameters go with a name, such as objective='dpo': leave them out here"
@@ -142,7 +144,6 @@ class RunConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             seed=seed,
-            include=self.include,
             accumulate=self.accumulate,
             mitigation=MITIGATIONS.get(self.mitigation or ""),
             mask=SparseMask() if self.mitigation == "mask" else None,

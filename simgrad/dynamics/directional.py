@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simgrad import tree
 from simgrad.dynamics.recipe import Recipe
-from simgrad.models import Apply
-from simgrad.models.likelihood import in_chunks, log_probs, require_shape, responses
+from simgrad.models import Apply, bind, responses
+from simgrad.models.likelihood import require_shape
 from simgrad.objectives import Objective
-from simgrad.pairs import Batch
-from simgrad.theory.prediction.steps import loss_gradient, updated
+from simgrad.pairs import Batch, in_chunks
+from simgrad.theory.optimizers import begun, updated
+from simgrad.theory.prediction.changes import require_step
+from simgrad.theory.prediction.steps import loss_gradient
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["DirectionalScore", "directional_change", "directional_score", "run_direction"]
+__all__ = ["DirectionalScore", "adapts", "directional_change", "directional_score", "run_direction"]
 
 
 @jax.tree_util.register_dataclass
@@ -49,16 +50,17 @@ def run_direction(
 
         D = Σ_{t < steps} optimizer_t(ḡ),        ḡ = mean gradient of all pairs at θ
 
-    with the second moments of Adam, AdamW and RMSProp held at the mean squared minibatch gradient
-    of one epoch, so that the preconditioner is P = 1/(√v + ε) as it is after the first steps; first
-    moments start at ḡ. Momentum and schedules run as they do, decay acts at θ, clipping sees ḡ. It
+    Schedules and momentum run as they do, decay acts at θ. For Adam, AdamW and RMSProp the second
+    moment is held at the mean squared minibatch gradient of one epoch, so that the preconditioner
+    is P = 1/(√v + ε) as it is after the first steps, and the first moment at the mean; both are of
+    gradients as these transformations see them, behind clipping and whatever else stands before
+    them in a chain. Without second moments clipping sees ḡ, whose norm is below a minibatch's. It
     costs one epoch of gradients (and one batch more where batches do not divide the pairs).
 
     Raises:
         ValueError: what :class:`Recipe` or the batch do not allow; mitigations and masks, which
-        change the
-            gradient with the policy; adaptive optimizers other than these, whose moments are not
-            known here.
+            change the gradient with the policy; adaptive optimizers other than these, whose moments
+            are not known here.
     """
     if recipe.mitigation is not None or recipe.mask is not None:
         raise ValueError(
@@ -68,10 +70,9 @@ def run_direction(
     order = jnp.asarray(recipe.replace(steps=-(-batch.size // size)).order(batch.size))
     start = _logp(apply, theta, batch) if reference is None else reference
     require_shape("reference", start, (batch.size, 2))
-    trained, _ = tree.partition(theta, recipe.include, apply.frozen)
-    _require_settling(recipe.optimizer, trained)
+    _require_settling(recipe.optimizer, bind(apply, theta).trained)
     fixed = (recipe.objective, recipe.optimizer, recipe.steps)
-    return _direction(apply, theta, batch, *fixed, start, order, tree.patterns(recipe.include))
+    return _direction(apply, theta, batch, *fixed, start, order)
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -79,7 +80,7 @@ def _logp(apply: Apply, theta: Theta, batch: Batch) -> Array:
     return in_chunks(lambda some: responses(apply, theta, some).logp, batch)
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "objective", "optimizer", "steps", "include"))
+@functools.partial(jax.jit, static_argnames=("apply", "objective", "optimizer", "steps"))
 def _direction(
     apply: Apply,
     theta: Theta,
@@ -89,17 +90,16 @@ def _direction(
     steps: int,
     reference: Array,
     order: Int[Array, "E M"],
-    include: tuple[str, ...] | None,
 ) -> Theta:
-    trained, _ = tree.partition(theta, include, apply.frozen)
+    trained = bind(apply, theta).trained
     size, left = order.shape[1], batch.size % order.shape[1]
+    state, zero = begun(optimizer, trained), jax.tree.map(jnp.zeros_like, trained)
+    met = _met_by_moments(optimizer, state, trained)
 
     def slope(index: Array) -> Theta:
-        return loss_gradient(apply, theta, batch.take(index), objective, reference[index], include)
+        return met(loss_gradient(apply, theta, batch.take(index), objective, reference[index]))
 
-    def gather(
-        sums: tuple[Theta, Theta], row: tuple[Array, Array]
-    ) -> tuple[tuple[Theta, Theta], None]:
+    def gather(sums: tuple[Theta, Theta], row: tuple[Array, Array]) -> tuple[tuple, None]:
         index, weight = row
         g = slope(index)
         first = jax.tree.map(lambda m, x: m + weight.astype(x.dtype) * x, sums[0], g)
@@ -107,68 +107,116 @@ def _direction(
 
     # a last batch that had to be filled up counts for the second moment; its own pairs for the mean
     weights = jnp.full(len(order), size / batch.size).at[-1].multiply(0.0 if left else 1.0)
-    zero = jax.tree.map(jnp.zeros_like, trained)
     (mean, square), _ = jax.lax.scan(gather, (zero, zero), (order, weights))
     if left:
-        mean = jax.tree.map(lambda m, x: m + (left / batch.size) * x, mean, slope(order[-1, :left]))
+        own = slope(order[-1, :left])
+        mean = jax.tree.map(lambda m, x: m + (left / batch.size) * x, mean, own)
+    # what stands before the moments (an L2 term) acts again when the mean is handed over
+    fed = jax.tree.map(jnp.subtract, mean, met(zero))
 
     def step(_: Any, carry: tuple[Theta, Any]) -> tuple[Theta, Any]:
         total, state = carry
-        update, state = updated(optimizer, mean, _settled(state, mean, square), trained)
+        update, state = updated(optimizer, fed, _settled(state, mean, square), trained)
         return jax.tree.map(jnp.add, total, update), state
 
-    with jax.numpy_dtype_promotion("standard"):
-        state = optimizer.init(cast(Any, trained))
     return jax.lax.fori_loop(0, steps, step, (zero, state))[0]
+
+
+def adapts(optimizer: optax.GradientTransformation, trained: Theta) -> bool:
+    """Whether the optimizer divides by the size of past gradients."""
+    return bool(_moments(jax.eval_shape(lambda t: begun(optimizer, t), trained)))
 
 
 def _holds_moments(node: Any) -> bool:
     return hasattr(node, "_fields") and "nu" in node._fields
 
 
+def _moments(state: Any) -> list[Any]:
+    """The optimizer's states that hold second moments."""
+    leaves = jax.tree.leaves(state, is_leaf=_holds_moments)
+    return [node for node in leaves if _holds_moments(node)]
+
+
+TINY = 2.0**-30
+"""A gradient that no clipping touches: a power of two, so that products with it are exact."""
+
+
+def _met_by_moments(
+    optimizer: optax.GradientTransformation, state: Any, trained: Theta
+) -> Callable[[Theta], Theta]:
+    """The gradient as the optimizer's moments see it: clipped, decayed, scaled.
+
+    One update from zero moments leaves (1 - β₁) g in the first one, or (1 - β₂) g² in the second;
+    the factor is read off a gradient that is too small to be clipped.
+    """
+    if not _moments(state):
+        return lambda gradient: gradient
+
+    def traces(gradient: Theta) -> Theta:
+        after = _moments(updated(optimizer, gradient, state, trained)[1])
+
+        def of_leaf(g: Array, *found: Any) -> Array:
+            there = [x for x in found if not _masked(x)]
+            return there[0] if there else g
+
+        first = all("mu" in node._fields for node in after)
+        trees = [node.mu if first else node.nu for node in after]
+        # one moment a leaf: of several groups of parameters, the group's own
+        kept = jax.tree.map(of_leaf, gradient, *(_unmasked(t, gradient) for t in trees))
+        if first:
+            return kept
+        return jax.tree.map(lambda g, v: jnp.sign(g) * jnp.sqrt(v), gradient, kept)
+
+    nothing = traces(jax.tree.map(jnp.zeros_like, trained))
+    probe = traces(jax.tree.map(lambda x: jnp.full_like(x, TINY), trained))
+    factor = jax.tree.map(lambda p, n: (p - n).reshape(-1)[0] / TINY, probe, nothing)
+    return lambda gradient: jax.tree.map(jnp.divide, traces(gradient), factor)
+
+
+def _unmasked(tree: Theta, like: Theta) -> Theta:
+    """A tree with one entry for every leaf of ``like``, masked ones included."""
+    return jax.tree.structure(like).unflatten(jax.tree.leaves(tree, is_leaf=_masked))
+
+
 def _require_settling(optimizer: optax.GradientTransformation, trained: Theta) -> None:
-    """Refuse second moments that are none of Adam's or RMSProp's, and Adams whose first steps do not normalise."""
-    whole = jax.eval_shape(optimizer.init, trained)
-    kinds = [
-        node for node in jax.tree.leaves(whole, is_leaf=_holds_moments) if _holds_moments(node)
-    ]
-    for node in kinds:
-        if not isinstance(node, optax.ScaleByAdamState | optax.ScaleByRmsState) or not _normalises(
-            optimizer
-        ):
+    """Refuse moments that are none of Adam's or RMSProp's, and Adams that do not normalise at once."""
+    whole = jax.eval_shape(lambda t: begun(optimizer, t), trained)
+    for node in _moments(whole):
+        known = isinstance(node, optax.ScaleByAdamState | optax.ScaleByRmsState)
+        if not known or not _normalises(optimizer):
             raise ValueError(
-                "the direction of a run is known for SGD, momentum, Adam, AdamW and RMSProp; this "
-                "optimizer keeps "
-                f"second moments otherwise ({type(node).__name__}): use kernel flow "
-                "(linearized_run), or train"
+                "the direction of a run is known for SGD, momentum, Adam, AdamW and RMSProp, with "
+                "clipping, decay and schedules; this optimizer keeps second moments otherwise "
+                f"({type(node).__name__}): use linearized_run, or train"
             )
 
 
 def _normalises(optimizer: optax.GradientTransformation) -> bool:
-    """Whether a gradient of twice the size gives the same first step and four times the second moment."""
+    """Whether a gradient of twice the size gives the same steps and four times the second moment.
+
+    The gradients are small, so that clipping leaves them alone, and there are a few steps of them,
+    so that a warm-up has begun.
+    """
     with jax.ensure_compile_time_eval():
-        probe = {"w": jnp.array([0.3, -0.7])}
+        probe = {"w": jnp.array([0.3, -0.7], jnp.float32) * 2.0**-10}
         try:
-            with jax.numpy_dtype_promotion("standard"):
-                state = optimizer.init(cast(Any, probe))
-            (a, once), (b, twice) = (
-                updated(optimizer, {"w": c * probe["w"]}, state, probe) for c in (1.0, 2.0)
-            )
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # made for the parameters' own tree: what it holds is believed
-            return True
-        nodes = (jax.tree.leaves(x, is_leaf=_holds_moments) for x in (once, twice))
-        moments = [
-            np.concatenate([np.ravel(n.nu["w"]) for n in some if _holds_moments(n)])
-            for some in nodes
-        ]
-        return bool(
-            np.allclose(a["w"], b["w"], rtol=1e-2)
-            and np.allclose(4 * moments[0], moments[1], rtol=1e-2)
-        )
+            (a, once), (b, twice) = (_few_steps(optimizer, probe, size) for size in (1.0, 2.0))
+        except (ValueError, KeyError, TypeError):
+            return True  # made for the parameters' own tree: what its state holds is believed
+        moments = [np.concatenate([np.ravel(n.nu["w"]) for n in some]) for some in (once, twice)]
+        return bool(np.allclose(a, b, rtol=1e-2) and np.allclose(4 * moments[0], moments[1], 1e-2))
+
+
+def _few_steps(
+    optimizer: optax.GradientTransformation, probe: dict[str, Array], size: float
+) -> tuple[np.ndarray, list[Any]]:
+    """Updates of four equal gradients at zero parameters, and the moments afterwards."""
+    at = jax.tree.map(jnp.zeros_like, probe)
+    state, steps = begun(optimizer, at), []
+    for _ in range(4):
+        update, state = updated(optimizer, {"w": size * probe["w"]}, state, at)
+        steps.append(np.asarray(update["w"]))
+    return np.stack(steps), _moments(state)
 
 
 def _settled(state: Any, mean: Theta, square: Theta) -> Any:
@@ -181,11 +229,7 @@ def _settled(state: Any, mean: Theta, square: Theta) -> Any:
         if not _holds_moments(node):
             return node
         moments = {"mu": mean, "nu": square}
-        values = {
-            name: held(getattr(node, name), new)
-            for name, new in moments.items()
-            if name in node._fields
-        }
+        values = {n: held(getattr(node, n), x) for n, x in moments.items() if n in node._fields}
         if "count" in node._fields:
             values["count"] = jnp.full_like(node.count, 10**6)  # no bias correction
         return node._replace(**values)
@@ -198,15 +242,15 @@ def _masked(node: Any) -> bool:
 
 
 def directional_change(
-    apply: Apply, theta: Theta, batch: Batch, direction: Theta, include: Sequence[str] | None = None
+    apply: Apply, theta: Theta, batch: Batch, direction: Theta
 ) -> Float[Array, "B 2"]:
-    """⟨∇log π(y), D⟩ of both responses of every pair: one forward derivative, about two forward passes.
+    """⟨∇log π(y), D⟩ of both responses of every pair: one forward derivative, about two forwards.
 
     Any responses will do, trained on or not, in either layout (packed computes prompts once). Unit:
     nats.
 
     Raises:
-        ValueError: ``direction`` holds other parameters than ``include`` selects.
+        ValueError: ``direction`` holds other parameters than the model trains.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -217,21 +261,16 @@ def directional_change(
     >>> directional_change(apply, theta, packed([Pair([1, 2], [3], [4])]), nowhere).tolist()
     [[0.0, 0.0]]
     """
-    trained, _ = tree.partition(theta, include, apply.frozen)
-    if jax.tree.structure(trained) != jax.tree.structure(direction):
-        raise ValueError(
-            "direction must hold the trained parameters: give the include that it was made with"
-        )
-    return _change(apply, theta, batch, direction, tree.patterns(include))
+    require_step(bind(apply, theta), direction)
+    return _change(apply, theta, batch, direction)
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "include"))
-def _change(
-    apply: Apply, theta: Theta, batch: Batch, direction: Theta, include: tuple[str, ...] | None
-) -> Array:
+@functools.partial(jax.jit, static_argnames="apply")
+def _change(apply: Apply, theta: Theta, batch: Batch, direction: Theta) -> Array:
+    model = bind(apply, theta)
+
     def few(some: Batch) -> Array:
-        logp, trained = log_probs(apply, theta, some, include)
-        return jax.jvp(logp, (trained,), (direction,))[1]
+        return jax.jvp(lambda t: model.logp(t, some), (model.trained,), (direction,))[1]
 
     return in_chunks(few, batch)
 
@@ -268,7 +307,7 @@ def directional_score(
     follow = batch if follow is None else follow
     if sample is None or sample == batch.size:
         direction = run_direction(apply, theta, batch, recipe)
-        change = directional_change(apply, theta, follow, direction, recipe.include)
+        change = directional_change(apply, theta, follow, direction)
         return DirectionalScore(change, jnp.zeros_like(change))
     if not 2 <= groups <= sample <= batch.size:
         raise ValueError(
@@ -283,7 +322,7 @@ def directional_score(
             batch_size=None if recipe.batch_size is None else min(size, len(index))
         )
         direction = run_direction(apply, theta, batch.take(index), part)
-        return directional_change(apply, theta, follow, direction, recipe.include)
+        return directional_change(apply, theta, follow, direction)
 
     each = sample // groups
     parts = jnp.stack([seen(drawn[k * each : (k + 1) * each]) for k in range(groups)])

@@ -91,9 +91,7 @@ def _parts(recipe: Recipe, x: Any) -> Any:
     return jax.tree.map(lambda a: a.reshape(recipe.accumulate, -1, *a.shape[1:]), x)
 
 
-def _in_parts(
-    gradient: Any, recipe: Recipe, data: Data, learned: Learned
-) -> tuple[Array, Learned]:
+def _in_parts(gradient: Any, recipe: Recipe, data: Data, learned: Learned) -> tuple[Array, Learned]:
     """Mean of the micro-batches' losses and gradients, one after the other."""
     if recipe.accumulate == 1:
         return gradient(data, learned)

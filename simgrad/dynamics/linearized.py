@@ -12,9 +12,7 @@ be applied to the parameters themselves, and can take J anew every few steps.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -23,30 +21,17 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from simgrad import tree
-from simgrad.models import Apply
-from simgrad.models.likelihood import in_chunks, log_probs, require_shape
+from simgrad.dynamics.run import State, Training, descend, follow, started
+from simgrad.dynamics.trajectory import Trajectory
+from simgrad.models import Apply, bind
+from simgrad.models.likelihood import require_shape
 from simgrad.objectives import Objective
-from simgrad.pairs import Batch
-from simgrad.theory.prediction.steps import require_training, updated
+from simgrad.pairs import Batch, in_chunks
+from simgrad.theory.optimizers import begun, updated
+from simgrad.theory.prediction.steps import require_training
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["Flow", "Run", "kernel_flow", "linearized_run"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Flow:
-    """Log-probs along a kernel flow, in nats; step 0 is the start.
-
-    Attributes:
-        logp: of the pairs' responses.
-        probe_change: Δlog π of the probe responses since the start (none if no probe kernel was
-            given).
-    """
-
-    logp: Float[Array, "E B 2"]
-    probe_change: Float[Array, "E probes"]
+__all__ = ["kernel_flow", "linearized_run"]
 
 
 def kernel_flow(
@@ -60,8 +45,8 @@ def kernel_flow(
     order: Int[Array, "E M"] | None = None,
     probe_kernel: Float[Array, "probes U"] | None = None,
     state: Any = None,
-) -> Flow:
-    """``steps`` steps of training with the entanglement kernel frozen.
+) -> Trajectory:
+    """``steps`` steps of training with the entanglement kernel frozen, recorded at every one.
 
     The parameters stay in θ₀ + Jᵀ a, so the optimizer runs on the 2B numbers a with gradient -c and
     u = u₀ + K a: exact for models that are linear in θ, first-order in ‖θ - θ₀‖ otherwise. One
@@ -69,7 +54,7 @@ def kernel_flow(
 
     Args:
         kernel: :func:`simgrad.theory.entanglement_kernel` of the pairs; with the ``scale`` of a
-            :class:`simgrad.theory.Preconditioner` the run follows that frozen preconditioner.
+            :class:`simgrad.theory.kernel.Preconditioner` the run follows that frozen preconditioner.
         logp: log π of both responses at the start.
         lengths: response lengths in tokens.
         objective: from :mod:`simgrad.objectives`; the loss is the mean over a step's pairs.
@@ -111,7 +96,7 @@ def kernel_flow(
         require_shape(name, x, (pairs, 2))
     order = _checked_order(order, pairs, steps)
     _require_linear(optimizer, steps, logp.dtype)
-    state = optimizer.init(jnp.zeros(responses, logp.dtype)) if state is None else state
+    state = begun(optimizer, jnp.zeros(responses, logp.dtype)) if state is None else state
     kernel, probes = kernel.astype(logp.dtype), probes.astype(logp.dtype)
     return _kernel_flow(
         kernel, logp, lengths, objective, optimizer, reference, order, probes, state
@@ -129,27 +114,28 @@ def _kernel_flow(
     order: Array,
     probes: Array,
     state: Any,
-) -> Flow:
-    def at(a: Array) -> Array:
-        return logp + jnp.matmul(kernel, a, precision="highest").reshape(logp.shape)
+) -> Trajectory:
+    def moved(matrix: Array, a: Array) -> Array:
+        return jnp.matmul(matrix, a, precision="highest")
 
-    def step(
-        carry: tuple[Array, Any], chosen: Array
-    ) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
-        a, state = carry
-        u = at(a)
-        pull = objective.signed_coefficients(u[chosen], reference[chosen], lengths[chosen]) / len(
-            chosen
-        )
-        gradient = jnp.zeros_like(u).at[chosen].add(-pull.astype(u.dtype)).reshape(-1)
-        update, state = updated(optimizer, gradient, state)
-        a = a + update
-        return (a, state), (at(a), jnp.matmul(probes, a, precision="highest"))
+    def gradient(a: Array, chosen: Array, path: tuple[Array, Array]) -> tuple[Array, Array, Any]:
+        (at, seen), u = path, logp + moved(kernel, a).reshape(logp.shape)
+        some = u[chosen], reference[chosen], lengths[chosen]
+        force = objective.force(*some) / len(chosen)
+        slope = jnp.zeros_like(u).at[chosen].add(-force.astype(u.dtype)).reshape(-1)
+        return objective.loss(*some).mean(), slope, (at + 1, seen.at[at].set(a))
 
-    _, (values, moved) = jax.lax.scan(step, (jnp.zeros(len(kernel), kernel.dtype), state), order)
-    return Flow(
-        jnp.concatenate([logp[None], values]),
-        jnp.concatenate([jnp.zeros((1, len(probes)), moved.dtype), moved]),
+    # the memory is the path of a itself: log-probs of every step are read off it at the end
+    path = jnp.zeros((len(order) + 1, len(kernel)), logp.dtype)
+    begin = started(optax.identity(), path[0], len(order), (jnp.int32(0), path))
+    end = descend(gradient, optimizer, replace(begin, optimizer=state), order, len(order))
+    path = end.memory[1].at[-1].set(end.learned)
+    return Trajectory(
+        jnp.arange(len(order) + 1),
+        end.losses,
+        reference,
+        logp[None] + moved(path, kernel).reshape(-1, *logp.shape),
+        moved(path, probes.T),
     )
 
 
@@ -204,25 +190,6 @@ def _updates(optimizer: optax.GradientTransformation, steps: int, size: Array, d
     return jax.lax.scan(step, optimizer.init(jnp.zeros(2, dtype)), gradients)[1]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Run:
-    """Predicted log-probs at the recorded steps of a linearised run, in nats.
-
-    Attributes:
-        steps: number of steps taken at each record; the first is 0.
-        logp: of the training pairs. Values above 0, or falls of tens of nats, say that the
-            linearisation has left its range: refresh more often, or read along the ray.
-        probes: log π of the probe pairs (none if no probes were given).
-        trained: predicted parameters at the end (None where a leaf is not trained).
-    """
-
-    steps: Int[Array, " E"]
-    logp: Float[Array, "E B 2"]
-    probes: Float[Array, "E probes 2"]
-    trained: Theta
-
-
 def linearized_run(
     apply: Apply,
     theta: Theta,
@@ -233,12 +200,11 @@ def linearized_run(
     reference: Float[Array, "B 2"] | None = None,
     order: Int[Array, "E M"] | None = None,
     probes: Batch | None = None,
-    include: Sequence[str] | None = None,
     refresh: int | None = None,
     read: Literal["linear", "ray"] = "linear",
     record: int | None = None,
     state: Any = None,
-) -> Run:
+) -> Training:
     """``steps`` steps of any optax optimizer on the log-probs linearised at θ₀, or anew every ``refresh``.
 
     Log-probs are replaced by u(θ₀) + J (θ - θ₀) in the loss; optimizer state, clipping, weight
@@ -248,7 +214,7 @@ def linearized_run(
     one program.
 
     Args:
-        apply: the model.
+        apply: the model; :func:`simgrad.models.only` selects parameters.
         theta: its parameters, θ₀.
         batch: all B training pairs.
         objective: from :mod:`simgrad.objectives`; the loss is the mean over a step's pairs.
@@ -258,7 +224,6 @@ def linearized_run(
         order: indices of the pairs in each step's batch, as in :func:`kernel_flow` (None: all
             pairs).
         probes: pairs to follow that are not trained on.
-        include: patterns of the parameters that are trained.
         refresh: steps between two linearisations (None: frozen at θ₀). 1 is training itself.
         read: ``linear`` reports u(θ₀) + J (θ - θ₀); ``ray`` reports u at the predicted parameters,
             one forward pass, which is often closer (its parameters still come from the linearised
@@ -278,7 +243,7 @@ def linearized_run(
     >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
     >>> batch = padded([Pair([1, 2], [3, 4], [5, 4]), Pair([1], [6], [7])])
     >>> run = linearized_run(apply, theta, batch, DPO(), optax.adam(1e-3), steps=4, record=2)
-    >>> run.steps.tolist(), run.logp.shape
+    >>> run.trajectory.steps.tolist(), run.trajectory.logp.shape
     ([0, 2, 4], (3, 2, 2))
     """
     require_training(objective, optimizer)
@@ -288,97 +253,84 @@ def linearized_run(
     if read not in ("linear", "ray"):
         raise ValueError(f"read={read!r}: choose 'linear' or 'ray'")
     order = _checked_order(order, batch.size, steps)
-    include = tree.patterns(include)
-    observed = [batch] if probes is None else [batch, probes]
-    anchor, rest = tree.partition(theta, include, apply.frozen)
+    anchor = bind(apply, theta).trained
     if narrow := [str(x.dtype) for x in jax.tree.leaves(anchor) if x.dtype.itemsize < 4]:
         raise ValueError(
             f"parameters are {narrow[0]}: small steps would be rounded away; convert theta to "
             "float32"
         )
-    delta, state = (
-        jax.tree.map(jnp.zeros_like, anchor),
-        optimizer.init(anchor) if state is None else state,
-    )
-    see = functools.partial(_observe, apply, include=include, read=read)
+    delta = jax.tree.map(jnp.zeros_like, anchor)
+    # the run is in δ = θ - θ₀, which keeps the digits of small steps; θ₀ is its memory
+    begin = started(optimizer, delta, steps, anchor, anchor)
+    begin = begin if state is None else replace(begin, optimizer=state)
+    model = bind(apply, theta)
 
-    def whole(trained: Theta) -> Theta:
-        return tree.combine(trained, rest)
+    def observe(state: State) -> dict[str, Any]:
+        see = functools.partial(_observe, apply, model.whole(state.memory), state.learned, read)
+        nothing = jnp.zeros((0, 2), state.losses.dtype)
+        return {"logp": see(batch), "probes": nothing if probes is None else see(probes)}
 
-    records = [[see(whole(anchor), b, delta) for b in observed]]
-    reference = records[0][0] if reference is None else reference
+    first = observe(begin)
+    reference = first["logp"] if reference is None else reference
     require_shape("reference", reference, (batch.size, 2))
-    done = [0]
-    piece = math.gcd(steps, record or steps, refresh or steps)
-    for start in range(0, steps, piece):
-        stop = start + piece
-        if refresh and start and start % refresh == 0:
-            anchor = jax.tree.map(jnp.add, anchor, delta)
-            delta = jax.tree.map(jnp.zeros_like, delta)
-        delta, state = _segment(
-            apply,
-            whole(anchor),
-            delta,
-            state,
-            batch,
-            reference,
-            order[start:stop],
-            objective,
-            optimizer,
-            include,
-        )
-        if stop == steps or stop % (record or steps) == 0:
-            records.append([see(whole(anchor), b, delta) for b in observed])
-            done.append(stop)
-    logp, *other = (jnp.stack(column) for column in zip(*records, strict=True))
-    followed = other[0] if other else jnp.zeros((len(done), 0, 2), logp.dtype)
-    return Run(jnp.array(done), logp, followed, jax.tree.map(jnp.add, anchor, delta))
+
+    def advance(state: State, until: int) -> State:
+        done = int(state.step)
+        if refresh and done and done % refresh == 0:
+            moved = jax.tree.map(jnp.add, state.memory, state.learned)
+            state = replace(state, memory=moved, learned=delta)
+        until = min(until, done + refresh - done % refresh) if refresh else until
+        return _advance(apply, theta, batch, reference, order, objective, optimizer, state, until)
+
+    def result(state: State, records: list) -> Training:
+        done, seen = zip(*records, strict=True)
+        columns = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
+        losses = state.losses[: int(state.step)]
+        trajectory = Trajectory(jnp.array(done), losses, reference, **columns)
+        end = jax.tree.map(jnp.add, state.memory, state.learned)
+        return Training(model.whole(end), state, trajectory)
+
+    stops = sorted({*range(record or steps, steps, record or steps), steps})
+    return follow(advance, begin, stops, observe, result, [(0, first)])
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "include", "read"))
-def _observe(
-    apply: Apply,
-    theta: Theta,
-    batch: Batch,
-    delta: Theta,
-    include: tuple[str, ...] | None,
-    read: str,
-) -> Array:
+@functools.partial(jax.jit, static_argnames=("apply", "read"))
+def _observe(apply: Apply, theta: Theta, delta: Theta, read: str, batch: Batch) -> Array:
+    model = bind(apply, theta)
+
     def few(some: Batch) -> Array:
-        logp, anchor = log_probs(apply, theta, some, include)
         if read == "ray":
-            return logp(jax.tree.map(jnp.add, anchor, delta))
-        value, change = jax.jvp(logp, (anchor,), (delta,))
+            return model.logp(jax.tree.map(jnp.add, model.trained, delta), some)
+        value, change = jax.jvp(lambda t: model.logp(t, some), (model.trained,), (delta,))
         return value + change
 
     return in_chunks(few, batch)
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "objective", "optimizer", "include"))
-def _segment(
+@functools.partial(jax.jit, static_argnames=("apply", "objective", "optimizer"))
+def _advance(
     apply: Apply,
     theta: Theta,
-    delta: Theta,
-    state: Any,
     batch: Batch,
     reference: Array,
     order: Array,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    include: tuple[str, ...] | None,
-) -> tuple[Theta, Any]:
-    """Steps between two relinearisations or records."""
+    state: State,
+    until: Any,
+) -> State:
+    """Steps of the run linearised at the state's anchor."""
+    model = bind(apply, theta)
 
-    def step(carry: tuple[Theta, Any], chosen: Array) -> tuple[tuple[Theta, Any], None]:
-        delta, state = carry
+    def gradient(delta: Theta, chosen: Array, anchor: Theta) -> tuple[Array, Theta, Theta]:
         some = batch.take(chosen)
-        logp, anchor = log_probs(apply, theta, some, include)
-        value, push = jax.linearize(logp, anchor)
-        u = value + push(delta)
-        pull = objective.signed_coefficients(u, reference[chosen], some.lengths) / len(chosen)
-        (ascent,) = jax.linear_transpose(push, anchor)(pull)
-        gradient = jax.tree.map(jnp.negative, ascent)
-        update, state = updated(optimizer, gradient, state, jax.tree.map(jnp.add, anchor, delta))
-        return (jax.tree.map(jnp.add, delta, update), state), None
+        value, push = jax.linearize(lambda t: model.logp(t, some), anchor)
+        seen = value + push(delta), reference[chosen], some.lengths
+        force = objective.force(*seen) / len(chosen)
+        (up,) = jax.linear_transpose(push, anchor)(force.astype(value.dtype))
+        return objective.loss(*seen).mean(), jax.tree.map(jnp.negative, up), anchor
 
-    return jax.lax.scan(step, (delta, state), order)[0]
+    def parameters(state: State) -> Theta:
+        return jax.tree.map(jnp.add, state.memory, state.learned)
+
+    return descend(gradient, optimizer, state, order, until, parameters)

@@ -15,23 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad.dynamics.directional import directional_change, run_direction
+from simgrad.dynamics.directional import adapts, directional_change, run_direction
+from simgrad.dynamics.linearized import linearized_run
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.training import train
-from simgrad.models import Apply
-from simgrad.models.likelihood import in_chunks
-from simgrad.pairs import Batch
-from simgrad.theory import (
-    Responses,
+from simgrad.models import Apply, Responses, bind, responses
+from simgrad.pairs import Batch, in_chunks
+from simgrad.theory import pair_kernel
+from simgrad.theory.similarity import (
     ches,
     embedding_cosine,
     head_gap,
     last_hidden_inner,
-    linearized_run,
     ln_ches,
     normalized_edit_distance,
-    pair_kernel,
-    responses,
 )
 from simgrad.typing import Array, Float, Theta
 
@@ -71,7 +68,7 @@ class Predictor:
     Attributes:
         name: as in tables.
         predict: setting to Δlog π, or to a score whose order is that of Δlog π.
-        nats: whether it predicts sizes and signs, or a ranking only.
+        nats: whether it predicts sizes and signs, or a ranking only; see :meth:`in_nats`.
         joint: whether it depends on the other pairs of the run.
         cost: what it computes, in words.
     """
@@ -81,6 +78,17 @@ class Predictor:
     nats: bool
     joint: bool
     cost: str
+    own: bool = False
+    """Whether it takes a pair's share of the loss for its share of the step."""
+
+    def in_nats(self, setting: Setting) -> bool:
+        """Whether it predicts sizes and signs here.
+
+        What a pair's own gradient does is 1/B of a joint step only where steps are linear in the
+        gradient; an optimizer that divides by its size (Adam, RMSProp) leaves a ranking.
+        """
+        optimizer, trained = setting.recipe.optimizer, bind(setting.apply, setting.theta).trained
+        return self.nats and (setting.alone or not self.own or not adapts(optimizer, trained))
 
     def __call__(self, setting: Setting) -> Float[np.ndarray, "B 2"]:
         """The prediction for every pair."""
@@ -99,7 +107,7 @@ def measured(setting: Setting) -> Float[np.ndarray, "B 2"]:
     if setting.alone:
         return np.concatenate([measured(setting.pair(i)) for i in range(setting.batch.size)])
     s = setting
-    return np.asarray(train(s.apply, s.theta, s.batch, s.recipe).trace.change[-1])
+    return np.asarray(train(s.apply, s.theta, s.batch, s.recipe).trajectory.change[-1])
 
 
 def _ranking(score: Callable[[Responses, Batch], Array]) -> Callable[[Setting], Array]:
@@ -113,7 +121,7 @@ def _ranking(score: Callable[[Responses, Batch], Array]) -> Callable[[Setting], 
 
 
 def _full_gap(s: Setting) -> Array:
-    gap = in_chunks(lambda some: pair_kernel(s.apply, s.theta, some, s.recipe.include).gap, s.batch)
+    gap = in_chunks(lambda some: pair_kernel(s.apply, s.theta, some).gap, s.batch)
     return jnp.stack([-gap, -gap], axis=-1)
 
 
@@ -134,7 +142,7 @@ def _edit_similarity(s: Setting) -> Array:
 
 def _directional(s: Setting) -> Array:
     direction = run_direction(s.apply, s.theta, s.batch, s.recipe)
-    return directional_change(s.apply, s.theta, s.batch, direction, s.recipe.include)
+    return directional_change(s.apply, s.theta, s.batch, direction)
 
 
 def _moved(theta: Theta, direction: Theta, factor: float) -> Theta:
@@ -172,11 +180,10 @@ def _linearized(refresh: bool, read: str) -> Callable[[Setting], Array]:
             recipe.optimizer,
             recipe.steps,
             order=jnp.asarray(recipe.order(s.batch.size)),
-            include=recipe.include,
             refresh=max(2, epoch) if refresh else None,
             read="ray" if read == "ray" else "linear",
         )
-        return run.logp[-1] - run.logp[0]
+        return run.trajectory.change[-1]
 
     return predict
 
@@ -205,7 +212,7 @@ PREDICTORS = {
         Predictor("ln-CHES", _ranking(ln_ches), False, False, _FORWARD),
         Predictor("head gap", _ranking(head_gap), False, False, _FORWARD),
         Predictor("full gap", _full_gap, False, False, "a backward pass"),
-        Predictor("own first order", _own, True, False, "a gradient of each pair"),
+        Predictor("own first order", _own, True, False, "a gradient of each pair", own=True),
         Predictor(
             "directional",
             _directional,
@@ -228,5 +235,5 @@ PREDICTORS = {
     )
 }
 """All predictors by name. ``kernel flow`` is the run on log-probs linearised at the start with the batch order
-known (:func:`simgrad.theory.linearized_run`; for SGD the kernel's own recursion); refreshed once an
+known (:func:`simgrad.dynamics.linearized_run`; for SGD the kernel's own recursion); refreshed once an
 epoch."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simgrad import tree
-from simgrad.dynamics.loop import State, descend
 from simgrad.dynamics.recipe import batch_order
-from simgrad.models import Apply
+from simgrad.dynamics.run import descend, started
+from simgrad.models import Apply, bind
 from simgrad.typing import Array, Float, Int, Theta
 
 __all__ = ["Corpus", "corpus", "pretrain"]
@@ -78,7 +78,6 @@ def pretrain(
     steps: int,
     batch_size: int,
     seed: int = 0,
-    include: Sequence[str] | None = None,
 ) -> tuple[Theta, Float[Array, " E"]]:
     """Maximum likelihood: minimise Σ_t w_t (-log π(x_t | x_<t)) / Σ_t w_t over batches of sequences, in nats.
 
@@ -99,40 +98,32 @@ def pretrain(
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size={batch_size}, but there are {count} sequences")
     order = jnp.asarray(batch_order(count, batch_size, steps, seed))
-    theta, losses = fit(apply, theta, data, optimizer, order, tree.patterns(include))
+    theta, losses = fit(apply, theta, data, optimizer, order)
     if not np.isfinite(np.asarray(losses)).all():
         step = int(np.argmin(np.isfinite(np.asarray(losses))))
         raise FloatingPointError(f"the loss of step {step} is not finite: lower the learning rate")
     return theta, losses
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "optimizer", "include"))
+@functools.partial(jax.jit, static_argnames=("apply", "optimizer"))
 def fit(
     apply: Apply,
     theta: Theta,
     data: Corpus,
     optimizer: optax.GradientTransformation,
     order: Int[Array, "E M"],
-    include: tuple[str, ...] | None = None,
 ) -> tuple[Theta, Float[Array, " E"]]:
-    """:func:`pretrain` with the order given and nothing checked: a pure function, to be mapped over seeds."""
-    trained, rest = tree.partition(theta, include, apply.frozen)
+    """:func:`pretrain` with the order given and nothing checked, to be mapped over seeds."""
+    model = bind(apply, theta)
 
-    def gradient(trained: Theta, index: Array, memory: None) -> tuple[Array, Theta, None]:
+    def gradient(trained: Theta, index: Array, memory: Any) -> tuple[Array, Theta, Any]:
         some = jax.tree.map(lambda x: x[index], data)
-        loss, slope = jax.value_and_grad(lambda t: _loss(apply, tree.combine(t, rest), some))(
-            trained
-        )
+        loss, slope = jax.value_and_grad(lambda t: _loss(apply, model.whole(t), some))(trained)
         return loss, slope, memory
 
-    with jax.numpy_dtype_promotion("standard"):
-        inner = optimizer.init(trained)
-    dtype = jax.tree.leaves(trained)[0].dtype
-    state = State(
-        jnp.zeros((), jnp.int32), trained, inner, None, jnp.full(len(order), jnp.nan, dtype)
-    )
+    state = started(optimizer, model.trained, len(order))
     state = descend(gradient, optimizer, state, order, len(order))
-    return tree.combine(state.learned, rest), state.losses
+    return model.whole(state.learned), state.losses
 
 
 def _loss(apply: Apply, theta: Theta, data: Corpus) -> Float[Array, ""]:

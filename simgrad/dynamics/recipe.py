@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import optax
 
-from simgrad import tree
 from simgrad.objectives import Objective, batch_coupled
-from simgrad.theory import Mitigation, RunningCalibrated, SparseMask
+from simgrad.theory.mitigation import Mitigation, SparseMask
 from simgrad.theory.prediction.steps import require_training
 from simgrad.typing import Int
 
@@ -29,12 +27,10 @@ class Recipe:
         steps: updates in all.
         batch_size: pairs of each step (None: all of them).
         seed: of the order in which pairs are drawn, see :func:`batch_order`.
-        include: patterns of the parameters that are trained (None: all that the model does not
-            freeze).
         accumulate: micro-batches in which a step's gradient is gathered; the step is the same up to
             rounding.
-        mitigation: acts on each pair's d_w and d_l given its kernel
-            (:class:`simgrad.theory.PairwiseNormalized`, ``Calibrated``, ``RunningCalibrated``,
+        mitigation: acts on each pair's force given its kernel
+            (:class:`simgrad.theory.mitigation.PairwiseNormalized`, ``Calibrated``, ``RunningCalibrated``,
             ``Projected``); the kernel costs a second backward pass.
         mask: learned token weights with an L1 penalty, trained by the same optimizer.
     """
@@ -44,15 +40,13 @@ class Recipe:
     steps: int
     batch_size: int | None = None
     seed: int = 0
-    include: Sequence[str] | None = None
     accumulate: int = 1
-    mitigation: Mitigation | RunningCalibrated | None = None
+    mitigation: Mitigation | None = None
     mask: SparseMask | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would only fail, or mislead, after training has begun."""
         require_training(self.objective, self.optimizer)
-        object.__setattr__(self, "include", tree.patterns(self.include))
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, got {self.steps}")
         for name in ("batch_size", "accumulate"):

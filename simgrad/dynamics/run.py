@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simgrad.theory.prediction.steps import begun, updated
+from simgrad.dynamics.trajectory import Trajectory
+from simgrad.theory.optimizers import begun, updated
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["DivergedError", "Gradient", "State", "descend", "follow", "started"]
+__all__ = ["DivergedError", "Gradient", "State", "Training", "descend", "follow", "started"]
 
 CHECK = 100
 """Steps between two looks for a loss that is no longer finite."""
@@ -48,6 +49,21 @@ class State:
     optimizer: Any
     memory: Any
     losses: Float[Array, " E"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run so far.
+
+    Attributes:
+        theta: all parameters now, trained and not.
+        state: optimizer, position in the order, mask: what going on exactly needs.
+        trajectory: what was recorded.
+    """
+
+    theta: Theta
+    state: State
+    trajectory: Trajectory
 
 
 def started(
@@ -102,7 +118,7 @@ class DivergedError(FloatingPointError):
         trajectory: what was recorded before.
     """
 
-    def __init__(self, step: int, trajectory: Any) -> None:
+    def __init__(self, step: int, trajectory: Trajectory) -> None:
         super().__init__(
             f"step {step} (counted from 0) met or left log-probs that are not finite: lower the "
             "learning rate or clip gradients, and begin anew; the records so far are in this "
@@ -116,11 +132,11 @@ def follow(
     state: State,
     stops: Sequence[int],
     observe: Callable[[State], dict[str, Any]],
-    result: Callable[[State, Records], Any],
+    result: Callable[[State, Records], Training],
     records: Iterable[tuple[int, Any]] = (),
-    keep: Callable[[Any], None] = lambda result: None,
+    keep: Callable[[Training], None] = lambda run: None,
     progress: Callable[[int, int], None] | None = None,
-) -> Any:
+) -> Training:
     """Run from record to record, and give ``result`` of the last state and all records.
 
     Args:
@@ -128,7 +144,7 @@ def follow(
         state: where the run is now.
         stops: steps after which it is looked at.
         observe: what is recorded: arrays by name, ``logp`` among them.
-        result: what is made of a state and the records so far; it has a ``trajectory``.
+        result: what is made of a state and the records so far.
         records: those made already.
         keep: called with the result at every record.
         progress: called with (steps taken, steps in all).

@@ -16,17 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simgrad import tree
 from simgrad.dynamics.configs import RunConfig
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread_in_rounds
-from simgrad.dynamics.sweep_table import Found, SweepTable
-from simgrad.dynamics.training import advance, begin, prepare, whole_policy
-from simgrad.models import Apply, ContextApply
-from simgrad.models.likelihood import in_chunks
-from simgrad.pairs import Batch
-from simgrad.store import digest
-from simgrad.theory import responses
+from simgrad.dynamics.sweep_table import SweepTable, labels
+from simgrad.dynamics.training import advance, begin, policy, prepare
+from simgrad.models import Apply, ContextApply, bind, only, responses
+from simgrad.pairs import Batch, in_chunks
+from simgrad.store import RowStore, identity, provenance
 from simgrad.typing import Array, Theta
 
 __all__ = ["sweep"]
@@ -81,28 +78,34 @@ def sweep(
     thetas, pairs = jax.tree.map(np.asarray, thetas), batches.tokens.shape[-3]
     groups = _groups(apply, thetas, batches, configs, seeds)
     arrays = {name: np.asarray(x) for name, x in vars(batches).items()}
-    found = Found(configs, seeds, pairs, _identity(apply, thetas, batches, configs, seeds), out)
-    for common, members in groups.items():
-        order = np.stack([common.recipe(seed).order(pairs) for seed in seeds])
-        runs = np.concatenate([np.arange(len(seeds)) + c * len(seeds) for c in members])
-        each = math.ceil(len(runs) / jax.local_device_count())
-        most = at_once or _at_once(apply, thetas)
-        size = math.ceil(each / math.ceil(each / most))
-        todo = runs[~found.done[runs]]
-        # whole groups only: what is vectorised together then does not depend on where a call
-        # stopped
-        todo = np.append(todo, np.repeat(todo[-1:], -len(todo) % (size * jax.local_device_count())))
-        if not len(todo):
-            continue
-        rates = np.array([configs[i // len(seeds)].learning_rate for i in todo])
-        stacked, shared = (
-            ((thetas, order, arrays), None)
-            if batches.tokens.ndim == 4
-            else ((thetas, order), arrays)
-        )
-        inputs = jax.tree.map(functools.partial(_Rows, rows=todo % len(seeds)), stacked)
-        program, at = _running(apply, common.recipe()), 0
-        try:
+    run = identity(
+        "simgrad.dynamics.sweep",
+        configs=[repr(config) for config in configs],
+        seeds=seeds,
+        model=apply,
+        policies=thetas,
+        pairs=arrays,
+    )
+    with RowStore(out, run, len(configs) * len(seeds)) as found:
+        found.columns = labels(configs, seeds, pairs) | found.columns
+        for common, members in groups.items():
+            order = np.stack([common.recipe(seed).order(pairs) for seed in seeds])
+            runs = np.concatenate([np.arange(len(seeds)) + c * len(seeds) for c in members])
+            each = math.ceil(len(runs) / jax.local_device_count())
+            most = at_once or _at_once(apply, thetas)
+            size = math.ceil(each / math.ceil(each / most))
+            todo = runs[~found.done[runs]]
+            # whole groups only: what is vectorised together then does not depend on where a call
+            # stopped
+            fill = -len(todo) % (size * jax.local_device_count())
+            todo = np.append(todo, np.repeat(todo[-1:], fill))
+            if not len(todo):
+                continue
+            rates = np.array([configs[i // len(seeds)].learning_rate for i in todo])
+            own = batches.tokens.ndim == 4
+            stacked, shared = ((thetas, order, arrays), None) if own else ((thetas, order), arrays)
+            inputs = jax.tree.map(functools.partial(_Rows, rows=todo % len(seeds)), stacked)
+            program, at = _running(only(apply, *common.include or ()), common.recipe()), 0
             for results in spread_in_rounds(
                 program, rates, *inputs, shared=shared, at_once=size, rounds=1
             ):
@@ -110,15 +113,15 @@ def sweep(
                 at += len(results["diverged"])
                 if progress is not None:
                     progress(int(found.done.sum()), len(found.done))
-        finally:
+        if out is not None and not Path(out).exists():
             found.keep()
-    return found.table()
+        return SweepTable.of(found.columns, {"run": run, "provenance": provenance()})
 
 
 def _groups(
     apply: Apply, thetas: Theta, batches: Batch, configs: list[RunConfig], seeds: list[int]
 ) -> dict[RunConfig, list[int]]:
-    """Configurations by what they share but for the learning rate; whatever cannot run is refused here."""
+    """Configurations by what they share but for the learning rate; refuses whatever cannot run."""
     every: dict[str, list[Any]] = {"configs": configs, "seeds": seeds}
     for name, values in every.items():
         if not values:
@@ -139,22 +142,9 @@ def _groups(
     found: dict[RunConfig, list[int]] = {}
     for i, config in enumerate(configs):
         config.recipe().order(batches.tokens.shape[-3])
-        tree.partition(thetas, config.include, apply.frozen)
+        bind(only(apply, *config.include or ()), thetas)
         found.setdefault(replace(config, learning_rate=1.0), []).append(i)
     return found
-
-
-def _identity(
-    apply: Apply, thetas: Theta, batches: Batch, configs: list[RunConfig], seeds: list[int]
-) -> dict[str, Any]:
-    """What must be equal for one call to continue another."""
-    return {
-        "configs": [repr(config) for config in configs],
-        "seeds": seeds,
-        "model": digest(apply),
-        "policies": digest(thetas),
-        "pairs": digest(batches),
-    }
 
 
 def _at_once(apply: Apply, thetas: Theta) -> int:
@@ -170,21 +160,21 @@ def _at_once(apply: Apply, thetas: Theta) -> int:
 def _running(apply: Apply, recipe: Recipe) -> Any:
     def run(rate: Array, theta: Theta, order: Array, arrays: dict[str, Array]) -> dict[str, Array]:
         batch = Batch(**arrays)
-        data, rest = prepare(apply, theta, batch, recipe)
+        data = prepare(apply, theta, batch, recipe)
         state = begin(apply, theta, recipe)
         usual = optax.tree.get(state.optimizer, "learning_rate")
         inner = optax.tree.set(state.optimizer, learning_rate=rate.astype(usual.dtype))
-        state = advance(
-            apply, rest, recipe, data, replace(state, optimizer=inner), order, recipe.steps
-        )
-        after = whole_policy(state.learned, rest)
+        state = replace(state, optimizer=inner)
+        state = advance(apply, theta, recipe, data, state, order, recipe.steps)
+        after = policy(bind(apply, theta), state.learned)
         change = in_chunks(lambda some: responses(apply, after, some).logp, batch) - data.reference
         good = jnp.append(jnp.isfinite(state.losses), jnp.isfinite(change).all())
+        bad = ~good.all()
         return {
-            "change": change,
+            "change": jnp.where(bad, jnp.nan, change),
             "first_loss": state.losses[0],
-            "last_loss": state.losses[-1],
-            "diverged": jnp.where(good.all(), -1, good.argmin()),
+            "last_loss": jnp.where(bad, jnp.nan, state.losses[-1]),
+            "diverged": jnp.where(bad, good.argmin(), -1),
         }
 
     return run

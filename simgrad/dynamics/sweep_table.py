@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from simgrad.dynamics.configs import RunConfig
-from simgrad.store import load_arrays, provenance, save_arrays
+from simgrad.store import load_arrays
 from simgrad.typing import Float
 
-__all__ = ["Found", "SweepTable"]
+__all__ = ["SweepTable", "labels"]
 
 
 @dataclass(frozen=True)
@@ -59,75 +58,9 @@ class SweepTable:
         return len(self.change)
 
     @classmethod
-    def load(cls, path: str | Path) -> SweepTable:
-        """The finished runs of a file that :func:`sweep` wrote.
-
-        Raises:
-            ValueError: another file.
-        """
-        arrays, header = _stored(Path(path))
-        done, change = arrays.pop("done"), arrays.pop("change")
-        return cls({name: column[done] for name, column in arrays.items()}, change[done], header)
-
-
-class Found:
-    """Results so far, in memory and in a file."""
-
-    def __init__(
-        self,
-        configs: Sequence[RunConfig],
-        seeds: Sequence[int],
-        pairs: int,
-        run: dict[str, Any],
-        out: str | Path | None,
-    ) -> None:
-        count = len(configs) * len(seeds)
-        self.labels = {**_labels(configs, len(seeds), pairs), "seed": np.tile(seeds, len(configs))}
-        self.header = {"kind": "sweep", "run": run, "provenance": provenance()}
-        self.path = None if out is None else Path(out)
-        self.done = np.zeros(count, bool)
-        self.results = {
-            "change": np.full((count, pairs, 2), np.nan),
-            "diverged": np.full(count, -1),
-        }
-        self.results |= {name: np.full(count, np.nan) for name in ("first_loss", "last_loss")}
-        self.kept, self.cost = time.monotonic(), 0.0
-        if self.path is not None and self.path.exists():
-            arrays, header = _stored(self.path)
-            if differ := sorted(k for k in run if header["run"].get(k) != run[k]):
-                other = ", ".join(differ)
-                raise ValueError(
-                    f"{out} holds another sweep (other {other}): choose another out or delete it"
-                )
-            self.done = arrays["done"]
-            self.results = {name: arrays[name] for name in self.results}
-
-    def add(self, rows: np.ndarray, results: dict[str, np.ndarray]) -> None:
-        """Note finished runs. Writing them takes at most a tenth of the time, so some may wait."""
-        bad = results["diverged"] >= 0
-        for name, values in results.items():
-            self.results[name][rows] = values
-        for name in ("change", "last_loss"):
-            self.results[name][rows[bad]] = np.nan
-        self.done[rows] = True
-        if time.monotonic() - self.kept > 10 * self.cost:
-            self.keep()
-
-    def keep(self) -> None:
-        """Write what there is."""
-        if self.path is None:
-            return
-        begin = time.monotonic()
-        table = self.table()
-        save_arrays(
-            self.path, {**table.columns, "change": table.change, "done": self.done}, self.header
-        )
-        self.kept = time.monotonic()
-        self.cost = self.kept - begin
-
-    def table(self) -> SweepTable:
-        """All rows."""
-        change = self.results["change"]
+    def of(cls, columns: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> SweepTable:
+        """The table of labels and results; what can be said of the changes is added."""
+        change = columns["change"]
         falls = np.where(np.isnan(change), np.nan, change < 0)
         mean = change.mean(1)
         measured = {
@@ -138,11 +71,26 @@ class Found:
             "both_fall": falls.min(2).mean(1),
             "largest": np.abs(change).max((1, 2)),
         }
-        losses = {name: self.results[name] for name in ("first_loss", "last_loss", "diverged")}
-        return SweepTable({**self.labels, **measured, **losses}, change, self.header)
+        last = ("first_loss", "last_loss", "diverged")
+        named = {n: x for n, x in columns.items() if n not in (*last, "change")}
+        return cls({**named, **measured, **{n: columns[n] for n in last}}, change, config)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SweepTable:
+        """The finished runs of a file that :func:`sweep` wrote.
+
+        Raises:
+            ValueError: another file.
+        """
+        arrays, header = load_arrays(path)
+        done = arrays.pop("__done__", None)
+        if done is None or "change" not in arrays:
+            raise ValueError(f"{path} holds no sweep: choose another file")
+        columns = {name: column[done] for name, column in arrays.items()}
+        return cls.of(columns, {"run": header["identity"]})
 
 
-def _labels(configs: Sequence[RunConfig], seeds: int, pairs: int) -> dict[str, np.ndarray]:
+def labels(configs: Sequence[RunConfig], seeds: Sequence[int], pairs: int) -> dict[str, np.ndarray]:
     """A column for each field, and for each hyperparameter of the objectives."""
     numbers = [_hyperparameters(config) for config in configs]
     names, rows = sorted({name for given in numbers for name in given}), []
@@ -170,7 +118,7 @@ def _labels(configs: Sequence[RunConfig], seeds: int, pairs: int) -> dict[str, n
         columns[name] = np.repeat(
             np.array(kept, None if text or None not in kept else float), seeds
         )
-    return columns
+    return columns | {"seed": np.tile(seeds, len(configs))}
 
 
 def _hyperparameters(config: RunConfig) -> dict[str, float | str]:
@@ -179,10 +127,3 @@ def _hyperparameters(config: RunConfig) -> dict[str, float | str]:
     objective = config.recipe().objective
     values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
     return {name: value for name, value in values.items() if isinstance(value, float | str)}
-
-
-def _stored(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    arrays, header = load_arrays(path)
-    if header.get("kind") != "sweep":
-        raise ValueError(f"{path} holds no sweep: choose another file")
-    return arrays, header

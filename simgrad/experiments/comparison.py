@@ -27,12 +27,14 @@ class Comparison:
         predicted: the same, or a score with its order, by predictor.
         seconds: each prediction's time, compilation included.
         lengths: response lengths.
+        nats: of each predictor, whether it predicts sizes and signs here.
     """
 
     measured: Float[np.ndarray, " B"]
     predicted: dict[str, Float[np.ndarray, " B"]]
     seconds: dict[str, float]
     lengths: Float[np.ndarray, "B 2"]
+    nats: dict[str, bool]
 
     def rows(self, label: str, seed: int = 0) -> list[dict[str, Any]]:
         """One row of :func:`simgrad.dynamics.agreement.agreement` a predictor."""
@@ -42,7 +44,7 @@ class Comparison:
                 "predictor": name,
                 "seed": seed,
                 **dataclasses.asdict(
-                    agreement(guess, self.measured, self.lengths, PREDICTORS[name].nats)
+                    agreement(guess, self.measured, self.lengths, self.nats[name])
                 ),
                 "seconds": self.seconds[name],
                 "largest |Δ|": float(np.abs(self.measured).max()),
@@ -71,7 +73,9 @@ def compare(setting: Setting, predictors: Sequence[str] | None = None) -> Compar
         begin = time.perf_counter()
         predicted[name] = PREDICTORS[name](setting)[:, 0].astype(float)
         seconds[name] = time.perf_counter() - begin
-    return Comparison(change, predicted, seconds, np.asarray(setting.batch.lengths, float))
+    lengths = np.asarray(setting.batch.lengths, float)
+    nats = {name: PREDICTORS[name].in_nats(setting) for name in predicted}
+    return Comparison(change, predicted, seconds, lengths, nats)
 
 
 CAPTION = (

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import panel_letters
 from simgrad.drawing.style import CHOSEN, GUIDE, size
-from simgrad.models.likelihood import in_chunks
+from simgrad.pairs import in_chunks
 from simgrad.pairs import Batch, padded
-from simgrad.theory import by_layer, by_matrix, pair_kernel_blocks
+from simgrad.theory.kernel import by_layer, by_matrix, pair_kernel_blocks
 from simgrad.typing import Float
 from simgrad.worlds import get
 from simgrad.worlds.suffix import Suffix

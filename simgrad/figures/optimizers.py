@@ -19,7 +19,8 @@ from simgrad.dynamics.agreement import spearman
 from simgrad.models import Apply
 from simgrad.objectives import DPO
 from simgrad.pairs import Batch, padded
-from simgrad.theory import entanglement_kernel, loss_gradient, preconditioning, responses
+from simgrad.theory import entanglement_kernel, loss_gradient, responses
+from simgrad.theory.kernel import preconditioning
 from simgrad.typing import Float, Theta
 from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.tuning import recipe_for

@@ -17,7 +17,8 @@ from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.models import Apply, ModelConfig, create, linear_softmax, unconstrained_features
 from simgrad.objectives import Coefficients, Objective
 from simgrad.pairs import Batch, Pair, padded
-from simgrad.theory import first_order, log_probs, loss_gradient, pair_kernel
+from GONE import log_probs
+from simgrad.theory import first_order, loss_gradient, pair_kernel
 from simgrad.typing import Array, Float, Theta
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]

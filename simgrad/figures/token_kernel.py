@@ -15,7 +15,8 @@ from simgrad.drawing.draw import panel_letters, token_heatmap
 from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
-from simgrad.theory import contrastive_mask, responses, token_kernel
+from simgrad.theory import responses, token_kernel
+from simgrad.theory.mitigation import contrastive_mask
 from simgrad.typing import Bool, Float
 from simgrad.worlds.percentiles import Percentiles
 from simgrad.worlds.suffix import Suffix

@@ -18,14 +18,8 @@ from simgrad.drawing.style import GUIDE, OTHERS, size
 from simgrad.models import Apply
 from simgrad.objectives import DPO
 from simgrad.pairs import Batch, padded
-from simgrad.theory import (
-    displacement,
-    entanglement_kernel,
-    kernel_flow,
-    linearized_run,
-    loss_gradient,
-    responses,
-)
+from simgrad.dynamics.linearized import kernel_flow, linearized_run
+from simgrad.theory import displacement, entanglement_kernel, loss_gradient, responses
 from simgrad.typing import Array, Float, Theta
 from simgrad.worlds.percentiles import Percentiles
 

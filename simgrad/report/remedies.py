@@ -17,16 +17,8 @@ import numpy as np
 from simgrad import objectives
 from simgrad.bridge.engine.table import ScoreTable
 from simgrad.objectives import Coefficients
-from simgrad.theory import (
-    Calibrated,
-    PairKernel,
-    PairwiseNormalized,
-    Projected,
-    Regime,
-    compare_objectives,
-    keep_lowest,
-    regime,
-)
+from simgrad.theory import PairKernel, Regime, compare_objectives, regime
+from simgrad.theory.mitigation import Calibrated, PairwiseNormalized, Projected, keep_lowest
 from simgrad.typing import Array, Float, Int
 
 __all__ = ["Filtered", "ObjectiveFate", "Strength", "filtered", "objective_fates", "strength"]

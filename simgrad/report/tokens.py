@@ -14,7 +14,8 @@ from simgrad.bridge.engine.table import ScoreTable
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Pair, padded
 from simgrad.report.scored import Scored
-from simgrad.theory import contrastive_mask, token_changes
+from simgrad.theory.kernel import token_changes
+from simgrad.theory.mitigation import contrastive_mask
 
 __all__ = ["PairView", "Piece", "ResponseView", "pair_views", "pieces"]
 

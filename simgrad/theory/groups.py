@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad import tree
-from simgrad.models import Apply
-from simgrad.models.likelihood import prediction_error
+from simgrad.models import Apply, prediction_error
 from simgrad.theory.closed_forms.linear_softmax import token_products
 from simgrad.typing import Array, Bool, Float, Int, Theta
 

@@ -9,7 +9,7 @@ A mitigation acts in one of four places:
   changed numbers (:func:`simgrad.theory.first_order`), training differentiates
   :func:`surrogate_loss`;
 * on tokens: weights in the log-probs, :func:`contrastive_mask` and :class:`SparseMask` here, whose
-  kernel is :func:`simgrad.theory.masked_kernel`;
+  kernel is :func:`simgrad.theory.kernel.masked_kernel`;
 * on the data: :func:`keep_lowest` of any score.
 """
 
@@ -72,7 +72,9 @@ class Stateless:
         """The force to train with, and the state as it was."""
         return self.changed(force, kernel), state
 
-    def changed(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs 2"]:
+    def changed(
+        self, force: Float[Array, "*pairs 2"], kernel: PairKernel
+    ) -> Float[Array, "*pairs 2"]:
         """The force to train with: what a subclass defines."""
         raise TypeError(f"{type(self).__name__} does not say what it changes")
 
@@ -93,7 +95,9 @@ class PairwiseNormalized(Stateless):
     [[1.0, -0.5]]
     """
 
-    def changed(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs 2"]:
+    def changed(
+        self, force: Float[Array, "*pairs 2"], kernel: PairKernel
+    ) -> Float[Array, "*pairs 2"]:
         """Divide each component by its gradient's norm."""
         squares = jnp.stack([kernel.sq_chosen, kernel.sq_rejected], -1)
         return force / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
@@ -115,7 +119,9 @@ class Calibrated(Stateless):
     2.0
     """
 
-    def changed(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs 2"]:
+    def changed(
+        self, force: Float[Array, "*pairs 2"], kernel: PairKernel
+    ) -> Float[Array, "*pairs 2"]:
         """Rescale both components."""
         return _scaled(force, self.alpha(force, kernel))
 
@@ -179,9 +185,7 @@ class RunningCalibrated:
         """The force to train with, and the average after this batch."""
         mean = jnp.log(Calibrated().alpha(force, kernel)).mean().astype(state.total.dtype)
         keep = 1 - self.decay
-        state = Average(
-            self.decay * state.total + keep * mean, self.decay * state.weight + keep
-        )
+        state = Average(self.decay * state.total + keep * mean, self.decay * state.weight + keep)
         return _scaled(force, jnp.exp(state.total / state.weight).astype(force.dtype)), state
 
 
@@ -202,7 +206,9 @@ class Projected(Stateless):
     [[2.5, -1.0]]
     """
 
-    def changed(self, force: Float[Array, "*pairs 2"], kernel: PairKernel) -> Float[Array, "*pairs 2"]:
+    def changed(
+        self, force: Float[Array, "*pairs 2"], kernel: PairKernel
+    ) -> Float[Array, "*pairs 2"]:
         """Add what the projection gives back to the chosen."""
         square = jnp.where(kernel.sq_chosen > 0, kernel.sq_chosen, 1.0)
         conflict = -force[..., 1] * kernel.inner / square

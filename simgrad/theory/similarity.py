@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rapidfuzz.distance import Levenshtein
 
 from simgrad import tree
-from simgrad.models.likelihood import Responses
+from simgrad.models import Responses
 from simgrad.pairs import Batch
 from simgrad.theory.kernel.pair import head_kernel
 from simgrad.typing import Array, Float

@@ -15,17 +15,8 @@ from simgrad import objectives
 from simgrad.dynamics import Recipe, train
 from simgrad.models import TappedApply
 from simgrad.objectives import Coefficients
-from simgrad.theory import (
-    PairKernel,
-    displacement,
-    entanglement_kernel,
-    linearized_run,
-    loss_gradient,
-    optimizer_step,
-    own_steps,
-    pair_kernel,
-    token_kernel,
-)
+from simgrad.dynamics.linearized import linearized_run
+from simgrad.theory import PairKernel, displacement, entanglement_kernel, loss_gradient, optimizer_step, own_steps, pair_kernel, token_kernel
 from simgrad.theory.kernel.pair import Method
 from simgrad.validation.cells import Base, first_update, step_of
 from simgrad.validation.checks import Check, gap

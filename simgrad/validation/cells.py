@@ -16,15 +16,8 @@ from scipy import stats
 from simgrad import objectives, tree
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
-from simgrad.theory import (
-    PairKernel,
-    StepChange,
-    displacement,
-    first_order,
-    pair_kernel,
-    regime,
-    responses,
-)
+from simgrad.theory import PairKernel, displacement, first_order, pair_kernel, regime, responses
+from simgrad.theory.prediction import StepChange
 from simgrad.theory.prediction.steps import updated
 from simgrad.typing import Array, Float, Theta
 from simgrad.validation.checks import gap

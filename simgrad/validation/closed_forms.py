@@ -18,24 +18,11 @@ from simgrad import tree
 from simgrad.models import Apply, linear_softmax, unconstrained_features
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Pair, padded
-from simgrad.theory import (
-    Calibrated,
-    PairKernel,
-    PairwiseNormalized,
-    Regime,
-    band,
-    ches,
-    first_order,
-    head_kernel,
-    ideal_range,
-    jacobian,
-    learning_dynamics,
-    regime,
-    responses,
-    token_kernel,
-    unconstrained,
-)
-from simgrad.theory import linear_softmax as linear
+from simgrad.theory import PairKernel, Regime, band, ches, first_order, head_kernel, ideal_range, regime, responses, token_kernel
+from simgrad.theory.closed_forms import learning_dynamics, unconstrained
+from simgrad.theory.kernel import jacobian
+from simgrad.theory.mitigation import Calibrated, PairwiseNormalized
+from simgrad.theory.closed_forms import linear_softmax as linear
 from simgrad.typing import Array, Theta
 from simgrad.validation.checks import Check, gap
 from simgrad.validation.subjects import VOCAB, random_pairs

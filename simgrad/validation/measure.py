@@ -23,7 +23,7 @@ import numpy as np
 from simgrad import tree
 from simgrad.models import Apply
 from simgrad.pairs import Batch
-from simgrad.theory import log_probs
+from GONE import log_probs
 from simgrad.typing import Array, Float, Theta
 
 __all__ = ["difference", "measured_along", "pulled"]

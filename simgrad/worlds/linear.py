@@ -19,7 +19,10 @@ from simgrad.experiments.findings import Claim, Findings, Table, listing
 from simgrad.models import Apply, ContextApply
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
-from simgrad.theory import Group, group_kernel, head_kernel, kernel_flow, linear_softmax, responses
+from simgrad.dynamics.linearized import kernel_flow
+from simgrad.theory import head_kernel, responses
+from simgrad.theory.closed_forms import linear_softmax
+from simgrad.theory.groups import Group, group_kernel
 from simgrad.typing import Array, Theta
 from simgrad.worlds.tuning import recipe_for, stacked, trained
 from simgrad.worlds.world import World

@@ -19,17 +19,8 @@ from simgrad.experiments.findings import Findings, Table
 from simgrad.models import Apply, InitScales, ModelConfig
 from simgrad.objectives import DPO, DPOP, SFT
 from simgrad.pairs import Batch, Pair, padded
-from simgrad.theory import (
-    Calibrated,
-    PairwiseNormalized,
-    displacement,
-    head_gap,
-    keep_lowest,
-    ln_ches,
-    optimizer_step,
-    pair_kernel,
-    responses,
-)
+from simgrad.theory import displacement, head_gap, ln_ches, optimizer_step, pair_kernel, responses
+from simgrad.theory.mitigation import Calibrated, PairwiseNormalized, keep_lowest
 from simgrad.typing import Array, Float, Int, Theta
 from simgrad.worlds.refusal_claims import refusal_claims, refusal_rows
 from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned

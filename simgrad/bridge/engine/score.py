@@ -36,20 +36,9 @@ from simgrad.models import Apply
 from simgrad.objectives import Coefficients, Objective
 from simgrad.pairs import Batch, Pair, packed, padded
 from simgrad.store import provenance
-from simgrad.theory import (
-    Regime,
-    Responses,
-    ches,
-    embedding_cosine,
-    first_order,
-    head_gap,
-    kernel_and_responses,
-    last_hidden_inner,
-    ln_ches,
-    normalized_edit_distance,
-    regime,
-    responses,
-)
+from simgrad.theory import Regime, Responses, ches, first_order, head_gap, ln_ches, regime, responses
+from simgrad.theory.kernel import kernel_and_responses
+from simgrad.theory.similarity import embedding_cosine, last_hidden_inner, normalized_edit_distance
 from simgrad.theory.kernel.cost import Shapes
 from simgrad.typing import Array, Float, Theta
 
@@ -82,9 +71,9 @@ def score(
     n_prompt, n_chosen, ...   tokens; the end-of-sequence token counts in the response
     logp_chosen, ...          Σ_k log π(y_k | x, y_<k)
     ches, ln_ches             :func:`simgrad.theory.ches`, :func:`simgrad.theory.ln_ches`
-    last_hidden_inner         :func:`simgrad.theory.last_hidden_inner`
-    edit_distance             :func:`simgrad.theory.normalized_edit_distance`, of tokens
-    embedding_cosine          :func:`simgrad.theory.embedding_cosine`
+    last_hidden_inner         :func:`simgrad.theory.similarity.last_hidden_inner`
+    edit_distance             :func:`simgrad.theory.similarity.normalized_edit_distance`, of tokens
+    embedding_cosine          :func:`simgrad.theory.similarity.embedding_cosine`
     head_gap                  :func:`simgrad.theory.head_gap`
     d_chosen, d_rejected      the objective's d_w, d_l for the pair alone, the policy its own reference
     grad_inner, grad_cosine   ⟨g_w, g_l⟩ and its cosine

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models.likelihood import Responses, prediction_error
+from simgrad.models import Responses, prediction_error
 from simgrad.pairs import Batch
 from simgrad.theory.kernel.gram import PairKernel, chosen_and_rejected, row_inner, sides
 from simgrad.typing import Array, Float, Int

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models.likelihood import Responses, prediction_error
+from simgrad.models import Responses, prediction_error
 from simgrad.pairs import Batch
 from simgrad.theory.closed_forms.linear_softmax import response_inner, shared_lengths
 from simgrad.theory.kernel.gram import PairKernel, row_inner

@@ -22,8 +22,8 @@ def _add(groups: dict[str, Block], name: str, block: Block) -> None:
 def by_layer(blocks: dict[str, Block]) -> dict[str, Block]:
     """One kernel a layer (``layer 0``, ``layer 1``, …), others by module (``embedding``, …).
 
-    Takes the result of :func:`simgrad.theory.pair_kernel_blocks` or
-    :func:`simgrad.theory.entanglement_blocks`, whose leaves under ``layers/`` carry depth as last
+    Takes the result of :func:`simgrad.theory.kernel.pair_kernel_blocks` or
+    :func:`simgrad.theory.kernel.entanglement_blocks`, whose leaves under ``layers/`` carry depth as last
     axis.
 
     >>> import jax.numpy as jnp

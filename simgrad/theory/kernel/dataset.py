@@ -160,8 +160,8 @@ def entanglement_blocks(
 ) -> dict[str, Float[Array, "U others *depth"]]:
     """:func:`entanglement_kernel` of each parameter leaf by path.
 
-    Leaves under ``layers/`` have depth as last axis. The blocks sum to the whole kernel; :func:`simgrad.theory.by_layer` and
-    :func:`simgrad.theory.by_matrix` group them.
+    Leaves under ``layers/`` have depth as last axis. The blocks sum to the whole kernel; :func:`simgrad.theory.kernel.by_layer` and
+    :func:`simgrad.theory.kernel.by_matrix` group them.
 
     Raises:
         ValueError: as :func:`entanglement_kernel`; a ``scale`` that is no tree of the trained

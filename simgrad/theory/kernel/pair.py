@@ -50,9 +50,7 @@ def pair_kernel_blocks(
     return _blocks(apply, theta, batch, method)[0]
 
 
-def pair_kernel(
-    apply: Apply, theta: Theta, batch: Batch, method: Method = "auto"
-) -> PairKernel:
+def pair_kernel(apply: Apply, theta: Theta, batch: Batch, method: Method = "auto") -> PairKernel:
     """‖g_w‖², ⟨g_w,g_l⟩ and ‖g_l‖² of each pair, in nats² per unit of θ².
 
     Args:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from simgrad.theory.prediction.steps import updated
+from simgrad.theory.optimizers import updated
 from simgrad.typing import Array, Theta
 
 __all__ = ["Preconditioner", "adam", "momentum", "rmsprop", "sgd"]

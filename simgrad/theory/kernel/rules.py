@@ -36,11 +36,8 @@ def between_sides(gradient: Gradient, ghost: bool | None = None) -> PairKernel:
         return gradients(gradient[:, :, 0])
     first = gradient[0]
     tokens, shared = first.right.shape[-2], first.left.shape[1] == 1
-    if ghost is None:
-        met = ghost_is_cheaper(tokens, first.size, first.width, shared)
-    else:
-        met = ghost
-    if not met:
+    cheaper = ghost_is_cheaper(tokens, first.size, first.width, shared)
+    if not (cheaper if ghost is None else ghost):
         return gradients(jnp.stack([_formed(x) for x in gradient]).sum(0))
     kernel = _met(first, first)
     for x in gradient[1:]:  # each by its own cheaper route, and its cross terms with those before
@@ -133,9 +130,7 @@ def between_tokens(gradient: Gradient) -> Float[Array, "2 K 2 K"]:
     """⟨G_{s,i}, G_{u,j}⟩ of K tokens of both responses of one pair (B = 1)."""
     if not isinstance(gradient, tuple):
         return jnp.einsum("sio,ujo->siuj", gradient[0], gradient[0], precision="highest")
-    return jnp.stack(
-        [_tokens_met(x, y) for x, y in itertools.product(gradient, repeat=2)]
-    ).sum(0)
+    return jnp.stack([_tokens_met(x, y) for x, y in itertools.product(gradient, repeat=2)]).sum(0)
 
 
 def _tokens_met(x: Outer, y: Outer) -> Float[Array, "2 K 2 K"]:
@@ -147,9 +142,7 @@ def _tokens_met(x: Outer, y: Outer) -> Float[Array, "2 K 2 K"]:
         return jnp.moveaxis(_tokens_met(y, x), (0, 1), (2, 3))
     if not x.is_lookup and d.shape[2] == 1:
         rows = [z.reshape(-1, z.shape[-1]) for z in (tree.widen(a), d)]
-        return (row_inner(rows[0], rows[0]) * row_inner(rows[1], rows[1])).reshape(
-            d.shape[:2] * 2
-        )
+        return (row_inner(rows[0], rows[0]) * row_inner(rows[1], rows[1])).reshape(d.shape[:2] * 2)
     return _shared_inputs(a[:, 0], d)
 
 

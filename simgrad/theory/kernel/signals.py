@@ -131,7 +131,9 @@ def _cotangents(
     """Gradients with respect to the hidden states, one copy of the sequences a cotangent."""
     b, s, t = batch.tokens.shape
     if tokens is None:
-        pair, side = (x[:, :, None] for x in jnp.meshgrid(jnp.arange(b), jnp.arange(2), indexing="ij"))
+        pair, side = (
+            x[:, :, None] for x in jnp.meshgrid(jnp.arange(b), jnp.arange(2), indexing="ij")
+        )
         both = jnp.zeros((b, 2, t, pull.shape[-1]), pull.dtype)
         both = both.at[pair, side, batch.rows].add(pull)
         return jnp.moveaxis(both.reshape(b, s, 2 // s, t, -1), 2, 0).reshape(2 // s, b * s, t, -1)

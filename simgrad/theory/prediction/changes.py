@@ -151,15 +151,11 @@ def require_step(model: Bound, step: Theta) -> None:
 @functools.partial(jax.jit, static_argnames="apply")
 def _displacement(apply: Apply, theta: Theta, batch: Batch, step: Theta) -> StepChange:
     model = bind(apply, theta)
-    return in_chunks(
-        lambda some: _terms(lambda t: model.logp(t, some), model.trained, step), batch
-    )
+    return in_chunks(lambda some: _terms(lambda t: model.logp(t, some), model.trained, step), batch)
 
 
 @functools.partial(jax.jit, static_argnames="apply")
-def own_steps(
-    apply: Apply, theta: Theta, batch: Batch, force: Float[Array, "B 2"]
-) -> StepChange:
+def own_steps(apply: Apply, theta: Theta, batch: Batch, force: Float[Array, "B 2"]) -> StepChange:
     """Each pair trained alone by SGD with η = 1: v = d_w g_w - d_l g_l, both orders.
 
     ``.first`` is :func:`first_order`, ``.trust_radius`` the learning rate up to which the pair's

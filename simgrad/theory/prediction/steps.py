@@ -15,16 +15,15 @@ from simgrad.models import Apply, Bound, bind
 from simgrad.models.likelihood import require_shape
 from simgrad.objectives import Objective
 from simgrad.pairs import AT_ONCE, Batch, chunks, in_chunks
+from simgrad.theory.optimizers import begun, updated
 from simgrad.typing import Array, Float, Theta
 
 __all__ = [
     "OptimizerStep",
     "ascent",
-    "begun",
     "loss_gradient",
     "optimizer_step",
     "require_training",
-    "updated",
 ]
 
 
@@ -55,30 +54,6 @@ def require_training(objective: Any, optimizer: Any) -> None:
             f"optimizer is {optimizer!r}: an optax transformation is needed, for example "
             "optax.sgd(1e-3)"
         )
-
-
-def updated(
-    optimizer: optax.GradientTransformation,
-    gradient: Theta,
-    state: Any,
-    trained: Theta | None = None,
-) -> tuple[Theta, Any]:
-    """``optimizer.update``, whatever promotion rules are in force: optax needs the usual ones.
-
-    >>> import jax.numpy as jnp
-    >>> import optax
-    >>> optimizer, gradient = optax.sgd(0.5), {"w": jnp.array([2.0])}
-    >>> updated(optimizer, gradient, optimizer.init(gradient))[0]["w"].item()
-    -1.0
-    """
-    with jax.numpy_dtype_promotion("standard"):
-        return optimizer.update(gradient, state, trained)
-
-
-def begun(optimizer: optax.GradientTransformation, trained: Theta) -> Any:
-    """``optimizer.init``, whatever promotion rules are in force."""
-    with jax.numpy_dtype_promotion("standard"):
-        return optimizer.init(trained)
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "objective"))

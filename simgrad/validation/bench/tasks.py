@@ -15,7 +15,8 @@ from simgrad.bridge.engine.score import score_batch
 from simgrad.dynamics.directional import directional_score
 from simgrad.dynamics.recipe import Recipe
 from simgrad.pairs import Batch, Pair, packed, padded
-from simgrad.theory import entanglement_kernel, kernel_plan, pair_kernel, responses, token_kernel
+from simgrad.theory import entanglement_kernel, pair_kernel, responses, token_kernel
+from simgrad.theory.kernel import kernel_plan
 from simgrad.theory.kernel.cost import kernel_flops, packing_pays, token_flops
 from simgrad.theory.kernel.dataset import jacobian
 from simgrad.typing import Array, Theta
