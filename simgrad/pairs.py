@@ -20,7 +20,18 @@ import numpy as np
 
 from simgrad.typing import Array, Bool, Int
 
-__all__ = ["CHOSEN", "REJECTED", "Batch", "Pair", "chunks", "in_chunks", "one_by_one", "packed", "padded"]
+__all__ = [
+    "AT_ONCE",
+    "CHOSEN",
+    "REJECTED",
+    "Batch",
+    "Pair",
+    "chunks",
+    "in_chunks",
+    "one_by_one",
+    "packed",
+    "padded",
+]
 
 CHOSEN = 1
 """Stream bit of the tokens that the chosen response reads; those of a prompt carry both bits."""
@@ -52,7 +63,7 @@ class Pair:
     rejected: Sequence[int]
 
     def __post_init__(self) -> None:
-        """Store plain tuples of ints, so that pairs hash and compare; refuse what is no token id."""
+        """Store plain tuples of ints, so that pairs hash and compare; refuse invalid token ids."""
         for name in ("prompt", "chosen", "rejected"):
             object.__setattr__(self, name, _ids(name, getattr(self, name)))
 
@@ -117,7 +128,7 @@ class Batch:
         return self.valid.sum(-1)
 
     def take(self, index: Any) -> Batch:
-        """The pairs at ``index``: whole numbers, a slice, or an array of either kind that arrays take."""
+        """The pairs at ``index``: whole numbers, a slice, or an array of either index kind."""
         return jax.tree.map(lambda x: x[index], self)
 
 
@@ -227,9 +238,9 @@ AT_ONCE = 8
 
 
 def chunks(count: int, most: int = AT_ONCE) -> Int[np.ndarray, "N M"]:
-    """Indices 0 … count - 1 in rows of one size, at most ``most``; the last index fills up the last row.
+    """Indices 0 … count - 1 in rows of one size, at most ``most``.
 
-    One size means one compiled program.
+    The last index fills up the last row. One size means one compiled program.
 
     >>> chunks(5, 3).tolist()
     [[0, 1, 2], [3, 4, 4]]

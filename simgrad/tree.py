@@ -37,8 +37,10 @@ def names(theta: Theta) -> list[str]:
 def is_layered(name: str) -> bool:
     """Whether the leaf at this path is stacked over layers on its leading axis.
 
-    >>> is_layered("layers/mlp/up/kernel"), is_layered("lora/layers/mlp/up/kernel/a"), is_layered("embedding/table")
-    (True, True, False)
+    >>> is_layered("layers/mlp/up/kernel"), is_layered("lora/layers/mlp/up/kernel/a")
+    (True, True)
+    >>> is_layered("embedding/table")
+    False
     """
     return "layers" in name.split("/")
 
@@ -48,8 +50,8 @@ def selected(name: str, patterns: Sequence[str] | None) -> bool:
 
     None, and patterns that only exclude, select everything else.
 
-    >>> selected("layers/mlp/up/kernel", ["layers/*"]), selected("layers/mlp/up/kernel", ["!*/kernel"])
-    (True, False)
+    >>> [selected("layers/mlp/up/kernel", [pattern]) for pattern in ("layers/*", "!*/kernel")]
+    [True, False]
     """
     take = [p for p in patterns or () if not p.startswith("!")]
     leave = [p[1:] for p in patterns or () if p.startswith("!")]
@@ -58,7 +60,7 @@ def selected(name: str, patterns: Sequence[str] | None) -> bool:
 
 
 def partition(theta: Theta, patterns: Sequence[str] | None = None) -> tuple[Theta, Theta]:
-    """Split ``theta`` in two trees of the same shape: selected leaves, and the rest (None elsewhere).
+    """Split ``theta`` into two equal-shaped trees: selected leaves, and the rest (None elsewhere).
 
     Patterns are ``fnmatch`` patterns over :func:`names`, see :func:`selected`; :func:`combine` puts
     the trees together again.
@@ -76,7 +78,7 @@ def partition(theta: Theta, patterns: Sequence[str] | None = None) -> tuple[Thet
             raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(paths)}")
     keep = [selected(name, patterns) for name in paths]
     if not any(keep):
-        raise ValueError(f"no parameter is left to train by the patterns {', '.join(patterns or ())}")
+        raise ValueError(f"no parameter is left to train: {', '.join(patterns or ())}")
     chosen = treedef.unflatten([x if k else None for x, k in zip(leaves, keep, strict=True)])
     rest = treedef.unflatten([None if k else x for x, k in zip(leaves, keep, strict=True)])
     return chosen, rest

@@ -8,12 +8,12 @@ import optax
 import pytest
 from helpers import PAIRS, close, model
 
-from simgrad import tree
-from simgrad.dynamics.linearized import kernel_flow, linearized_run
+from simgrad.dynamics import kernel_flow, linearized_run
+from simgrad.models import bind
 from simgrad.objectives import DPO, IPO, AOTUnpaired
 from simgrad.pairs import Pair, padded
 from simgrad.theory import entanglement_kernel, loss_gradient, responses
-from simgrad.theory.prediction.steps import updated
+from simgrad.theory.optimizers import updated
 
 PROBES = [Pair([1, 5, 3], [9, 9], [7, 2, 3])]
 ORDER = jnp.array([[0, 1], [2, 3], [1, 3], [0, 2], [3, 0]])
@@ -28,17 +28,16 @@ def setting(kind="plain"):
 
 def train(apply, theta, batch, objective, optimizer, order, reference):
     """The run itself, one optax step after another on real gradients."""
-    trained, rest = tree.partition(theta, None, apply.frozen)
+    bound = bind(apply, theta)
+    trained, whole = bound.trained, bound.whole
     state, path = optimizer.init(trained), []
     for chosen in order:
         some = jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
-        gradient = loss_gradient(
-            apply, tree.combine(trained, rest), some, objective, reference[chosen]
-        )
+        gradient = loss_gradient(apply, whole(trained), some, objective, reference[chosen])
         update, state = updated(optimizer, gradient, state, trained)
         trained = jax.tree.map(jnp.add, trained, update)
-        path.append(responses(apply, tree.combine(trained, rest), batch).logp)
-    return np.stack(path), trained
+        path.append(responses(apply, whole(trained), batch).logp)
+    return np.stack(path), whole(trained)
 
 
 def test_flow_of_gradient_descent_is_the_recursion_in_the_log_probs():
@@ -79,8 +78,8 @@ def test_linear_optimizers_give_the_same_run_in_log_probs_and_in_parameters(kind
     run = linearized_run(
         apply, theta, batch, IPO(), optimizer, 5, reference, ORDER, probes=padded(probes), record=1
     )
-    close(flow.logp, run.logp)
-    close(flow.probe_change.reshape(6, -1, 2), run.probes - run.probes[:1], scale=100)
+    close(flow.logp, run.trajectory.logp)
+    close(flow.probes.reshape(6, -1, 2), run.trajectory.probes - run.trajectory.probes[:1], scale=100)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +100,9 @@ def test_refreshed_at_every_step_it_is_training_itself(optimizer):
     run = linearized_run(
         apply, theta, batch, DPO(), optimizer, 5, reference, ORDER, refresh=1, read="ray", record=1
     )
-    close(run.logp[1:], expected)
-    close(run.trained, trained)
-    close(run.logp[0], start)
+    close(run.trajectory.logp[1:], expected)
+    close(run.theta, trained)
+    close(run.trajectory.logp[0], start)
 
 
 def test_a_frozen_preconditioner_turns_the_kernel_into_j_p_j():
@@ -115,11 +114,11 @@ def test_a_frozen_preconditioner_turns_the_kernel_into_j_p_j():
         optax.stateless(lambda g, _: jax.tree.map(jnp.multiply, scale, g)), optax.sgd(1e-4)
     )
     run = linearized_run(apply, theta, batch, DPO(), scaled, 5, reference, ORDER, record=1)
-    close(flow.logp, run.logp)
+    close(flow.logp, run.trajectory.logp)
     plain = linearized_run(
         apply, theta, batch, DPO(), optax.sgd(1e-4), 5, reference, ORDER, record=1
     )
-    assert np.abs(plain.logp[-1] - run.logp[-1]).max() > 1e-3
+    assert np.abs(plain.trajectory.logp[-1] - run.trajectory.logp[-1]).max() > 1e-3
 
 
 def test_error_of_a_frozen_run_is_of_second_order_and_refreshing_reduces_it():
@@ -133,7 +132,7 @@ def test_error_of_a_frozen_run_is_of_second_order_and_refreshing_reduces_it():
             run = linearized_run(
                 apply, theta, batch, DPO(), optimizer, 5, reference, ORDER, refresh=refresh
             )
-            errors.append(np.abs(run.logp[-1] - actual[-1]).max())
+            errors.append(np.abs(run.trajectory.logp[-1] - actual[-1]).max())
     assert np.polyfit(np.log(rates), np.log(frozen), 1)[0] == pytest.approx(2.0, abs=0.05)
     assert (np.array(once) < 0.7 * np.array(frozen)).all()
 
@@ -159,10 +158,10 @@ def test_own_pair_kernels_mispredict_a_joint_run():
 def test_ray_reads_log_probs_at_the_predicted_parameters():
     apply, theta, batch, _start, reference = setting()
     run = linearized_run(apply, theta, batch, DPO(), optax.adam(1e-2), 5, reference, read="ray")
-    close(run.logp[-1], responses(apply, run.trained, batch).logp)
+    close(run.trajectory.logp[-1], responses(apply, run.theta, batch).logp)
     linear = linearized_run(apply, theta, batch, DPO(), optax.adam(1e-2), 5, reference)
-    close(linear.trained, run.trained)
-    assert np.abs(linear.logp[-1] - run.logp[-1]).max() > 1e-3
+    close(linear.theta, run.theta)
+    assert np.abs(linear.trajectory.logp[-1] - run.trajectory.logp[-1]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -273,7 +272,7 @@ def test_frozen_adam_against_a_dense_jacobian_in_numpy():
         g = -j.T @ c
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         delta = delta - rate * (m / (1 - b1 ** (t + 1))) / (np.sqrt(v / (1 - b2 ** (t + 1))) + eps)
-        close(run.logp[t + 1].reshape(-1), u0 + j @ delta, scale=100)
+        close(run.trajectory.logp[t + 1].reshape(-1), u0 + j @ delta, scale=100)
 
 
 @pytest.mark.parametrize("objective", [DPO(), AOTUnpaired()], ids=["dpo", "aot_unpaired"])
@@ -288,8 +287,7 @@ def test_gradient_of_a_large_batch_is_that_of_the_mean_loss(objective):
     @jax.jit
     def loss(t):
         u = responses(apply, t, batch).logp
-        columns = (x[:, s] for x in (u, reference, batch.lengths) for s in (0, 1))
-        return objective.loss(*columns).mean()
+        return objective.loss(u, reference, batch.lengths).mean()
 
     close(loss_gradient(apply, theta, batch, objective, reference), jax.grad(loss)(theta))
 

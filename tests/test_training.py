@@ -8,11 +8,11 @@ import pytest
 from helpers import PAIRS, close, model
 
 from simgrad import tree
-from simgrad.dynamics import DivergedError, Recipe, Trace, batch_order, train
-from simgrad.models import add_lora
-from simgrad.objectives import DPO, SFT, Coefficients, get
+from simgrad.dynamics import DivergedError, Recipe, Trajectory, batch_order, train
+from simgrad.models import add_lora, bind, only
+from simgrad.objectives import DPO, SFT, get
 from simgrad.pairs import Pair, padded
-from simgrad.theory import band, pair_kernel, responses
+from simgrad.theory import band, first_order, pair_kernel, regime, responses
 from simgrad.theory.mitigation import (
     Calibrated,
     PairwiseNormalized,
@@ -20,7 +20,7 @@ from simgrad.theory.mitigation import (
     RunningCalibrated,
     SparseMask,
 )
-from simgrad.theory.prediction.steps import updated
+from simgrad.theory.optimizers import updated
 
 BATCH = padded(PAIRS)
 KINDS = ["rope_gqa_head_dim", "linear_softmax", "unconstrained_features"]
@@ -29,21 +29,20 @@ KINDS = ["rope_gqa_head_dim", "linear_softmax", "unconstrained_features"]
 def by_hand(apply, theta, batch, recipe, optimizer=None):
     """Steps of plain jax.grad on the mean loss written out, with optax."""
     optimizer = optimizer or recipe.optimizer
-    trained, rest = tree.partition(theta, recipe.include, apply.frozen)
+    bound = bind(apply, theta)
+    trained, whole = bound.trained, bound.whole
     reference = responses(apply, theta, batch).logp
     state = optimizer.init(trained)
     for index in recipe.order(batch.size):
         some = batch.take(index)
 
         def loss(t, some=some, index=index):
-            logp = responses(apply, tree.combine(t, rest), some).logp
-            ref, n = reference[index], some.lengths
-            terms = (logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], n[:, 0], n[:, 1])
-            return recipe.objective.loss(*terms).mean()
+            logp = responses(apply, whole(t), some).logp
+            return recipe.objective.loss(logp, reference[index], some.lengths).mean()
 
         update, state = updated(optimizer, jax.grad(loss)(trained), state, trained)
         trained = jax.tree.map(jnp.add, trained, update)
-    return tree.combine(trained, rest)
+    return whole(trained)
 
 
 OPTIMIZERS = {
@@ -63,7 +62,7 @@ def test_training_takes_the_steps_that_optax_takes(kind, optimizer):
     recipe = Recipe(DPO(), OPTIMIZERS[optimizer], steps=5, batch_size=2, seed=3)
     run = train(apply, theta, BATCH, recipe, record=2)
     close(run.theta, by_hand(apply, theta, BATCH, recipe))
-    assert run.trace.steps.tolist() == [0, 2, 4, 5]
+    assert run.trajectory.steps.tolist() == [0, 2, 4, 5]
     assert int(run.state.step) == 5
 
 
@@ -80,13 +79,13 @@ def test_accumulated_gradients_are_the_batch_gradient(objective):
     recipe = Recipe(objective, optax.adam(1e-2), steps=3)
     whole, parts = (train(apply, theta, BATCH, recipe.replace(accumulate=k)) for k in (1, 2))
     close(parts.theta, whole.theta)
-    close(parts.trace.losses, whole.trace.losses)
+    close(parts.trajectory.losses, whole.trajectory.losses)
 
 
 def test_frozen_parameters_stay_and_trained_ones_move():
     apply, theta = model("rope_gqa_head_dim")
-    recipe = Recipe(DPO(), optax.adam(1e-2), steps=2, include=["layers/attention/*"])
-    after = train(apply, theta, BATCH, recipe).theta
+    recipe = Recipe(DPO(), optax.adam(1e-2), steps=2)
+    after = train(only(apply, "layers/attention/*"), theta, BATCH, recipe).theta
     for name, a, b in zip(
         tree.names(theta), jax.tree.leaves(theta), jax.tree.leaves(after), strict=True
     ):
@@ -98,7 +97,7 @@ def test_lora_trains_the_adapters_alone_and_moves_the_policy():
     adapted, whole = add_lora(apply, theta, ["layers/mlp/*"], rank=2)
     run = train(adapted, whole, BATCH, Recipe(DPO(), optax.adam(1e-2), steps=3))
     close(run.theta["base"], theta)
-    assert (jnp.abs(run.trace.change[-1]) > 1e-4).all()
+    assert (jnp.abs(run.trajectory.change[-1]) > 1e-4).all()
 
 
 @pytest.mark.parametrize(
@@ -132,11 +131,11 @@ def test_a_stopped_run_resumes_exactly(remedy, where, tmp_path):
         out = tmp_path / "run.npz"
         train(apply, theta, BATCH, short, out=out, **options)
         resumed = train(apply, theta, BATCH, recipe, out=out, **options)
-        close(Trace.load(out).logp, whole.trace.logp)
-        assert Trace.load(out).config["objective"] == "DPO(beta=0.1)"
+        close(Trajectory.load(out).logp, whole.trajectory.logp)
+        assert Trajectory.load(out).config["identity"]["recipe.objective"] == "DPO(beta=0.1)"
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(resumed.state), strict=True):
         np.testing.assert_array_equal(a, b)
-    for a, b in zip(jax.tree.leaves(whole.trace), jax.tree.leaves(resumed.trace), strict=True):
+    for a, b in zip(jax.tree.leaves(whole.trajectory), jax.tree.leaves(resumed.trajectory), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -159,7 +158,7 @@ def test_a_run_of_other_arguments_is_not_continued(tmp_path):
     assert out.read_bytes() == before
 
 
-def test_divergence_names_the_step_and_keeps_the_trace(tmp_path):
+def test_divergence_names_the_step_and_keeps_the_trajectory(tmp_path):
     apply, theta = model("linear_softmax")
     jump = optax.scale_by_schedule(lambda t: jnp.where(t == 5, jnp.inf, -0.1))
     with pytest.raises(DivergedError, match=r"step 5 .*lower the learning rate") as caught:
@@ -167,9 +166,9 @@ def test_divergence_names_the_step_and_keeps_the_trace(tmp_path):
             apply, theta, BATCH, Recipe(DPO(), jump, steps=40), record=2, out=tmp_path / "run.npz"
         )
     assert caught.value.step == 5
-    assert caught.value.trace.steps.tolist() == [0, 2, 4]
-    assert np.isfinite(caught.value.trace.logp).all()
-    assert Trace.load(tmp_path / "run.npz").steps.tolist() == [0, 2, 4]
+    assert caught.value.trajectory.steps.tolist() == [0, 2, 4]
+    assert np.isfinite(caught.value.trajectory.logp).all()
+    assert Trajectory.load(tmp_path / "run.npz").steps.tolist() == [0, 2, 4]
     with pytest.raises(DivergedError, match=r"step 6 .*"):
         train(apply, theta, BATCH, Recipe(DPO(), jump, steps=40))
 
@@ -203,12 +202,8 @@ def test_optimizers_that_know_the_parameters_tree():
     optimizer = optax.partition({"on": optax.adam(1e-2), "off": optax.set_to_zero()}, labels)
     recipe = Recipe(DPO(), optimizer, steps=3)
     after = train(apply, theta, BATCH, recipe).theta
-    close(
-        after,
-        train(
-            apply, theta, BATCH, recipe.replace(optimizer=optax.adam(1e-2), include=["*mlp/*"])
-        ).theta,
-    )
+    plain = recipe.replace(optimizer=optax.adam(1e-2))
+    close(after, train(only(apply, "*mlp/*"), theta, BATCH, plain).theta)
 
 
 def test_pairs_and_prompts_that_the_model_does_not_know():
@@ -220,43 +215,44 @@ def test_pairs_and_prompts_that_the_model_does_not_know():
         train(apply, theta, BATCH, recipe, watch=[[9, 9]])
 
 
-def test_the_trace_holds_what_theory_says_of_each_record():
+def test_the_trajectory_holds_what_theory_says_of_each_record():
     apply, theta = model("rope_gqa_head_dim")
     probes = padded([Pair([1, 2], [3], [4, 5])])
     recipe = Recipe(DPO(), optax.sgd(0.1), steps=4, batch_size=2)
     run = train(
         apply, theta, BATCH, recipe, probes=probes, watch=[[1, 5], [4]], record=[1, 3], kernels=True
     )
-    trace, result = run.trace, responses(apply, run.theta, BATCH)
-    assert trace.steps.tolist() == [0, 1, 3, 4]
-    close(trace.token_logp[-1], result.token_logp)
-    close(trace.probes[-1], responses(apply, run.theta, probes).logp)
-    close(jax.tree.map(lambda x: x[-1], trace.kernel), pair_kernel(apply, run.theta, BATCH))
-    close(jnp.exp(trace.watched).sum(-1), jnp.ones((4, 2)))
+    trajectory, result = run.trajectory, responses(apply, run.theta, BATCH)
+    assert trajectory.steps.tolist() == [0, 1, 3, 4]
+    close(trajectory.token_logp[-1], result.token_logp)
+    close(trajectory.probes[-1], responses(apply, run.theta, probes).logp)
+    close(jax.tree.map(lambda x: x[-1], trajectory.kernel), pair_kernel(apply, run.theta, BATCH))
+    close(jnp.exp(trajectory.watched).sum(-1), jnp.ones((4, 2)))
     close(
-        trace.watched[-1, 0],
+        trajectory.watched[-1, 0],
         jax.nn.log_softmax(apply(run.theta, jnp.array([[1, 5]])).logits[0, -1]),
     )
     start = responses(apply, theta, BATCH).logp
     delta = result.logp - start
-    close(trace.margin[-1], delta[:, 0] - delta[:, 1])
-    close(trace.change[-1], delta)
-    d = DPO().coefficients(*result.logp.T, *start.T, *BATCH.lengths.T)
-    close(jax.tree.map(lambda x: x[-1], trace.coefficients), d)
-    assert trace.regime.shape == (4, len(PAIRS))
+    close(trajectory.margin[-1], delta[:, 0] - delta[:, 1])
+    close(trajectory.change[-1], delta)
+    close(trajectory.force[-1], DPO().force(result.logp, start, BATCH.lengths))
+    assert trajectory.regime.shape == (4, len(PAIRS))
+    change = first_order(pair_kernel(apply, run.theta, BATCH), trajectory.force[-1])
+    np.testing.assert_array_equal(trajectory.regime[-1], regime(change))
 
 
-def test_a_trace_survives_the_disk(tmp_path):
+def test_a_trajectory_survives_the_disk(tmp_path):
     apply, theta = model("linear_softmax")
     run = train(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=3), kernels=True, record=1)
-    run.trace.save(tmp_path / "trace.npz")
-    loaded = Trace.load(tmp_path / "trace.npz")
-    assert loaded.config == dict(run.trace.config)
-    for a, b in zip(jax.tree.leaves(run.trace), jax.tree.leaves(loaded), strict=True):
+    run.trajectory.save(tmp_path / "trajectory.npz")
+    loaded = Trajectory.load(tmp_path / "trajectory.npz")
+    assert loaded.config == dict(run.trajectory.config)
+    for a, b in zip(jax.tree.leaves(run.trajectory), jax.tree.leaves(loaded), strict=True):
         np.testing.assert_array_equal(a, b)
     (tmp_path / "other.npz").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"not a file that simgrad wrote"):
-        Trace.load(tmp_path / "other.npz")
+        Trajectory.load(tmp_path / "other.npz")
 
 
 PAIR = padded([Pair([1, 5], [7, 2, 3, 3], [8, 2, 3, 3])])
@@ -265,27 +261,25 @@ PAIR = padded([Pair([1, 5], [7, 2, 3, 3], [8, 2, 3, 3])])
 def one_step(remedy, rate=1e-7):
     apply, theta = model("rope_gqa_head_dim", pairs=PAIRS)
     run = train(apply, theta, PAIR, Recipe(DPO(), optax.sgd(rate), steps=1, mitigation=remedy))
-    return apply, theta, run.trace.change[-1, 0] / rate
+    return apply, theta, run.trajectory.change[-1, 0] / rate
 
 
 @pytest.mark.parametrize(
     "remedy", [PairwiseNormalized(), Calibrated(), RunningCalibrated(), Projected()], ids=repr
 )
-def test_a_remedy_changes_the_step_as_its_coefficients_say(remedy):
+def test_a_remedy_changes_the_step_as_its_force_says(remedy):
     apply, theta, change = one_step(remedy)
     kernel, logp = pair_kernel(apply, theta, PAIR), responses(apply, theta, PAIR).logp
-    d = DPO().coefficients(*logp.T, *logp.T, *PAIR.lengths.T)
-    if isinstance(remedy, RunningCalibrated):
-        d, _ = remedy.update(remedy.init("float64"), d, kernel)
-    else:
-        d = remedy(d, kernel)
+    force = DPO().force(logp, logp, PAIR.lengths)
+    force, _ = remedy.update(force, remedy.init("float64"), kernel)
+    d_w, d_l = force[:, 0], -force[:, 1]
     predicted = [
-        d.chosen * kernel.sq_chosen - d.rejected * kernel.inner,
-        d.chosen * kernel.inner - d.rejected * kernel.sq_rejected,
+        d_w * kernel.sq_chosen - d_l * kernel.inner,
+        d_w * kernel.inner - d_l * kernel.sq_rejected,
     ]
     np.testing.assert_allclose(change, np.concatenate(predicted), rtol=1e-4)
     if not isinstance(remedy, Projected):
-        assert bool(band(kernel, d).inside.all())
+        assert bool(band(kernel, force).inside.all())
 
 
 def test_running_calibration_is_the_bias_corrected_average():
@@ -294,21 +288,20 @@ def test_running_calibration_is_the_bias_corrected_average():
     average, logs = remedy.init("float64"), []
     for _ in range(3):
         d_w, d_l = jnp.asarray(random.random((2, BATCH.size)) + 0.1)
-        d = Coefficients(d_w, d_l)
         ratio = jnp.sqrt(kernel.sq_rejected / kernel.sq_chosen) / (d_w / d_l)
         logs.append(float(0.5 * jnp.log(ratio).mean()))
-        changed, average = remedy.update(average, d, kernel)
+        changed, average = remedy.update(jnp.stack([d_w, -d_l], -1), average, kernel)
         weights = 0.5 ** np.arange(len(logs))[::-1]
         expected = np.exp(np.dot(weights, logs) / weights.sum())
-        np.testing.assert_allclose(changed.chosen / d_w, expected, rtol=1e-10)
-        np.testing.assert_allclose(changed.chosen * changed.rejected, d_w * d_l, rtol=1e-10)
+        np.testing.assert_allclose(changed[:, 0] / d_w, expected, rtol=1e-10)
+        np.testing.assert_allclose(-changed[:, 0] * changed[:, 1], d_w * d_l, rtol=1e-10)
 
 
 def test_a_learned_mask_takes_weight_from_tokens_that_do_not_help():
     apply, theta = model("rope_gqa_head_dim")
     plain = Recipe(DPO(), optax.adam(1e-2), steps=60, mask=SparseMask(strength=0.0))
     sparse = plain.replace(mask=SparseMask(strength=0.5))
-    weights = [train(apply, theta, BATCH, r).trace.token_weights for r in (plain, sparse)]
+    weights = [train(apply, theta, BATCH, r).trajectory.token_weights for r in (plain, sparse)]
     close(weights[0][0], weights[1][0])
     assert float(weights[1][-1].sum()) < 0.5 * float(weights[0][-1].sum())
     assert bool((weights[0][:, ~BATCH.valid] == 0).all())
@@ -328,7 +321,7 @@ def test_a_mask_without_penalty_and_slope_is_a_scaled_objective():
         apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.05), steps=1)
     )  # d(½x) = ½ dx at zero margin
     close(masked.theta, plain.theta)
-    close(masked.trace.logp[-1], plain.trace.logp[-1])
+    close(masked.trajectory.logp[-1], plain.trajectory.logp[-1])
 
 
 ERRORS = {
@@ -337,7 +330,6 @@ ERRORS = {
     "accumulate must be at least 1": {"accumulate": 0},
     "do not combine": {"mask": SparseMask(), "mitigation": Calibrated()},
     "drop one of the three": {"mask": SparseMask(), "accumulate": 2, "objective": get("aot")},
-    "list of patterns": {"include": "layers/*"},
 }
 
 
@@ -355,7 +347,9 @@ def test_calls_that_cannot_be_followed(tmp_path):
     with pytest.raises(ValueError, match=r"does not split in accumulate=3"):
         train(apply, theta, BATCH, recipe.replace(accumulate=3))
     with pytest.raises(ValueError, match=r"no parameter matches 'nothing'"):
-        train(apply, theta, BATCH, recipe.replace(include=["nothing"]))
+        train(only(apply, "nothing"), theta, BATCH, recipe)
+    with pytest.raises(ValueError, match=r"patterns are texts such as 'layers/\*'"):
+        train(only(apply, ["layers/*"]), theta, BATCH, recipe)
     with pytest.raises(ValueError, match=r"reference has shape"):
         train(apply, theta, BATCH, recipe, reference=jnp.zeros((1, 2)))
     with pytest.raises(ValueError, match=r"record names step 5"):
@@ -363,7 +357,7 @@ def test_calls_that_cannot_be_followed(tmp_path):
     with pytest.raises(ValueError, match=r"prompt 0 is empty"):
         train(apply, theta, BATCH, recipe, watch=[[]])
     with pytest.raises(ValueError, match=r"recorded no kernels"):
-        _ = train(apply, theta, BATCH, recipe).trace.regime
+        _ = train(apply, theta, BATCH, recipe).trajectory.regime
     with pytest.raises(ValueError, match=r"written as .npz"):
         train(apply, theta, BATCH, recipe, out=tmp_path / "run.json")
     half = jax.tree.map(lambda x: x.astype("bfloat16"), theta)
@@ -381,4 +375,4 @@ def test_every_pair_comes_once_an_epoch_and_longer_orders_begin_alike():
 def test_zero_steps_record_the_start():
     apply, theta = model("linear_softmax")
     run = train(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.1), steps=0))
-    assert run.trace.steps.tolist() == [0]
+    assert run.trajectory.steps.tolist() == [0]

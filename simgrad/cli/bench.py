@@ -16,7 +16,7 @@ _ORDER = "scoring logprobs gradients tokens dataset directional".split()
 
 @dataclass
 class Bench:
-    """Time simgrad against the published procedure in PyTorch, as ratios from one run, with random weights.
+    """Time simgrad against the published PyTorch procedure, as ratios from one random-weight run.
 
     A line a task and length: seconds a pair, how many times faster, the largest error, the time
     over that of its own bare passes, FLOPs a pair and their share of the best matrix product's
@@ -35,7 +35,10 @@ class Bench:
     pairs: int = 4
     """Pairs per length: one batch for simgrad, one by one for the published procedure."""
     lengths: tuple[tuple[int, int], ...] = ((96, 32), (32, 32), (128, 64))
-    """Prompt and response tokens; kernels of the data set, directional scores and growth take the first."""
+    """Prompt and response tokens; the first entry serves several tasks.
+
+    Kernels of the data set, directional scores and growth use only the first.
+    """
     token_lengths: tuple[int, int] = (32, 24)
     """Prompt and response tokens of token kernels."""
     shape: Literal["gpt2", "small", "llama-135m", "llama-360m", "llama-1b"] = "gpt2"

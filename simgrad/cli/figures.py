@@ -13,7 +13,9 @@ __all__ = ["Figures"]
 
 @dataclass
 class Figures:
-    """Compute and draw the figures, with every plotted number as JSON and an index page. No network, no accelerator.
+    """Compute and draw the figures, with every plotted number as JSON and an index page.
+
+    This needs no network and no accelerator.
 
     What was computed before with the same configuration and the same code is taken from the cache.
     """

@@ -1,4 +1,4 @@
-"""``simgrad objectives``: what every preference objective does to the chosen and to the rejected response."""
+"""``simgrad objectives``: what each preference objective does to chosen and rejected responses."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ __all__ = ["Predict"]
 
 @dataclass
 class Predict:
-    """Predict Δlog π of every chosen and rejected response over a whole training run on all pairs together.
+    """Predict Δlog π of every chosen and rejected response over a run on all pairs together.
 
     The directional score: one epoch of gradients at the start, then one forward derivative a
     response.
@@ -46,7 +46,7 @@ class Predict:
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
     """Hyperparameters of the objective, as in --set beta=0.05."""
     sample: int | None = None
-    """Pairs drawn at random for the direction; the error of having seen only these is given too (default: all)."""
+    """Pairs drawn at random for the direction, with the resulting error reported (default: all)."""
     check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train as well, and compare every predictor with what happened."""
     limit: int | None = None
@@ -54,7 +54,7 @@ class Predict:
     split: str = "train"
     """Split of a Hub data set."""
     max_length: int | None = None
-    """Longest prompt + response in tokens; responses are cut at the end (default: the model's limit)."""
+    """Longest prompt + response in tokens; response ends are cut (default: the model's limit)."""
     worst: int = 5
     """How many of the pairs predicted to fall most are shown."""
 

@@ -12,7 +12,9 @@ __all__ = ["Report"]
 
 @dataclass
 class Report:
-    """Write a page about a table of `simgrad score`: regimes, worst pairs token by token, confounds, remedies.
+    """Write a page about a `simgrad score` table.
+
+    It shows regimes, the worst pairs token by token, confounds and remedies.
 
     One self-contained HTML file, and its figures as PNG in a folder beside it. Model and data are
     looked for where the table says they were; without them the page has no token colours.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["HOST_DEVICES", "connect", "prepare"]
 
 HOST_DEVICES = min(os.cpu_count() or 1, 8)
-"""Devices to split the CPU in where many small runs are made: XLA uses one core for each of them."""
+"""CPU devices for tasks with many small runs, since XLA uses one core for each run."""
 
 
 def prepare(dtype: str = "float32", host_devices: int | None = None) -> None:

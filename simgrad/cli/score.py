@@ -21,9 +21,12 @@ class Score:
     """
 
     model: str
-    """Folder or Hub id of a checkpoint (gpt2, llama, mistral, qwen2; safetensors), or world:NAME."""
+    """Folder or Hub id of a gpt2, llama, mistral or qwen2 safetensors checkpoint, or world:NAME."""
     data: str
-    """A .jsonl, .json, .csv or .parquet file, a Hub data set ("org/name" or "org/name:config"), or world:NAME."""
+    """A .jsonl, .json, .csv or .parquet file, a Hub data set, or world:NAME.
+
+    A Hub data set is named "org/name" or "org/name:config".
+    """
     out: Path
     """Parquet file to write; rows that cannot be scored go to a .skipped.jsonl beside it."""
     limit: int | None = None
@@ -31,9 +34,12 @@ class Score:
     split: str = "train"
     """Split of a Hub data set."""
     max_length: int | None = None
-    """Longest prompt + response in tokens; responses are cut at the end (default: the model's limit)."""
+    """Longest prompt + response in tokens; response ends are cut (default: the model's limit)."""
     objective: str = "dpo"
-    """Preference objective, at the start of training (the policy is its own reference); see `simgrad objectives`."""
+    """Preference objective at the start of training; see `simgrad objectives`.
+
+    The policy is its own reference.
+    """
     beta: float | None = None
     """The objective's β (default: its own)."""
     gamma: float | None = None
@@ -41,7 +47,7 @@ class Score:
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
     """Its other hyperparameters, as in --set alpha=0.25; `simgrad objectives NAME` lists them."""
     learning_rate: Annotated[float | None, tyro.conf.arg(name="lr")] = None
-    """Learning rate η of the predicted SGD step (default: predictions are per unit learning rate)."""
+    """Learning rate η of the predicted SGD step (default: predict per unit learning rate)."""
     gradients: bool = True
     """Exact gradient inner products, predictions and regimes; without them about 5 times faster."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -49,11 +55,17 @@ class Score:
     revision: str | None = None
     """Hub revision of the checkpoint."""
     batch_tokens: int | None = None
-    """Token positions evaluated at once by each device of the data axis (default: 1024 on CPU, else 16384)."""
+    """Token positions each data-axis device evaluates at once (default: CPU 1024, else 16384)."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=D,model=M")] = None
-    """Split the parameters over M devices, and the pairs over D groups of those; CPUs are split in D x M devices."""
+    """Split the parameters over M devices and the pairs over D groups of M devices.
+
+    CPUs are split into D x M devices.
+    """
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Address of the first of many processes, each started with this command; auto: let the cluster say (SLURM ...)."""
+    """Address of the first of many processes; auto asks the cluster (SLURM ...).
+
+    Each process is started with this same command.
+    """
     processes: int | None = None
     """How many they are."""
     process: int | None = None

@@ -18,7 +18,7 @@ __all__ = ["Sweep"]
 
 @dataclass
 class Sweep:
-    """Train a world's policies on its pairs with every combination of a grid, and tabulate what happened.
+    """Train a world's policies on its pairs for each combination of a grid, and tabulate results.
 
     One row a combination and seed, over all local devices. Interrupted or killed, the same command
     continues. What the grid leaves out is the world's own: DPO with its beta, Adam, its learning
@@ -28,14 +28,19 @@ class Sweep:
     world: tyro.conf.Positional[str]
     """Which world: see `simgrad worlds`."""
     out: Path
-    """Parquet file to write; every pair's change, and what is needed to continue, go to the .npz beside it."""
+    """Parquet file to write, with an .npz file beside it.
+
+    The .npz file holds every pair's change and what is needed to continue.
+    """
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE,... ...")] = ()
-    """objective, optimizer (sgd, momentum, rmsprop, adam, adamw), learning_rate, momentum, weight_decay, clip, steps,
-    batch_size, accumulate, include (patterns joined by +), mitigation (pairwise-normalised,
-    calibrated, running, projected, mask) and hyperparameters of the objective, as in --grid
-    objective=dpo,ipo beta=0.05,0.1."""
+    """Settings to combine, as names with one or more values each.
+
+    The names are objective, optimizer (sgd, momentum, rmsprop, adam, adamw), learning_rate,
+    momentum, weight_decay, clip, steps, batch_size, accumulate, include (patterns joined by +),
+    mitigation (pairwise-normalised, calibrated, running, projected, mask) and hyperparameters of
+    the objective, as in --grid objective=dpo,ipo beta=0.05,0.1."""
     seeds: int = 5
-    """How many seeds: each has its own policy, pairs and order; intervals are 95 % intervals over them."""
+    """Number of seeds, each with its own policy, pairs and order; 95 % intervals are over seeds."""
     first_seed: int = 0
     """The first of them."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KNOB=VALUE ...")] = ()

@@ -38,7 +38,11 @@ class Validate:
     data: str | None = None
     """Its preference pairs: a file, a Hub data set or world:NAME."""
     models: Names = ()
-    """Only these: linear-softmax, unconstrained-features, transformer, transformer-tied, transformer-deep, or none."""
+    """Only these models, given by name.
+
+    The names are linear-softmax, unconstrained-features, transformer, transformer-tied,
+    transformer-deep, or none.
+    """
     objectives: Names = ()
     """Only these; `simgrad objectives` lists them."""
     optimizers: Names = ()
@@ -46,7 +50,7 @@ class Validate:
     dtypes: Names = ()
     """Only these: float64, float32, bfloat16, float16."""
     precisions: Names = ()
-    """Of float32 matrix products: default, highest (default: both where the device tells them apart)."""
+    """Of float32 matrix products: default or highest (default: both where they differ)."""
     learning_rates: Annotated[tuple[float, ...], tyro.conf.arg(name="lr", metavar="RATE ...")] = ()
     """Learning rates (default: from 1e-6 to 10 times each setting's own trust radius)."""
     pairs: int | None = None

@@ -13,7 +13,7 @@ __all__ = ["World", "Worlds"]
 
 @dataclass
 class World:
-    """Run a world's experiment: its tables with intervals over seeds, and what they bear out of the papers.
+    """Run a world's experiment: tables with intervals over seeds, and which paper claims hold.
 
     Policies are pretrained on the spot (seconds) and kept in the cache folder.
     """

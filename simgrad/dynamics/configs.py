@@ -133,7 +133,7 @@ class RunConfig:
         object.__setattr__(self, name, count)
 
     def recipe(self, seed: int = 0) -> Recipe:
-        """The recipe, its pairs drawn in the order of ``seed``; the learning rate is in the optimizer's state."""
+        """The recipe, pairs drawn in ``seed`` order, learning rate in the optimizer's state."""
         objective = self.objective
         if isinstance(objective, str):
             objective = get(objective, **dict(self.hyperparameters))
@@ -176,7 +176,7 @@ def _optimizer(
 
 
 def grid(**values: Any) -> list[RunConfig]:
-    """Every combination of the lists among ``values``, the first name varying slowest; other values stay fixed.
+    """Every combination of the lists in ``values``, the first name varying slowest, the rest fixed.
 
     Names are the fields of :class:`RunConfig`, or hyperparameters of objectives. ``include`` varies
     if it is a list of lists. Grids add up as lists do.

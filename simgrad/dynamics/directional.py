@@ -1,4 +1,4 @@
-"""The directional displacement score: one update direction of the data set, one forward derivative a response."""
+"""The directional displacement score: one data-set direction, one forward derivative a response."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["DirectionalScore", "adapts", "directional_change", "directional_scor
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DirectionalScore:
-    """Predicted Δlog π of responses over a whole run, in nats; the axis of length 2 is (chosen, rejected).
+    """Predicted Δlog π of responses over a run, in nats; the last axis is (chosen, rejected).
 
     Attributes:
         change: ⟨∇log π(y), D⟩.
@@ -179,7 +179,7 @@ def _unmasked(tree: Theta, like: Theta) -> Theta:
 
 
 def _require_settling(optimizer: optax.GradientTransformation, trained: Theta) -> None:
-    """Refuse moments that are none of Adam's or RMSProp's, and Adams that do not normalise at once."""
+    """Refuse moments other than Adam's or RMSProp's, and Adams that do not normalise at once."""
     whole = jax.eval_shape(lambda t: begun(optimizer, t), trained)
     for node in _moments(whole):
         known = isinstance(node, optax.ScaleByAdamState | optax.ScaleByRmsState)
@@ -286,7 +286,9 @@ def directional_score(
     groups: int = 4,
     seed: int = 0,
 ) -> DirectionalScore:
-    """Predicted Δlog π over a run on ``batch``: :func:`run_direction`, then :func:`directional_change`.
+    """Predict Δlog π over a run on ``batch``.
+
+    This is :func:`run_direction`, then :func:`directional_change`.
 
     Args:
         apply: the model.

@@ -60,7 +60,7 @@ def enumerate_responses(
     limit: int = LIMIT,
     at_once: int | None = None,
 ) -> Enumeration:
-    """Every response that ends with a ``stop`` token or has ``max_tokens``, and its exact probability.
+    """Each response that ends with a ``stop`` token or has ``max_tokens``, with exact probability.
 
     Responses are made of the ``alphabet`` (None: the whole vocabulary) and the stop tokens;
     probabilities are the model's own, not renormalised to them. With ``least`` > 0 a prefix less
@@ -144,7 +144,7 @@ class _Prefixes:
         return _Prefixes(self.owner[some], self.tokens[some], self.logp[some])
 
     def followed(self, keep: np.ndarray, letters: np.ndarray, logp: np.ndarray) -> _Prefixes:
-        """Each followed by the letters that are kept, in order; ``logp`` is of prefix and letter together."""
+        """Each prefix followed by its kept letters, in order; ``logp`` covers both together."""
         parent, letter = np.nonzero(keep)
         tokens = np.concatenate([self.tokens[parent], letters[letter][:, None]], axis=1)
         return _Prefixes(self.owner[parent], tokens, logp[keep])

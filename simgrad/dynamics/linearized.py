@@ -54,7 +54,7 @@ def kernel_flow(
 
     Args:
         kernel: :func:`simgrad.theory.entanglement_kernel` of the pairs; with the ``scale`` of a
-            :class:`simgrad.theory.kernel.Preconditioner` the run follows that frozen preconditioner.
+            :class:`simgrad.theory.kernel.Preconditioner` the run follows that one, frozen.
         logp: log π of both responses at the start.
         lengths: response lengths in tokens.
         objective: from :mod:`simgrad.objectives`; the loss is the mean over a step's pairs.
@@ -70,9 +70,8 @@ def kernel_flow(
 
     Raises:
         ValueError: the optimizer is not linear in the gradient (Adam, RMSProp, clipping) or needs
-        the
-            parameters (weight decay); shapes that do not fit each other; ``order`` has other than
-            ``steps`` rows or indices out of range.
+            the parameters (weight decay); shapes that do not fit each other; ``order`` has other
+            than ``steps`` rows or indices out of range.
 
     Source: neural-tangent-kernel dynamics (Jacot et al., arXiv 1806.07572) in sequence log-probs.
 
@@ -205,7 +204,7 @@ def linearized_run(
     record: int | None = None,
     state: Any = None,
 ) -> Training:
-    """``steps`` steps of any optax optimizer on the log-probs linearised at θ₀, or anew every ``refresh``.
+    """``steps`` steps of any optax optimizer on log-probs linearised at θ₀ or every ``refresh``.
 
     Log-probs are replaced by u(θ₀) + J (θ - θ₀) in the loss; optimizer state, clipping, weight
     decay and schedules act as they do in training. J is never stored: a step costs one forward, one
@@ -271,8 +270,8 @@ def linearized_run(
         return {"logp": see(batch), "probes": nothing if probes is None else see(probes)}
 
     first = observe(begin)
-    reference = first["logp"] if reference is None else reference
-    require_shape("reference", reference, (batch.size, 2))
+    start = first["logp"] if reference is None else reference
+    require_shape("reference", start, (batch.size, 2))
 
     def advance(state: State, until: int) -> State:
         done = int(state.step)
@@ -280,13 +279,13 @@ def linearized_run(
             moved = jax.tree.map(jnp.add, state.memory, state.learned)
             state = replace(state, memory=moved, learned=delta)
         until = min(until, done + refresh - done % refresh) if refresh else until
-        return _advance(apply, theta, batch, reference, order, objective, optimizer, state, until)
+        return _advance(apply, theta, batch, start, order, objective, optimizer, state, until)
 
     def result(state: State, records: list) -> Training:
         done, seen = zip(*records, strict=True)
         columns = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
         losses = state.losses[: int(state.step)]
-        trajectory = Trajectory(jnp.array(done), losses, reference, **columns)
+        trajectory = Trajectory(jnp.array(done), losses, start, **columns)
         end = jax.tree.map(jnp.add, state.memory, state.learned)
         return Training(model.whole(end), state, trajectory)
 

@@ -111,7 +111,7 @@ def measured(setting: Setting) -> Float[np.ndarray, "B 2"]:
 
 
 def _ranking(score: Callable[[Responses, Batch], Array]) -> Callable[[Setting], Array]:
-    """A similarity of each pair, turned so that the more similar pair is the one predicted to fall more."""
+    """A similarity of each pair, signed so that more similar pairs are predicted to fall more."""
 
     def predict(s: Setting) -> Array:
         value = in_chunks(lambda some: score(responses(s.apply, s.theta, some), some), s.batch)
@@ -234,6 +234,8 @@ PREDICTORS = {
         Predictor(RERUN, _rerun, True, True, "the run"),
     )
 }
-"""All predictors by name. ``kernel flow`` is the run on log-probs linearised at the start with the batch order
-known (:func:`simgrad.dynamics.linearized_run`; for SGD the kernel's own recursion); refreshed once an
+"""All predictors by name.
+
+``kernel flow`` is the run on log-probs linearised at the start with the batch order known
+(:func:`simgrad.dynamics.linearized_run`; for SGD the kernel's own recursion); refreshed once an
 epoch."""

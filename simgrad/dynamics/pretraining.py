@@ -1,4 +1,4 @@
-"""Pretraining and supervised fine-tuning on plain sequences, by the loop that preference tuning uses."""
+"""Pretraining and supervised fine-tuning on plain sequences, by the preference-tuning loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Corpus:
 
 
 def corpus(sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> Corpus:
-    """A corpus from token ids; ``starts`` gives the first token of each sequence that is learned (default: 1).
+    """A corpus of token ids; ``starts`` gives each sequence's first learned token (default: 1).
 
     >>> corpus([[1, 2, 3], [1, 4]], starts=[2, 1]).weights.tolist()
     [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
@@ -79,7 +79,9 @@ def pretrain(
     batch_size: int,
     seed: int = 0,
 ) -> tuple[Theta, Float[Array, " E"]]:
-    """Maximum likelihood: minimise Σ_t w_t (-log π(x_t | x_<t)) / Σ_t w_t over batches of sequences, in nats.
+    """Minimise Σ_t w_t (-log π(x_t | x_<t)) / Σ_t w_t, in nats, over batches of sequences.
+
+    This is maximum likelihood.
 
     Returns the trained parameters and every step's loss.
 
@@ -90,7 +92,8 @@ def pretrain(
     >>> import optax
     >>> from simgrad.models import ModelConfig, create
     >>> apply, theta = create(ModelConfig(vocab_size=5, width=8, depth=1, heads=2))
-    >>> theta, losses = pretrain(apply, theta, corpus([[1, 2, 3]] * 4), optax.adam(1e-2), steps=50, batch_size=4)
+    >>> data, adam = corpus([[1, 2, 3]] * 4), optax.adam(1e-2)
+    >>> theta, losses = pretrain(apply, theta, data, adam, steps=50, batch_size=4)
     >>> bool(losses[-1] < 0.1 < losses[0])
     True
     """

@@ -50,7 +50,7 @@ def next_token_logp(
 
     Raises:
         ValueError: no prompts, an empty one, an id outside the vocabulary, or a prompt that is too
-        long.
+            long.
     """
     at_once = AT_ONCE if at_once is None else at_once
     require_positive(at_once=at_once)
@@ -73,7 +73,7 @@ class Reader:
     def padded(
         self, sequences: Sequence[Ids], more: int = 0
     ) -> tuple[Int[Array, "N T"], Int[Array, "N"]]:
-        """Right-padded sequences, to a width that leaves ``more`` positions free, and their lengths."""
+        """Sequences right-padded to a width that leaves ``more`` positions free, and lengths."""
         lengths = np.array([len(s) for s in sequences], np.int32)
         width = _coarse(int(lengths.max()))
         if self.max_length is not None:
@@ -96,7 +96,10 @@ class Reader:
 def reader(
     apply: Apply, theta: Theta, prompts: Sequence[Sequence[int]], max_tokens: int = 0
 ) -> Reader:
-    """The model with its adapters merged, and the prompts if it can read each of them and ``max_tokens`` more."""
+    """The model with merged adapters, and the prompts.
+
+    The model must be able to read each of the prompts and ``max_tokens`` more.
+    """
     while isinstance(apply, LoraApply):
         apply, theta = apply.base, merge_lora(apply, theta)
     one = jnp.ones((1, 1), jnp.int32)

@@ -30,8 +30,7 @@ class Recipe:
         accumulate: micro-batches in which a step's gradient is gathered; the step is the same up to
             rounding.
         mitigation: acts on each pair's force given its kernel
-            (:class:`simgrad.theory.mitigation.PairwiseNormalized`, ``Calibrated``, ``RunningCalibrated``,
-            ``Projected``); the kernel costs a second backward pass.
+            (:mod:`simgrad.theory.mitigation`); the kernel costs a second backward pass.
         mask: learned token weights with an L1 penalty, trained by the same optimizer.
     """
 
@@ -79,7 +78,7 @@ class Recipe:
 
         Raises:
             ValueError: more pairs a step than there are, or a batch that does not split in
-            micro-batches.
+                micro-batches.
         """
         size = pairs if self.batch_size is None else self.batch_size
         if pairs < 1:

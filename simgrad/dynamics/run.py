@@ -1,7 +1,7 @@
 """The one run driver: (gradient, optimizer, state, order, observe) → records.
 
-Preference tuning, pretraining, sweeps and linearised runs are arguments to it. :func:`descend` is the
-compiled loop; :func:`follow` drives it from record to record.
+Preference tuning, pretraining, sweeps and linearised runs are arguments to it. :func:`descend` is
+the compiled loop; :func:`follow` drives it from record to record.
 """
 
 from __future__ import annotations

@@ -87,8 +87,7 @@ def sample(
 
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model reads,
-        a
-            negative temperature, a number below 1, or NaN logits (a context that a table does not
+            a negative temperature, a number below 1, or NaN logits (a context that a table does not
             hold).
 
     >>> from simgrad.models import ModelConfig, create
@@ -132,7 +131,7 @@ def _keys(key: Array, prompts: Int[Array, "N"], samples: Int[Array, "G"]) -> Arr
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Drawn:
-    """Responses under way: tokens written, which have ended, and what the model remembers of them."""
+    """Responses under way: tokens written, which have ended, and the model's memory of them."""
 
     step: Int[Array, ""]
     tokens: Int[Array, "N R"]

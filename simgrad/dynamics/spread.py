@@ -17,7 +17,9 @@ __all__ = ["spread"]
 def spread(
     run: Callable[..., Any], *inputs: Any, shared: Any = None, at_once: int = 1, rounds: int = 8
 ) -> Any:
-    """``run`` for every index of the inputs' leading axis, spread over all local devices; results stacked on the host.
+    """``run`` for every index of the inputs' leading axis, spread over all local devices.
+
+    Results are stacked on the host.
 
     Each device works through its share, ``at_once`` runs at a time (1 is best for transformers on
     CPU, where vmapped backward passes are slow, and in float32 can be wrong; large values suit

@@ -40,7 +40,7 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     at_once: int | None = None,
 ) -> SweepTable:
-    """Train every configuration from every seed's policy; a run is that of :func:`simgrad.dynamics.train`.
+    """Train every configuration from every seed's policy, as :func:`simgrad.dynamics.train` does.
 
     Runs are spread over all local devices. Configurations that differ only in their learning rate
     are one compiled program. Of a run only its row is kept, so memory does not grow with parameters
@@ -61,8 +61,7 @@ def sweep(
 
     Raises:
         ValueError: shapes or numbers that do not fit, a configuration or seed that comes twice,
-        ``out`` of
-            another call.
+            ``out`` of another call.
 
     >>> from simgrad.dynamics import grid
     >>> from simgrad.models import linear_softmax
@@ -70,7 +69,8 @@ def sweep(
     >>> pairs = [Pair([1, 2], [3], [4]), Pair([1], [6], [7])]
     >>> apply, theta = linear_softmax(pairs, 9, 4)
     >>> thetas = jax.tree.map(lambda x: np.stack([x, x]), theta)
-    >>> found = sweep(apply, thetas, padded(pairs), grid(learning_rate=[0.1, 0.2], optimizer="sgd"), seeds=[0, 1])
+    >>> configs = grid(learning_rate=[0.1, 0.2], optimizer="sgd")
+    >>> found = sweep(apply, thetas, padded(pairs), configs, seeds=[0, 1])
     >>> found["learning_rate"].tolist(), found["seed"].tolist(), bool((found["margin"] > 0).all())
     ([0.1, 0.1, 0.2, 0.2], [0, 1, 0, 1], True)
     """

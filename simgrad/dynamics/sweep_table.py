@@ -24,14 +24,15 @@ class SweepTable:
     Columns are the configuration's fields and hyperparameters (nan or "" where it has none),
     ``seed`` and
 
-    ==============================  =======================================================================
+    ==============================  =======================================================
     dlogp_chosen, dlogp_rejected    mean over the pairs of Δlog π in nats, end minus start
     margin                          their difference
-    chosen_falls, both_fall         share of the pairs whose chosen response falls, whose both responses do
+    chosen_falls, both_fall         share of the pairs whose chosen response falls, whose
+                                    both responses do
     largest                         largest absolute Δlog π
     first_loss, last_loss           of the first and the last step's pairs, before its update
     diverged                        step (from 0) whose loss was not finite; -1 if none
-    ==============================  =======================================================================
+    ==============================  =======================================================
 
     A run that diverged has nan in the columns of Δlog π and in ``last_loss``; ``diverged`` is the
     number of steps where all losses were finite, but not the end.

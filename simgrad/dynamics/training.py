@@ -66,12 +66,10 @@ def train(
         progress: called with (steps taken, steps in all).
 
     Raises:
-        DivergedError: a loss or log-prob that is not finite; it holds the step and the trace so
-        far, and ``out`` keeps
-            the last finite record before it.
+        DivergedError: a loss or log-prob that is not finite; it holds the step and the records so
+            far, and ``out`` keeps the last finite record before it.
         ValueError: parameters below float32 (small steps would be rounded away), shapes that do not
-        fit,
-            pairs that the model knows nothing of, a run to continue that began with other
+            fit, pairs that the model knows nothing of, a run to continue that began with other
             arguments.
 
     >>> import optax
@@ -81,7 +79,8 @@ def train(
     >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
     >>> batch = padded([Pair([1, 2], [3, 4], [5, 4]), Pair([1], [6], [7])])
     >>> run = train(apply, theta, batch, Recipe(DPO(), optax.sgd(0.1), steps=4), record=2)
-    >>> run.trajectory.steps.tolist(), run.trajectory.logp.shape, bool((run.trajectory.margin[-1] > 0).all())
+    >>> seen = run.trajectory
+    >>> seen.steps.tolist(), seen.logp.shape, bool((seen.margin[-1] > 0).all())
     ([0, 2, 4], (3, 2, 2), True)
     """
     order, stops = jnp.asarray(recipe.order(batch.size)), _stops(record, recipe.steps)

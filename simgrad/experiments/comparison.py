@@ -88,7 +88,7 @@ CAPTION = (
 def predictor_table(
     settings: Mapping[str, Setting], predictors: Sequence[str] | None = None
 ) -> Table:
-    """How well each predictor foretells Δlog π of the chosen responses in each setting: one call, one table.
+    """How well each predictor predicts the chosen responses' Δlog π in each setting, as one table.
 
     Raises:
         ValueError: unknown predictor.

@@ -105,7 +105,7 @@ class Table:
         return [dict(zip(self.by, row, strict=True)) for row in seen]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One entry a setting: :class:`Interval` of each number, the commonest value of each text."""
+        """One entry a setting: :class:`Interval` of numbers, commonest value of texts."""
         lines = []
         for setting in self.settings():
             rows = self.where(**setting)

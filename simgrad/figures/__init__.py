@@ -1,1 +1,4 @@
-"""Paper figures, one module each with ``Config``, ``compute`` and ``plot`` (:mod:`simgrad.figures.gallery`); pages."""
+"""Paper figures, one module each, and their pages.
+
+Each module has ``Config``, ``compute`` and ``plot`` (:mod:`simgrad.figures.gallery`).
+"""

@@ -70,7 +70,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """Kernels in nats² per unit of θ² (times that of P) and changes in nats of the first seed; rows: chosen, rejected.
+    """Kernels and changes of the first seed; rows are chosen, then rejected.
+
+    Kernels are in nats² per unit of θ² (times that of P), changes in nats.
 
     The last two have one row a kernel (SGD's, Adam's) and one column a seed, of the chosen
     responses only.
@@ -107,7 +109,7 @@ def compute(config: Config) -> Result:
 def _seed(
     apply: Apply, theta: Theta, batch: Batch, recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
-    """Both kernels, what each says of every response, and what the run did; chosen first, then rejected."""
+    """Both kernels, their predictions, and what the run did; chosen first, then rejected."""
     gradient = loss_gradient(apply, theta, batch, DPO())
     scale = preconditioning.adam(optax.adam(1.0).init(theta), gradient).scale
     logp = responses(apply, theta, batch).logp

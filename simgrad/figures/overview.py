@@ -1,4 +1,4 @@
-"""The question and the answer in one picture: both fall, it was foretold, and which knob stops it."""
+"""The question and answer in one picture: both fall, as predicted, and which knob stops it."""
 
 from __future__ import annotations
 

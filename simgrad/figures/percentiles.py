@@ -64,7 +64,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """Rank correlations (nan where a prediction means nothing), and mean changes by percentile in nats."""
+    """Rank correlations (nan: prediction undefined), and mean changes by percentile in nats."""
 
     settings: tuple[str, ...]
     predictors: tuple[str, ...]

@@ -76,7 +76,7 @@ class Result:
 
 
 def _random_pairs(config: Config) -> list[Pair]:
-    """Prompts of 3 tokens; responses that differ in one to three tokens and may share an ending of up to 4."""
+    """Prompts of 3 tokens, and responses that differ in 1 to 3 and may share up to 4 at the end."""
     rng = np.random.default_rng(config.seed)
     pairs = []
     while len(pairs) < config.pairs:

@@ -1,4 +1,4 @@
-"""Unintentional unalignment: what each remedy leaves of the refusals, and whether it over-refuses."""
+"""Unintentional unalignment: the refusals each remedy leaves, and whether it over-refuses."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """Ratios of the inner product, and d_w/d_l on a grid of margins (nan where not both are positive)."""
+    """Ratios of the inner product, and d_w/d_l on a margin grid (nan unless both positive)."""
 
     worlds: tuple[str, ...]
     owner: Int[np.ndarray, " P"]
@@ -92,7 +92,7 @@ def _pairs(config: Config) -> dict[str, tuple[str, list[Pair]]]:
 
 
 def compute(config: Config) -> Result:
-    """Kernels of the worlds' pairs under their pretrained policies; coefficients of the objectives."""
+    """Kernels of the worlds' pairs under pretrained policies, and objectives' coefficients."""
     owner, x, y = [], [], []
     sets = _pairs(config)
     for i, (world, pairs) in enumerate(sets.values()):

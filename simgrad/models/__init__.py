@@ -1,10 +1,10 @@
 """Models behind one call: ``apply(theta, tokens, ...) -> Output(logits, hidden)``."""
 
-from simgrad.models.likelihood import Responses, prediction_error, responses
 from simgrad.models.binding import Bound, bind, only
 from simgrad.models.cache import Cache, Rereading, cached
 from simgrad.models.config import InitScales, ModelConfig, Rope
 from simgrad.models.context import ContextApply, contexts_of, linear_softmax, unconstrained_features
+from simgrad.models.likelihood import Responses, prediction_error, responses
 from simgrad.models.lora import LoraApply, add_lora, merge_lora
 from simgrad.models.output import Apply, CachedApply, Memory, Output, TappedApply, Use
 from simgrad.models.transformer import Transformer, TransformerApply, init_transformer

@@ -1,4 +1,4 @@
-"""A transformer's backward pass, layer by layer, for many cotangents at once and without weight gradients.
+"""A transformer's backward pass by layer, for many cotangents at once, without weight gradients.
 
 Each cotangent has a copy of every sequence on the batch axis. A layer's nonlinear parts are
 computed again for the copies; its linear maps are not, since their outputs were kept
@@ -30,7 +30,7 @@ def backward(
     cotangents: Float[Array, "J N T D"],
     visit: Visit,
 ) -> dict[str, Any]:
-    """See :meth:`simgrad.models.TappedApply.backward`; ``model`` is a :class:`simgrad.models.Transformer`."""
+    """As :meth:`simgrad.models.TappedApply.backward`, on a :class:`simgrad.models.Transformer`."""
     copies = cotangents.shape[0]
     signal = cotangents.reshape(-1, *cotangents.shape[2:])
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What generation remembers of the tokens read so far, so that each new token is one short forward pass."""
+"""What generation remembers of read tokens, so that each new one is one short forward pass."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Cache:
 
 
 class Slots:
-    """One layer's slots of a cache: takes the keys and values of new tokens, gives back those of all slots.
+    """One layer's cache slots: takes keys and values of new tokens, returns those of all slots.
 
     The cache goes from layer to layer whole, so that a compiled loop writes into it in place.
     """
@@ -76,7 +76,7 @@ class TokenCache:
 
 @dataclass(frozen=True)
 class Rereading:
-    """Any model as a :class:`simgrad.models.CachedApply` that reads the whole sequence again for each token.
+    """Any model as a :class:`simgrad.models.CachedApply`, rereading everything for each token.
 
     >>> from simgrad.models import linear_softmax
     >>> from simgrad.pairs import Pair
@@ -121,7 +121,7 @@ class Rereading:
         cache: TokenCache,
         rows: Int[Array, "N Q"] | None = None,
     ) -> tuple[Output, TokenCache]:
-        """Logits at ``rows`` of the new tokens and their hidden states, from a pass over all slots."""
+        """Logits at ``rows`` of the new tokens, and hidden states, from a pass over all slots."""
         n, size = cache.tokens.shape
         slots = jnp.arange(size, dtype=positions.dtype)[None]
         row = jnp.arange(n, dtype=positions.dtype)[:, None]

@@ -25,7 +25,7 @@ __all__ = ["ContextApply", "contexts_of", "linear_softmax", "unconstrained_featu
 
 
 def contexts_of(pairs: Sequence[Pair]) -> tuple[tuple[int, ...], ...]:
-    """Every context of the pairs' sequences, shortest prompt prefix to full response, without repeats.
+    """Every distinct context of the pairs' sequences, from shortest prompt prefix to full response.
 
     >>> contexts_of([Pair([1], [7], [8])])
     ((1,), (1, 7), (1, 8))

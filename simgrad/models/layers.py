@@ -61,7 +61,7 @@ class Tape:
         self.uses: dict[str, Use] = {}
 
     def __call__(self, kind: str, x: Array, outputs: dict[str, Array]) -> tuple[Array, ...]:
-        """Report that the parameters at the sites ``outputs`` read ``x``; return the outputs to go on with."""
+        """Report that parameters at sites ``outputs`` read ``x``; return outputs to use next."""
         values = tuple(outputs.values())
         if self.taps is not None:
             return tuple(
@@ -269,7 +269,7 @@ class Attention(nnx.Module):
         tape: Tape,
         slots: Slots | None = None,
     ) -> Float[Array, "N T D"]:
-        """softmax(q k^T / sqrt(head_dim)) v over the visible positions, those of the cache with ``slots``."""
+        """softmax(q k^T / sqrt(head_dim)) v over visible positions (the cache's with ``slots``)."""
         c, (n, t, _) = self.config, x.shape
         outputs = {f"attention/{k}": getattr(self, k)(x) for k in ("query", "key", "value")}
         q, k, v = (y.reshape(n, t, -1, c.head_features) for y in tape("linear", x, outputs))

@@ -26,7 +26,7 @@ __all__ = [
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Responses:
-    """What a model says about both responses of each pair; the axis of length 2 is (chosen, rejected).
+    """A model's output on both responses of each pair; the axis of length 2 is (chosen, rejected).
 
     Attributes:
         token_logp: log π(y_k | x, y_<k) in nats, 0 where padded.

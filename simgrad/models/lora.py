@@ -52,15 +52,15 @@ def add_lora(
     alpha: float = 16.0,
     seed: int = 0,
 ) -> tuple[LoraApply, Theta]:
-    """Adapters W + (α/r) A B on every linear map whose path matches ``targets``, base parameters frozen.
+    """Adapters W + (α/r) A B on linear maps whose path matches ``targets``, with a frozen base.
 
     With inputs first, W is (I, O), A is (I, r) and B is (r, O); matrices stacked over layers get
     one adapter a layer. A ~ N(0, 1/I) and B = 0, so the model starts unchanged and at first only B
     has a gradient (Hu et al., arXiv 2106.09685, Sec. 4.1, where inputs come last: their A, B are
     Aᵀ, Bᵀ here). r = 8 and α = 16 are common choices, not the paper's.
 
-    With G = ∇_W log π the adapter's kernel is a projection of W's:
-    (α/r)² (⟨G_w Bᵀ, G_l Bᵀ⟩ + ⟨Aᵀ G_w, Aᵀ G_l⟩).
+    With G = ∇_W log π the adapter's kernel is a projection of W's: (α/r)² (⟨G_w Bᵀ, G_l Bᵀ⟩ + ⟨Aᵀ
+    G_w, Aᵀ G_l⟩).
 
     >>> from simgrad import tree
     >>> from simgrad.models import ModelConfig, create
@@ -71,7 +71,7 @@ def add_lora(
 
     Raises:
         ValueError: a target matches no linear map (tables have no adapters), or the rank is not
-        positive.
+            positive.
     """
     if isinstance(targets, str) or not targets:
         raise ValueError(f"targets takes a list of one or more patterns, got {targets!r}")
@@ -104,7 +104,8 @@ def merge_lora(apply: LoraApply, theta: Theta) -> Theta:
     >>> from simgrad.models import ModelConfig, create
     >>> apply, _ = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
     >>> pair = {"a": jnp.array([[1.0], [0.0]]), "b": jnp.array([[0.0, 3.0]])}
-    >>> merge_lora(LoraApply(apply, 2.0), {"base": {"w": jnp.eye(2)}, "lora": {"w": pair}})["w"].tolist()
+    >>> theta = {"base": {"w": jnp.eye(2)}, "lora": {"w": pair}}
+    >>> merge_lora(LoraApply(apply, 2.0), theta)["w"].tolist()
     [[1.0, 6.0], [0.0, 1.0]]
     """
     leaves, treedef = jax.tree.flatten(theta["base"])

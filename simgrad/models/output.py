@@ -36,7 +36,10 @@ class Use:
 
 
 Visit = Callable[[Use, tuple[Array, ...]], dict[str, Any]]
-"""What a backward pass calls for each :class:`Use` and its signals (J N T O, one array a site): results by name."""
+"""What a backward pass calls for each :class:`Use` and its signals: results by name.
+
+Signals are (J N T O), one array a site.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -111,7 +114,7 @@ class TappedApply(Apply, Protocol):
         cotangents: Float[Array, "J N T D"],
         visit: Visit,
     ) -> dict[str, Any]:
-        """Send cotangents of ``Output.hidden`` back, and collect what ``visit`` makes of the signals on the way.
+        """Send cotangents of ``Output.hidden`` back and collect what ``visit`` makes of signals.
 
         Results of operations under ``layers/`` are stacked on a leading depth axis. Signals of one
         layer are there at a time. The readout is the caller's: it reads no more than the hidden
@@ -134,7 +137,7 @@ class CachedApply(Apply, Protocol):
     """A model that can go on from the tokens that it has read."""
 
     def cache(self, theta: Theta, sequences: int, size: int) -> Memory:
-        """The memory of ``sequences`` sequences of at most ``size`` tokens, none of them read yet."""
+        """Memory for ``sequences`` sequences of at most ``size`` tokens, none of them read."""
         ...
 
     def extend(
@@ -145,7 +148,9 @@ class CachedApply(Apply, Protocol):
         cache: Any,
         rows: Int[Array, "N Q"] | None = None,
     ) -> tuple[Output, Any]:
-        """Output at the new tokens, each of which reads all up to its own position, and the memory with them.
+        """Output at the new tokens, and the memory with them added.
+
+        Each new token reads everything up to its own position.
 
         ``rows`` index the new tokens (None: logits at all of them). Writing at a position again
         replaces what was there, so a right-padded prompt is read whole and its row goes on at its

@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
         cache: Cache,
         rows: Int[Array, "N Q"] | None = None,
     ) -> tuple[Output, Cache]:
-        """The same for new tokens that read the cache up to their own positions, and the cache with them."""
+        """The same for new tokens that read the cache up to themselves, and the extended cache."""
         return self._run(tokens, positions, cache.visible(positions), rows, Tape(), cache)
 
     def _run(
@@ -164,7 +164,7 @@ class TransformerApply:
         return nnx.merge(_graph(self.config), theta).readout(hidden)
 
     def cache(self, theta: Theta, sequences: int, size: int) -> Cache:
-        """Empty slots for the keys and values of ``sequences`` sequences of at most ``size`` tokens."""
+        """Empty key and value slots for ``sequences`` sequences of at most ``size`` tokens."""
         c = self.config
         shape = (c.depth, sequences, size, c.n_kv_heads, c.head_features)
         keys, values = (jnp.zeros(shape, theta["embedding"]["table"].dtype) for _ in range(2))
@@ -183,9 +183,11 @@ class TransformerApply:
         >>> import jax.numpy as jnp
         >>> from simgrad.models import ModelConfig, create
         >>> apply, theta = create(ModelConfig(vocab_size=11, width=8, depth=1, heads=2))
-        >>> _, cache = apply.extend(theta, jnp.array([[1, 2]]), jnp.array([[0, 1]]), apply.cache(theta, 1, 4))
+        >>> cache = apply.cache(theta, 1, 4)
+        >>> _, cache = apply.extend(theta, jnp.array([[1, 2]]), jnp.array([[0, 1]]), cache)
         >>> output, cache = apply.extend(theta, jnp.array([[3]]), jnp.array([[2]]), cache)
-        >>> bool(jnp.allclose(output.logits[0, 0], apply(theta, jnp.array([[1, 2, 3]])).logits[0, 2], atol=1e-5))
+        >>> whole = apply(theta, jnp.array([[1, 2, 3]])).logits
+        >>> bool(jnp.allclose(output.logits[0, 0], whole[0, 2], atol=1e-5))
         True
         """
         return nnx.merge(_graph(self.config), theta).extend(tokens, positions, cache, rows)
@@ -210,7 +212,10 @@ class TransformerApply:
         cotangents: Float[Array, "J N T D"],
         visit: Visit,
     ) -> dict[str, Any]:
-        """Signals at every parameterised operation, layer by layer; see :class:`simgrad.models.TappedApply`."""
+        """Signals at every operation with parameters: :class:`simgrad.models.TappedApply`.
+
+        They come layer by layer.
+        """
         return backward(
             nnx.merge(_graph(self.config), theta), positions, streams, uses, cotangents, visit
         )

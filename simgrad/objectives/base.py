@@ -1,4 +1,4 @@
-"""What an objective is: a loss per pair, its two coefficients by automatic differentiation, sums of objectives."""
+"""Objectives: a loss per pair, its two coefficients by automatic differentiation, and sums."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ class Terms:
 
 @dataclass(frozen=True)
 class Objective:
-    """Base of all pairwise objectives. Subclasses define :meth:`per_pair`; those with a ``name`` can be got by it.
+    """Base of all pairwise objectives, whose subclasses define :meth:`per_pair`.
+
+    Those with a ``name`` can be obtained by that name.
 
     Objectives add up: ``DPO() + 0.5 * SFT()``. The texts ``formula``, ``ratio`` and
     ``pushes_chosen_down`` are written in the notation of :data:`simgrad.objectives.NOTATION` and
@@ -132,7 +134,7 @@ class Objective:
         reference: Float[Array, "*pairs 2"],
         lengths: Int[Array, "*pairs 2"],
     ) -> Float[Array, "*pairs"]:
-        """Loss of each pair. Log-probs are sums over response tokens in nats, lengths count tokens."""
+        """Loss of each pair; log-probs are sums over response tokens in nats."""
         n = lengths.astype(logp.dtype)
         return self.per_pair(Terms(logp, reference, n, logp / n))
 
@@ -171,7 +173,7 @@ class Objective:
 
 @dataclass(frozen=True, repr=False)
 class Combined(Objective):
-    """Weighted sum Σ_k weight_k L_k, written ``DPO() + 0.5 * SFT()``; d_w and d_l add up in the same way.
+    """Weighted sum Σ_k weight_k L_k, written ``DPO() + 0.5 * SFT()``; d_w and d_l add up likewise.
 
     Lists of loss types with weights in TRL, such as MPO (arXiv 2411.10442), are of this kind.
     """

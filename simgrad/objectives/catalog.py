@@ -113,7 +113,7 @@ def names() -> list[str]:
 
 
 def get(name: str, **hyperparameters: Any) -> Objective:
-    """An objective by name: one of :func:`names`, or ``trl:`` and a loss type of TRL with TRL's options.
+    """An objective by name: one of :func:`names`, or ``trl:`` and a TRL loss type with options.
 
     >>> get("dpo", beta=0.05)
     DPO(beta=0.05)
@@ -144,7 +144,8 @@ def _unknown(name: str) -> str:
         f"trl:{trainer}/{name}" for trainer, kinds in TRL_LOSS_TYPES.items() if name in kinds
     ] or near
     hint = f" did you mean {near[0].replace('dpo/', '')!r}?" if near else ""
-    return f"unknown objective {name!r};{hint} there are: {', '.join(names())}; TRL's loss types as trl:sigmoid, ..."
+    known = ", ".join(names())
+    return f"unknown objective {name!r};{hint} there are: {known}; TRL's loss types as trl:sigmoid, ..."
 
 
 @functools.cache

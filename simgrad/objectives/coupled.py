@@ -32,7 +32,7 @@ def of_same_rank(
 
 @dataclass(frozen=True)
 class AOT(Objective):
-    """Alignment via optimal transport, paired: DPO after sorting the policy's and the reference's log-ratios.
+    """Alignment via optimal transport, paired: DPO after sorting policy and reference log-ratios.
 
     A pair meets the reference log-ratio of its own rank in the batch, h* (not its own reference).
     d_w = d_l = β σ(β (h* - logπ_w + logπ_l)). Default β is TRL's.
@@ -73,7 +73,9 @@ class AOTUnpaired(Objective):
 
 @dataclass(frozen=True)
 class KTOPair(Objective):
-    """KTO on pairs as TRL once had it: each side's reference point is the other side's mean log-ratio, at least 0.
+    """KTO on pairs as in earlier TRL: each reference point is the other side's mean log-ratio.
+
+    The reference point is at least 0.
 
     z_w* = max(0, mean Δ_w) of the batch serves the rejected responses and z_l* the chosen ones,
     both constants of the gradient. d_w = β σ'(β(Δ_w - z_l*)), d_l = β σ'(β(z_w* - Δ_l)). Default β

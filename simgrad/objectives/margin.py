@@ -1,4 +1,4 @@
-"""Objectives of the margin m = Δ_w - Δ_l against a reference: chosen and rejected pull equally, d_w = d_l."""
+"""Objectives of the margin m = Δ_w - Δ_l against a reference, all with equal pull d_w = d_l."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DPO(Objective):
 
 @dataclass(frozen=True)
 class IPO(Objective):
-    """Identity preference optimisation: the margin is regressed on its target 1/(2β), β being the paper's τ.
+    """Identity preference optimisation: regress the margin on 1/(2β), β being the paper's τ.
 
     d_w = d_l = 2 (1/(2β) - m): negative once the margin exceeds its target. The textbook form, on
     summed log-probs; TRL divides each log-ratio by its response's length (``trl:ipo``). Default β =
@@ -70,7 +70,7 @@ class Hinge(Objective):
 
 @dataclass(frozen=True)
 class RDPO(Objective):
-    """DPO with a length term in the logit, z = β m + α (|y_w| - |y_l|), against a bias for long responses.
+    """DPO with a length term in the logit, z = β m + α (|y_w| - |y_l|), against length bias.
 
     d_w = d_l = β σ(-z). Defaults: β = 0.1 as for DPO, α = 0.01 is our choice.
     """
@@ -125,9 +125,9 @@ class DiscoPOP(Objective):
     """The discovered log-ratio modulated loss: logistic for z < 0, exponential for z > 0, z = β m.
 
     d_w = d_l = β ((1-s) σ(-z) + s e⁻ᶻ - σ'(z/τ)/τ (e⁻ᶻ + logσ(z))), s = σ(z/τ). The loss has a
-    valley and a
-    hill: with the default τ it pushes the chosen down around z = 0, where training starts. The
-    exponent logσ(z/τ) - z is held at 80. Defaults: β = 0.1 is TRL's, τ = 0.05 the paper's.
+    valley and a hill: with the default τ it pushes the chosen down around z = 0, where training
+    starts. The exponent logσ(z/τ) - z is held at 80. Defaults: β = 0.1 is TRL's, τ = 0.05 the
+    paper's.
     """
 
     name: ClassVar[str] = "discopop"

@@ -16,7 +16,7 @@ __all__ = ["CPO", "ORPO", "RRHF", "SFT", "OddsRatio", "SLiC", "SimPO"]
 
 @dataclass(frozen=True)
 class SimPO(Objective):
-    """Simple preference optimisation: the logistic loss of the difference in mean log-prob, less a margin γ.
+    """Simple preference optimisation: logistic loss of the mean log-prob difference, less margin γ.
 
     d_w = β σ(γ - β(μ_w - μ_l)) / |y_w| and d_l the same over |y_l|. Defaults β = 2, γ = 1 lie in
     the ranges of the paper (its Table 7: β 2.0-2.5, γ/β 0.5).
@@ -37,7 +37,7 @@ class SimPO(Objective):
 
 @dataclass(frozen=True)
 class SFT(Objective):
-    """Supervised fine-tuning on the chosen response, to be added to others: ``DPO() + 0.5 * SFT()``.
+    """Supervised fine-tuning on the chosen response, to add to others: ``DPO() + 0.5 * SFT()``.
 
     d_l = 0, and d_w = 1, 1/|y_w| or n/Σ|y_w| for normalization "sum" (the formula below), "length"
     or "batch". The last is the mean over all chosen tokens of the batch, which TRL takes. Default:
@@ -141,7 +141,10 @@ def log_odds(mean: Float[Array, "*pairs"]) -> Float[Array, "*pairs"]:
 
 @dataclass(frozen=True)
 class OddsRatio(Objective):
-    """The preference part of ORPO: -logσ(o_w - o_l), o = log p/(1-p). d_w = s/((1-p_w)|y_w|), s = σ(o_l - o_w)."""
+    """The preference part of ORPO: -logσ(o_w - o_l), o = log p/(1-p).
+
+    d_w = s/((1-p_w)|y_w|), s = σ(o_l - o_w).
+    """
 
     def per_pair(self, x: Terms):  # noqa: D102
         return -jax.nn.log_sigmoid(log_odds(x.mean_chosen) - log_odds(x.mean_rejected))
@@ -149,7 +152,7 @@ class OddsRatio(Objective):
 
 @dataclass(frozen=True)
 class ORPO(Composed):
-    """Odds-ratio preference optimisation: mean NLL of the chosen plus λ times the logistic loss of log-odds.
+    """Odds-ratio preference optimisation: mean chosen NLL plus λ times the logistic log-odds loss.
 
     d_w = (1 + λ s/(1-p_w))/|y_w|, d_l = λ s/((1-p_l)|y_l|), s = σ(o_l - o_w), o = log p/(1-p). 1 -
     p is held at the dtype's resolution, which bounds d_l as p_l → 1. Default λ = 0.1 is TRL's (its

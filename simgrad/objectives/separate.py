@@ -68,7 +68,7 @@ class DPOShift(Objective):
 
 @dataclass(frozen=True)
 class CalDPO(Objective):
-    """Cal-DPO: DPO without β plus squares that tie each log-ratio to a target, Δ_w to 1/(2β) and Δ_l to -1/(2β).
+    """Cal-DPO: DPO without β plus squares that tie Δ_w to 1/(2β) and Δ_l to -1/(2β).
 
     d_w = σ(-m) + 1/(2β) - Δ_w and d_l = σ(-m) + 1/(2β) + Δ_l: d_w is negative once the chosen
     response is past its target. Default β = 0.1 and the factor ½ of the squares are our choice.
@@ -89,7 +89,7 @@ class CalDPO(Objective):
 
 @dataclass(frozen=True)
 class KTO(Objective):
-    """Kahneman-Tversky optimisation of a chosen and a rejected response, around a reference point z_0.
+    """Kahneman-Tversky optimisation of chosen and rejected responses around a reference point z_0.
 
     d_w = λ_D β σ'(β(Δ_w - z_0)), d_l = λ_U β σ'(β(z_0 - Δ_l)): both vanish far from z_0 on either
     side. z_0 (``kl``) is the KL divergence from the reference, a constant of the gradient; 0 is its

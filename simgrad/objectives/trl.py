@@ -11,6 +11,7 @@ from simgrad.objectives.margin import DPO, EXO, IPO, DiscoPOP, Hinge
 from simgrad.objectives.reference_free import SFT, OddsRatio, SimPO
 from simgrad.objectives.separate import KTO, APODown, APOZero, BCOPair, NCAPair, SPPOHard
 from simgrad.objectives.wrappers import (
+    Divergence,
     FDivergence,
     LabelSmoothed,
     LengthNormalized,
@@ -42,7 +43,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 0.1},
     "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "kl": 0.0},
 }
-_DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
+_DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": "forward_kl",
+    "js_divergence": "js",
+    "alpha_divergence": "alpha",
+}
 _OF_SCORES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm")
 TRL_LOSS_TYPES: dict[str, tuple[str, ...]] = {
     "dpo": (
@@ -89,7 +94,7 @@ def from_trl(
 
     Raises:
         ValueError: unknown trainer, loss type or option; an option that needs more than sequence
-        log-probs.
+            log-probs.
     """
     if trainer not in TRL_LOSS_TYPES:
         raise ValueError(f"unknown TRL trainer {trainer!r}; there are: {', '.join(TRL_LOSS_TYPES)}")
@@ -172,9 +177,9 @@ def _dpo_part(name: str, options: Mapping[str, Any]) -> Objective:
 
 def _with_divergence(part: Objective, divergence: str, alpha: float) -> Objective:
     # the scores replace the log-ratios first, whatever the loss then does with them
-    return (
-        part if divergence == "reverse_kl" else FDivergence(part, _DIVERGENCES[divergence], alpha)
-    )  # type: ignore[arg-type]
+    if divergence == "reverse_kl":
+        return part
+    return FDivergence(part, _DIVERGENCES[divergence], alpha)
 
 
 def _smoothed(part: Objective, smoothing: float) -> Objective:

@@ -1,4 +1,4 @@
-"""Modifiers: objectives made from any other objective. They nest, ``LengthNormalized(LabelSmoothed(DPO(), 0.1))``.
+"""Objectives made from any other, nesting as in ``LengthNormalized(LabelSmoothed(DPO(), 0.1))``.
 
 A modifier that changes the log-probs hands changed :class:`Terms` to the objective inside it, so
 the outermost one acts first.
@@ -31,7 +31,10 @@ __all__ = [
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 DIVERGENCES: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "js", "alpha")
 LARGEST_EXPONENT = 80.0
-"""Where exponentials of log-ratios are cut (and their gradients vanish), in every dtype; float32 ends at 88."""
+"""Where exponentials of log-ratios are cut in every dtype; float32 ends at 88.
+
+Beyond it their gradients vanish.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class LabelSmoothed(Composed):
 
 @dataclass(frozen=True)
 class Robust(Composed):
-    """((1-ε) L - ε L_swapped)/(1-2ε): under labels flipped with probability ε its mean is L on clean labels."""
+    """((1-ε) L - ε L_swapped)/(1-2ε): its mean is clean L if labels flip with probability ε."""
 
     objective: Objective
     epsilon: float
@@ -82,7 +85,7 @@ class Robust(Composed):
 
 @dataclass(frozen=True)
 class LengthNormalized(Objective):
-    """The objective on mean instead of summed log-probs, policy and reference; inside it every length is one."""
+    """The objective on mean log-probs of policy and reference; inside it every length is one."""
 
     objective: Objective
 
@@ -94,7 +97,7 @@ class LengthNormalized(Objective):
 
 @dataclass(frozen=True)
 class ReferenceFree(Objective):
-    """The objective with a reference that gives every response the same probability (log-prob zero)."""
+    """The objective with a reference that gives all responses equal probability (log-prob 0)."""
 
     objective: Objective
 
@@ -150,13 +153,13 @@ class FDivergence(Objective):
 
 @dataclass(frozen=True)
 class Gated(Objective):
-    """The objective with a gate on the gradient through log π_l: d_l is multiplied by g = σ((μ_l - τ)/T).
+    """The objective with a gate on log π_l's gradient: d_l is multiplied by g = σ((μ_l - τ)/T).
 
     μ_l = log π_l/|y_l| of the policy, in whatever modifiers it is nested; g is a constant of the
     gradient, and the loss's value and d_w are unchanged, so that a response which is already very
-    improbable is no longer pushed down. The idea is that of Gradient-Gated DPO
-    (arXiv 2605.02626), which attenuates updates on extremely improbable rejected responses; the
-    form of the gate and the defaults τ = -5 nats a token and T = 1 are ours.
+    improbable is no longer pushed down. The idea is that of Gradient-Gated DPO (arXiv 2605.02626),
+    which attenuates updates on extremely improbable rejected responses; the form of the gate and
+    the defaults τ = -5 nats a token and T = 1 are ours.
     """
 
     objective: Objective

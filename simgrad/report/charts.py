@@ -1,4 +1,4 @@
-"""Figures of a score table's report: distributions, the plane of regimes, the strength of the pull on the chosen."""
+"""Figures of a score table's report: distributions, plane of regimes, pull on the chosen."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def number(x: float, digits: int = 3) -> str:
 
 
 def distributions(scores: tuple[Score, ...]) -> Figure:
-    """A histogram a score over the range of its bulk, every pair as a tick below, outliers counted at the edge."""
+    """A histogram per score over the bulk of its range, with a tick below for every pair.
+
+    Outliers are counted at the edge.
+    """
     rows = -(-len(scores) // _COLUMNS)
     width = size(1, 1)[0]
     figure, axes = plt.subplots(
@@ -106,7 +109,7 @@ def _maths(text: str) -> str:
 
 
 def _bulk(values: np.ndarray) -> tuple[float, float]:
-    """All values, or the quartiles with three times their distance on both sides where some lie beyond."""
+    """All values, or where some lie beyond, the quartiles with thrice their distance each side."""
     lower, upper = np.quantile(values, [0.25, 0.75])
     reach = 3 * (upper - lower)
     low, high = max(values.min(), lower - reach), min(values.max(), upper + reach)
@@ -180,7 +183,10 @@ def _note(
 
 
 def _scaled(set_scale, values: np.ndarray, corner: float) -> tuple[float, float]:
-    """Logarithmic axis, linear around 0 where some values are not positive; its bounds, with the corner well inside."""
+    """Scale the axis logarithmically and return its bounds, with the corner well inside.
+
+    It is linear around 0 where some values are not positive.
+    """
     low, high = (
         (min(values.min(), corner), max(values.max(), corner)) if len(values) else (corner, corner)
     )
@@ -287,7 +293,7 @@ def strength_curve(found: Strength, pairs: int) -> Figure:
 
 
 def _apart(places: list[float], distance: float) -> list[float]:
-    """Places of labels, in the same order from below, moved up until none is nearer to the next than ``distance``."""
+    """Label places in the same order, moved up until neighbours are ``distance`` or more apart."""
     moved, last = dict.fromkeys(range(len(places)), 0.0), -math.inf
     for k in sorted(range(len(places)), key=lambda k: places[k]):
         moved[k] = last = max(places[k], last + distance)

@@ -105,7 +105,9 @@ class RegimeMap:
 
 @dataclass(frozen=True)
 class Association:
-    """Spearman ρ of one score with lengths in tokens, and with the predicted Δlog π of the chosen (nan: not defined).
+    """Spearman ρ of one score with token lengths and with the chosen's predicted Δlog π.
+
+    It is nan where it is not defined.
 
     Attributes:
         score: its name.
@@ -182,7 +184,9 @@ class ReportNumbers:
 def report_numbers(
     table: ScoreTable, rows: Sequence[Mapping[str, Any]] | None = None, worst: int = 5
 ) -> ReportNumbers:
-    """Everything the report says, of a table of :func:`simgrad.score` and (for data sources) the rows it was made from.
+    """Everything the report says of a table of :func:`simgrad.score`.
+
+    For data sources it also needs the rows that the table was made from.
 
     Raises:
         ValueError: a table of another kind, or fewer rows than the table speaks of.
@@ -248,7 +252,7 @@ def require_score_table(table: ScoreTable) -> None:
 
 
 def _risks(table: ScoreTable, found: Sequence[Score]) -> list[tuple[str, str, np.ndarray]]:
-    """What pairs are filtered by: every score but what happens to the rejected, and length alone."""
+    """What pairs are filtered by: length alone, and every score but the rejected's change."""
     longer = (table["n_rejected"] - table["n_chosen"]).astype(float)
     kept = [
         (s.label, s.name, s.risk * s.values) for s in found if s.name != "predicted_dlogp_rejected"
@@ -257,7 +261,7 @@ def _risks(table: ScoreTable, found: Sequence[Score]) -> list[tuple[str, str, np
 
 
 def unit_of(table: ScoreTable) -> str:
-    """Unit of predicted changes: nats for the learning rate of the run, or per unit learning rate."""
+    """Unit of predicted changes: nats at the run's learning rate, or per unit learning rate."""
     rate = table.metadata["run"]["learning_rate"]
     return "nats per unit learning rate" if rate is None else f"nats for learning rate {rate:g}"
 
@@ -333,7 +337,7 @@ def associations(table: ScoreTable) -> tuple[Association, ...]:
 def by_source(
     table: ScoreTable, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[str | None, tuple[SourceShare, ...]]:
-    """Share of falling pairs within each value of the first field of :data:`SOURCES` that tells rows apart.
+    """Share of falling pairs by value of the first :data:`SOURCES` field that tells rows apart.
 
     Raises:
         ValueError: fewer rows than the table speaks of.

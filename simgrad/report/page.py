@@ -77,7 +77,9 @@ def write_report(
     tokens: bool = True,
     revision: str | None = None,
 ) -> WrittenReport:
-    """Write what a score table says as one self-contained page, and its figures as PNG in a folder beside it.
+    """Write a score table's findings as one self-contained page, with PNG figures in a folder.
+
+    The folder lies beside the page.
 
     The page holds no script and fetches nothing. The same arguments give the same bytes.
 

@@ -1,4 +1,4 @@
-"""What other objectives, a stronger pull on the chosen, or a filter would do to the pairs of a score table.
+"""What other objectives, a stronger pull on the chosen, or a filter would do to scored pairs.
 
 All of it is the first-order own-pair theory at the start of training, where the policy is its own
 reference: no model is needed, only the log-probs, lengths and gradient scalars that the table
@@ -52,7 +52,9 @@ class ObjectiveFate:
 
 @dataclass(frozen=True)
 class Strength:
-    """Shares of pairs when d_w/d_l is multiplied: an SFT term on the chosen, or a weaker push on the rejected.
+    """Shares of pairs when d_w/d_l is multiplied.
+
+    This is what an SFT term on the chosen, or a weaker push on the rejected, does.
 
     Attributes:
         multiplier: m, the factor on d_w/d_l, log-spaced.
@@ -108,7 +110,7 @@ def _kernel(column: Mapping[str, np.ndarray]) -> PairKernel:
 
 
 def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
-    """Regimes under every objective of the library that treats each pair by itself, most ideal pairs first.
+    """Regimes under every objective that treats each pair by itself, most ideal pairs first.
 
     Hyperparameters are the defaults. Objectives without any difference on these pairs share an
     entry, as do remedies.
@@ -160,7 +162,7 @@ def _fate(
 
 
 def strength(table: ScoreTable) -> Strength | None:
-    """Shares of pairs against the factor on the scored objective's d_w/d_l, any signs (None: no pair)."""
+    """Shares of pairs by factor on the scored objective's d_w/d_l, any signs (None: no pair)."""
     column = _finite(table)
     if not len(column["d_chosen"]):
         return None
@@ -184,7 +186,7 @@ def strength(table: ScoreTable) -> Strength | None:
 def filtered(
     risks: Iterable[tuple[str, str, Float[np.ndarray, " B"]]], change: Float[np.ndarray, " B"]
 ) -> tuple[Filtered, ...]:
-    """Pairs kept and pairs falling among them, for each (label, name, risk): the lowest risk is kept."""
+    """Pairs kept and falling for each (label, name, risk), keeping the lowest risk."""
     found = []
     for label, name, risk in risks:
         use = np.isfinite(risk) & np.isfinite(change)

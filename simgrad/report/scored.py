@@ -44,7 +44,7 @@ def find_scored(
     revision: str | None = None,
     model: bool = True,
 ) -> Scored:
-    """Load the model and read the data of a table of :func:`simgrad.score`, and hold them against its fingerprints.
+    """Load the model and data of a :func:`simgrad.score` table and check its fingerprints.
 
     Nothing is raised for what is missing or differs: it is left out, and ``problems`` names it.
 

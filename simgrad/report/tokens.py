@@ -1,4 +1,4 @@
-"""The worst pairs of a score table, token by token: which tokens the pair's own step lifts, and which it lowers."""
+"""The worst pairs of a score table: which tokens the pair's own step raises or lowers."""
 
 from __future__ import annotations
 
@@ -206,6 +206,6 @@ def pieces(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> list[tu
 
 
 def _whole(text: Callable[[list[int]], str], tokens: list[int]) -> list[int]:
-    """The last tokens, as few more than :data:`_CONTEXT` as it takes not to begin within a character."""
+    """The last tokens: :data:`_CONTEXT`, plus as few as avoid starting within a character."""
     few = (tokens[-n:] for n in range(_CONTEXT, _CONTEXT + _LONGEST))
     return next((some for some in few if some and "\ufffd" not in text(some)), tokens[-_CONTEXT:])

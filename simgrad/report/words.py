@@ -127,7 +127,7 @@ def associations_sentence(numbers: ReportNumbers) -> str:
 
 
 def chance(pairs: int, tried: int = 1, given: int = 0) -> float:
-    """|ρ| that the largest of ``tried`` rank correlations of unrelated numbers exceeds in at most 5 % of all tables.
+    """|ρ| that the largest of ``tried`` unrelated rank correlations exceeds in ≤ 5 % of all tables.
 
     Student's t with n - 2 - k degrees of freedom, k numbers partialled out, Bonferroni over the
     tries.

@@ -20,7 +20,7 @@ _HEADER = "__header__"
 
 
 def cache_folder() -> Path:
-    """Where pretrained worlds and compiled programs are kept: $SIMGRAD_CACHE, or ~/.cache/simgrad."""
+    """Folder of pretrained worlds and compiled programs: $SIMGRAD_CACHE or ~/.cache/simgrad."""
     return Path(os.environ.get("SIMGRAD_CACHE", Path.home() / ".cache" / "simgrad"))
 
 

@@ -1,14 +1,14 @@
 """Pure theory: from gradients' inner products to statements about who rises and who falls.
 
-===================  ===========================================================================
-``kernel``           inner products of gradients: of a pair, a data set, tokens, blocks of parameters
+===================  =======================================================================
+``kernel``           inner products of gradients: of a pair, a data set, tokens, parameter blocks
 ``conditions``       regimes, the disentanglement band, which objective keeps which pair ideal
 ``prediction``       one step of any optimizer to first and second order, and where the mass goes
 ``similarity``       CHES and its relatives
 ``mitigation``       changed forces, token masks, filters
 ``groups``           many responses to one prompt: NTHR, GWHES
 ``closed_forms``     linear softmax, unconstrained features, one step on logits
-===================  ===========================================================================
+===================  =======================================================================
 
 What is used most can be had from here; everything by the name of its group. Whole runs are in
 :mod:`simgrad.dynamics`.

@@ -1,4 +1,4 @@
-"""Who rises and who falls: the regime of a pair under an objective, and the band that keeps it ideal."""
+"""Who rises and who falls: a pair's regime under an objective, and the band that keeps it ideal."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def regime(change: Float[Array, "*pairs 2"]) -> Int[Array, "*pairs"]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Band:
-    """Disentanglement band of each pair, in logarithms of r = d_w/d_l and as an angle for any signs.
+    """Each pair's disentanglement band, in logarithms of r = d_w/d_l and as an angle for any signs.
 
     Attributes:
         log_ratio: log r; nan unless d_w, d_l > 0.
@@ -147,7 +147,7 @@ class IdealRange:
 
 
 def ideal_range(kernel: PairKernel) -> IdealRange:
-    """How much more weight the chosen needs, and may have, for the chosen to rise and the rejected to fall.
+    """How much more weight the chosen needs, and may have, to rise while the rejected falls.
 
         ⟨g_w,g_l⟩/‖g_w‖² ≤ d_w/d_l ≤ ‖g_l‖²/⟨g_w,g_l⟩     (d_l > 0; no upper bound for ⟨g_w,g_l⟩ ≤
         0)

@@ -1,4 +1,4 @@
-"""Many responses to one prompt under a group objective: which tokens of wrong answers drag correct ones down.
+"""Group objectives on one prompt's responses: which wrong-answer tokens drag correct ones down.
 
 A group update is -∇L = Σ_j a_j ∇ log π(y_j), a_j > 0 for responses to be reinforced. To first order
 (and for the unembedding W alone, from the forward pass),
@@ -128,8 +128,9 @@ def token_influence(group: Group) -> Float[Array, "G R G"]:
 
     >>> import jax.numpy as jnp
     >>> h, nothing = jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 2))
-    >>> group = Group(h, nothing, jnp.array([[0, 0], [0, 1]]), jnp.array([[True, False], [True, True]]))
-    >>> token_influence(group)[1, :, 0].tolist()  # the second response's tokens on the first response
+    >>> valid = jnp.array([[True, False], [True, True]])
+    >>> group = Group(h, nothing, jnp.array([[0, 0], [0, 1]]), valid)
+    >>> token_influence(group)[1, :, 0].tolist()  # the second's tokens on the first response
     [0.5, -0.5]
     """
     hidden = jnp.where(group.valid[..., None], tree.widen(group.hidden), 0.0)
@@ -183,8 +184,9 @@ def nthr(group: Group, correct: Bool[Array, " G"]) -> Float[Array, "G R"]:
 
     >>> import jax.numpy as jnp
     >>> h, nothing = jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 2))
-    >>> group = Group(h, nothing, jnp.array([[0, 0], [0, 1]]), jnp.array([[True, False], [True, True]]))
-    >>> nthr(group, jnp.array([True, False])).tolist()  # of the wrong tokens only the shared one costs
+    >>> valid = jnp.array([[True, False], [True, True]])
+    >>> group = Group(h, nothing, jnp.array([[0, 0], [0, 1]]), valid)
+    >>> nthr(group, jnp.array([True, False])).tolist()  # only the shared wrong token costs
     [[0.0, 0.0], [0.5, -0.5]]
     """
     influence = token_influence(group)
@@ -209,7 +211,8 @@ def gwhes(
     >>> import jax.numpy as jnp
     >>> h, nothing = jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 2))
     >>> group = Group(h, nothing, jnp.zeros((2, 2), int), jnp.array([[True, False], [True, True]]))
-    >>> gwhes(group, jnp.array([True, False]), jnp.array([1.0, -1.0])).tolist()  # positive: the correct one falls
+    >>> correct, weights = jnp.array([True, False]), jnp.array([1.0, -1.0])
+    >>> gwhes(group, correct, weights).tolist()  # positive: the correct one falls
     [0.5, 0.0]
     """
     rates = group_rates(group, weights)

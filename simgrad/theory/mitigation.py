@@ -45,7 +45,7 @@ __all__ = [
 
 
 class Mitigation(Protocol):
-    """A change of the force that looks at the pair's geometry, in the manner of an optax transformation."""
+    """A change of the force that looks at the pair's geometry, in the manner of optax."""
 
     def init(self, dtype: Any = ...) -> Any:
         """The state before the first batch; () where nothing is kept."""
@@ -105,7 +105,7 @@ class PairwiseNormalized(Stateless):
 
 @dataclass(frozen=True)
 class Calibrated(Stateless):
-    """Reward calibration: d_w → α d_w and d_l → d_l/α with α = √(r*/r), r = d_w/d_l, r* = ‖g_l‖/‖g_w‖.
+    """Reward calibration: d_w → α d_w, d_l → d_l/α with α = √(r*/r), r = d_w/d_l, r* = ‖g_l‖/‖g_w‖.
 
     Moves the pair to the centre of its band, hence to the ideal regime, and keeps d_w d_l. Pairs
     with a coefficient that is not positive, or a gradient that vanishes, are left as they are.
@@ -259,8 +259,10 @@ def masked_logp(result: Responses, weights: Float[Array, "B 2 R"]) -> Float[Arra
 
     >>> import jax.numpy as jnp
     >>> h = jnp.ones((1, 2, 2, 1))
-    >>> result = Responses(jnp.array([[[-3.0, -1.0], [-3.0, -2.0]]]), jnp.zeros((1, 2, 2, 4)), h, h[:, :, 0])
-    >>> result.logp.tolist(), masked_logp(result, jnp.array([[[0.0, 1.0], [0.0, 1.0]]])).tolist()  # same margin
+    >>> token_logp = jnp.array([[[-3.0, -1.0], [-3.0, -2.0]]])
+    >>> result = Responses(token_logp, jnp.zeros((1, 2, 2, 4)), h, h[:, :, 0])
+    >>> weights = jnp.array([[[0.0, 1.0], [0.0, 1.0]]])
+    >>> result.logp.tolist(), masked_logp(result, weights).tolist()  # same margin
     ([[-4.0, -5.0]], [[-1.0, -2.0]])
     """
     return (weights.astype(result.token_logp.dtype) * result.token_logp).sum(-1)

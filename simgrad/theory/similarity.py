@@ -71,7 +71,7 @@ def ches(result: Responses, batch: Batch, states: States = "predicting") -> Floa
 
 
 def ln_ches(result: Responses, batch: Batch, states: States = "predicting") -> Float[Array, " B"]:
-    """Length-normalised CHES: ⟨mean h⁺, mean h⁻⟩ - ‖mean h⁺‖², over the same states as :func:`ches`.
+    """Length-normalised CHES: ⟨mean h⁺, mean h⁻⟩ - ‖mean h⁺‖², over states as in :func:`ches`.
 
     With ``states="predicting"`` the divisors are |y⁺||y⁻| and |y⁺|², with ``"all"`` each length is
     one more (the number of states summed). Source: Razin et al., arXiv 2410.08847, Sec. 5.
@@ -130,7 +130,8 @@ def head_gap(result: Responses, batch: Batch) -> Float[Array, " B"]:
     >>> import jax.numpy as jnp
     >>> from simgrad.pairs import Pair, padded
     >>> h, logits = jnp.ones((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 2))
-    >>> result, batch = Responses(jnp.zeros((1, 2, 1)), logits, h, h[:, :, 0]), padded([Pair([2], [0], [1])])
+    >>> result = Responses(jnp.zeros((1, 2, 1)), logits, h, h[:, :, 0])
+    >>> batch = padded([Pair([2], [0], [1])])
     >>> ches(result, batch).item(), head_gap(result, batch).item()
     (0.0, -1.0)
     """

@@ -108,7 +108,7 @@ def _distance(kernel: PairKernel, exact: PairKernel) -> float:
 def routes(
     base: Base, rates: Sequence[float], where: Where, limit: float = 1e-9
 ) -> Iterator[Check]:
-    """Different functions of the library that must say the same, in float64; ``rates`` only set array shapes."""
+    """Library functions that must agree, in float64; ``rates`` only set array shapes."""
     s, pair = base.subject, base.every[0]
 
     def check(name: str, ours: Any, theirs: Any) -> Check:
@@ -164,7 +164,7 @@ def updates(
 def runs(
     base: Base, where: Where, optimizers: Sequence[str], limit: float = 1e-9
 ) -> Iterator[Check]:
-    """Training takes the predicted steps; a run that is linearised anew at every step is the run itself."""
+    """Training takes the predicted steps; relinearising at every step gives the run itself."""
     s, loss, steps = base.subject, objectives.get("dpo"), 6
     trained = base.every[: len(s.pairs)]
     for name in optimizers:

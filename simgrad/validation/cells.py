@@ -1,4 +1,4 @@
-"""One cell of the grid: a step predicted to first and second order, and measured at many learning rates."""
+"""One cell of the grid: a step predicted to first and second order, measured at many rates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ __all__ = ["Base", "Cell", "alone", "base_of", "first_update", "regimes_of", "st
 NOISE = 100
 """A remainder says nothing below this many roundoffs of the change itself."""
 POINTS, NEAR = 3, 0.05
-"""An order is fitted to the smallest rates that rounding does not spoil, within this share of the trust radius."""
+"""An order is fitted to the smallest usable rates within this share of the trust radius.
+
+Usable rates are those that rounding does not spoil.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def base_of(subject: Subject, objectives: tuple[str, ...]) -> Base:
 def _forces(
     logp: Array, reference: Array, lengths: Array, names: tuple[str, ...]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(d_w, -d_l) of every pair under every objective, of a loss of its own and of the mean loss."""
+    """(d_w, -d_l) of every pair under every objective, for its own loss and for the mean loss."""
     losses = {name: objectives.get(name) for name in names}
 
     def one(loss: objectives.Objective, *x: Array) -> Array:
@@ -160,7 +163,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Ray:
-    """A step v = factor · direction, the direction of about unit norm so that low precision does not overflow."""
+    """A step v = factor · direction of about unit norm, so that low precision cannot overflow."""
 
     direction: Theta
     factor: float
@@ -198,7 +201,7 @@ def _predicted(base: Base, rays: Sequence[Ray]) -> tuple[np.ndarray, np.ndarray]
 def alone(
     base: Base, reference: Base, objective: str, grid: Grid, where: dict[str, str]
 ) -> Cell | None:
-    """Every pair by itself under SGD: the statement about its regime. None where the objective moves no pair."""
+    """Judge the regime of every pair by itself under SGD; None if the objective moves no pair."""
     s, force = base.subject, base.alone[objective]
     first = _first_alone(base, force)
     rays = [
@@ -280,7 +283,7 @@ def _whole(vector: Array, trained: Theta) -> Theta:
 def _last_update(
     name: str, gradients: list[Float[Array, " n"]], point: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """The update that follows the others, on parameters in one vector: a program that every model can share."""
+    """The next update, on parameters in one vector: a program that all models can share."""
     transform = optimizer(name)
     state, step = transform.init(point), point
     for gradient in gradients:
@@ -309,7 +312,10 @@ def _judged(
     grid: Grid,
     exact: np.ndarray | None,
 ) -> Cell | None:
-    """Take the steps and compare; pairs that the objective does not move (a saturated hinge) are left out."""
+    """Take the steps and compare, leaving out pairs that the objective does not move.
+
+    A saturated hinge, for example, does not move its pair.
+    """
     reference_error = None if exact is None else gap(first, exact)
     moves = np.flatnonzero(~(np.abs(first).max(-1) == 0)).tolist()
     if not len(moves):
@@ -388,7 +394,7 @@ def _r2(measured: np.ndarray, predicted: np.ndarray) -> float:
 def _order(
     rates: np.ndarray, multiple: np.ndarray, miss: np.ndarray, measured: np.ndarray, rounding: float
 ) -> tuple[float, float, float] | None:
-    """Slope of log ‖miss‖ over log η, norms over all responses; interval by leaving out one pair after the other."""
+    """Slope of log ‖miss‖ over log η, norms over all responses; jackknife interval over pairs."""
     clear = np.linalg.norm(miss, axis=(1, 2)) > NOISE * rounding * np.linalg.norm(
         measured, axis=(1, 2)
     )

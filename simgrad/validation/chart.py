@@ -1,4 +1,4 @@
-"""Theory against measurement at a glance: remainders, signs, and how far identities are from exact."""
+"""Theory against measurement at a glance: remainders, signs, and how exact identities are."""
 
 from __future__ import annotations
 

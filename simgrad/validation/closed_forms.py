@@ -170,7 +170,7 @@ def _unconstrained(random: np.random.Generator, seed: int) -> Found:
 
 
 def _contexts(pairs: tuple[Pair, ...]) -> Array:
-    """A number for what was read before each response token (pairs, 2, R): equal numbers, equal contexts."""
+    """Context numbers of response tokens (pairs, 2, R): equal numbers mean equal contexts."""
     longest = max(max(len(p.chosen), len(p.rejected)) for p in pairs)
     seen: dict[tuple[int, ...], int] = {}
     table = np.zeros((len(pairs), 2, longest), np.int32)

@@ -203,7 +203,7 @@ FULL = Grid(
 
 
 def optimizer(name: str, learning_rate: float = 1.0) -> optax.GradientTransformation:
-    """An optimizer whose update is proportional to its learning rate; clipping acts on gradients above .001.
+    """An optimizer with updates proportional to its learning rate; clipping acts above .001.
 
     >>> import jax.numpy as jnp
     >>> sgd = optimizer("clipped", 2.0)

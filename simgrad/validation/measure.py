@@ -94,7 +94,7 @@ def difference(
 
 @functools.partial(jax.jit, static_argnames="apply")
 def pulled(apply: Apply, theta: Theta, batch: Batch, pull: Float[Array, "B 2"]) -> Theta:
-    """Σ_i pull_i g_i over both responses of every pair: minus the gradient of a loss with these forces."""
+    """Σ_i pull_i g_i over both responses of all pairs: minus the loss gradient for these forces."""
     logp, trained = log_probs(apply, theta, batch)
     value, pullback = jax.vjp(logp, trained)
     return pullback(pull.astype(value.dtype))[0]

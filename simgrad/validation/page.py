@@ -47,7 +47,7 @@ def write_page(found: Validation, folder: Path) -> list[Path]:
 
 
 def _limits(found: Validation) -> list[dict[str, object]]:
-    """Where the theory stops, by model, arithmetic, optimizer and kind of step: medians over objectives."""
+    """Where theory stops by model, arithmetic, optimizer and step kind: medians over objectives."""
     groups: dict[tuple[str, ...], list] = {}
     for c in found.cells:
         groups.setdefault((c.model, c.arithmetic, c.kind, c.optimizer), []).append(c)

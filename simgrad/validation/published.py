@@ -1,4 +1,4 @@
-"""The published procedure for scoring a pair, written plainly in PyTorch: what the benchmark compares with.
+"""The published pair-scoring procedure, written plainly in PyTorch: the benchmark's comparison.
 
 Forward: one full-logit forward a response, one response at a time (as the CHES scripts do).
 Gradients: one full backward a response, or a token, gradients flattened to vectors, dot products of
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def random_model(shape: dict[str, Any], max_length: int, seed: int = 0) -> Any:
-    """A GPT-2 (or, with a gated MLP, a Llama) of transformers with random weights, in evaluation mode."""
+    """A random-weight transformers GPT-2 (with a gated MLP, a Llama), in evaluation mode."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -112,7 +112,7 @@ def gradient_scalars(model: Any, pair: Pair, wide: bool = False) -> tuple[float,
 
 
 def token_kernel(model: Any, pair: Pair, tokens: Sequence[int], wide: bool = False) -> np.ndarray:
-    """Inner products of the gradients of these tokens of the chosen response: one backward pass a token."""
+    """Inner products of these chosen-response tokens' gradients: one backward pass a token."""
     import torch
 
     logp, _ = _response(model, pair.prompt, pair.chosen)
@@ -121,7 +121,7 @@ def token_kernel(model: Any, pair: Pair, tokens: Sequence[int], wide: bool = Fal
 
 
 def dataset_kernel(model: Any, pairs: Sequence[Pair], wide: bool = False) -> np.ndarray:
-    """Inner products of the gradients of all responses: one backward pass a response, all gradients kept."""
+    """Inner products of all responses' gradients, all kept: one backward pass a response."""
     import torch
 
     responses = [(p.prompt, r) for p in pairs for r in (p.chosen, p.rejected)]
@@ -140,7 +140,10 @@ def _products(rows: torch.Tensor, wide: bool) -> np.ndarray:
 def directional_changes(
     model: Any, pairs: Sequence[Pair], coefficient: float, wide: bool = False
 ) -> list[tuple[float, float]]:
-    """⟨∇log π(y), D⟩ of every response, D = coefficient · mean (g_w - g_l): two rounds of backward passes."""
+    """⟨∇log π(y), D⟩ of every response, with D = coefficient · mean (g_w - g_l).
+
+    This takes two rounds of backward passes.
+    """
     direction = None
     for pair in pairs:
         chosen, rejected = (

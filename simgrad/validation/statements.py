@@ -15,7 +15,7 @@ __all__ = ["Statement", "statements"]
 AGREEMENT = 0.99
 """Least share of right signs and regimes inside the safe radius."""
 FLOAT32 = 1e-5
-"""Largest distance of a float32 prediction from the float64 one, relative to the largest of a cell."""
+"""Largest distance of a float32 prediction from float64, relative to a cell's largest."""
 
 
 FLOAT64 = 1e-9

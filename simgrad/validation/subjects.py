@@ -1,4 +1,4 @@
-"""The policies that predictions are held against, with preference pairs to train on and probes to follow."""
+"""The policies that predictions are tested on, with preference pairs and probes to follow."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Subject:
 def random_pairs(
     random: np.random.Generator, count: int, vocab_size: int = VOCAB
 ) -> tuple[Pair, ...]:
-    """Prompts of 3 tokens; responses of 1 to 3 tokens of their own and a shared ending of up to 4."""
+    """Prompts of 3 tokens; responses of 1 to 3 own tokens and a shared ending of up to 4."""
     pairs: list[Pair] = []
     while len(pairs) < count:
         prompt, shared = (
@@ -131,7 +131,7 @@ def subject(name: str, grid: Grid, dtype: str) -> Subject:
 
 
 def _random(apply: TransformerApply, random: np.random.Generator) -> Theta:
-    """Every parameter away from its trivial value: gains around 1, biases around 0, matrices by their fan-in."""
+    """Parameters away from trivial values: gains near 1, biases near 0, matrices by fan-in."""
     abstract = jax.eval_shape(lambda: init_transformer(apply.config))
     size = {"table": lambda shape: 0.3, "kernel": lambda shape: shape[-2] ** -0.5}
 

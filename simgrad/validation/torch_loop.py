@@ -39,7 +39,10 @@ class _Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Learned positions, RMSNorm first, plain MLP; weights from ``theta`` of a :class:`ModelConfig` like it."""
+    """A model with learned positions, RMSNorm first and a plain MLP.
+
+    Weights come from ``theta`` of a :class:`ModelConfig` like it.
+    """
 
     def __init__(self, theta: Theta, config: ModelConfig) -> None:
         super().__init__()
@@ -77,7 +80,7 @@ class Transformer(nn.Module):
         return self.unembedding(self.norm(x))
 
     def log_probs(self, pairs: Sequence[Pair]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Log-probs of the chosen, then of the rejected responses at an index; all lengths are alike."""
+        """Log-probs at an index, chosen then rejected responses, all of the same length."""
         start = len(pairs[0].prompt)
         chosen = torch.tensor([[*p.prompt, *p.chosen] for p in pairs])
         rejected = torch.tensor([[*p.prompt, *p.rejected] for p in pairs])
@@ -118,7 +121,7 @@ def tune(
     learning_rate: float,
     beta: float,
 ) -> tuple[float, Float[np.ndarray, "B 2"]]:
-    """DPO by SGD on the batches of ``order``: seconds of the loop, and what it did to each log-prob."""
+    """DPO by SGD on the batches of ``order``: loop seconds, and the change in each log-prob."""
     logp, size, count = model.log_probs(pairs), order.shape[1], len(pairs)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     steps, every = torch.tensor(order, dtype=torch.long), torch.arange(count)

@@ -98,7 +98,7 @@ def _finite(x: Any) -> Any:
 
 
 def validate(grid: Grid = QUICK, report: Report = lambda what, done, of: None) -> Validation:
-    """Hold predictions against measured steps, closed forms against autodiff, and devices against each other.
+    """Test predictions against steps, closed forms against autodiff, devices against each other.
 
     Every model in every arithmetic is a piece of work; pieces are spread over the local devices,
     two at a time on a single one so that tracing and compiling overlap. Double precision is
@@ -110,7 +110,7 @@ def validate(grid: Grid = QUICK, report: Report = lambda what, done, of: None) -
 
     Raises:
         ValueError: JAX runs without a CPU backend, which the float64 reference needs; as in
-        :class:`Grid`.
+            :class:`Grid`.
     """
     try:
         host = jax.devices("cpu")[0]
@@ -147,7 +147,7 @@ def validate(grid: Grid = QUICK, report: Report = lambda what, done, of: None) -
 
 
 def _pieces(grid: Grid, devices: Sequence[Any], host: Any) -> list[Piece]:
-    """All pieces of work, ordered so that two that compile the same programs do not run at the same time."""
+    """All pieces of work, ordered so that no two with the same programs run at the same time."""
 
     def of(name: str, part: Part, exact: bool) -> list[Piece]:
         return [

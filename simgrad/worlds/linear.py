@@ -1,4 +1,7 @@
-"""``linear``: frozen features; single tokens rise, shared endings drag down (Yuan et al., arXiv 2410.13828)."""
+"""``linear``: frozen features, where single tokens rise and shared endings drag down.
+
+It follows Yuan et al., arXiv 2410.13828.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ ASSUMPTIONS = ("all hold", "another pair opposes", "features learn")
 
 @dataclass(frozen=True)
 class Linear(World):
-    """Linear-softmax models: a prompt, a shared prefix, one of two sentiment tokens, a shared suffix.
+    """Linear-softmax models: a prompt, shared prefix, one of two sentiment tokens, shared suffix.
 
     Even prompts prefer the first sentiment token, odd ones the second. Features have norm 1; those
     of both responses of a pair at one position have the cosine ``correlation``, those of different
@@ -157,7 +160,7 @@ class Linear(World):
         return recipe_for(DPO(self.beta), "sgd", self.learning_rate * pairs, self.steps)
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
-        """Single tokens under three assumptions; prefixes and suffixes, alone and together; in float64."""
+        """Single tokens under three assumptions; prefixes and suffixes, alone or both; float64."""
         with jax.enable_x64(True):
             single, shared = self._single(seeds), self._shared(seeds)
         claims = (*_single_claims(single), *_shared_claims(shared))

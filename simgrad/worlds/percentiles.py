@@ -31,7 +31,7 @@ TOPICS, STATES, SHOWN = 6, 8, 6
 
 @dataclass(frozen=True)
 class Percentiles(World):
-    """Responses of 2 to 16 words from a hidden Markov chain of the prompt's topic, preferred for many reasons.
+    """Responses of 2 to 16 words from a topic's hidden Markov chain, preferred for many reasons.
 
     Each topic has its own chain over eight states; a state shows one of six words, most of which it
     shares with states of other topics. A prompt names a topic (``<b> topic filler filler :``).
@@ -164,7 +164,7 @@ class Percentiles(World):
         }
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
-        """Every predictor in the three settings, and mean changes at the percentiles of the scores."""
+        """Every predictor in the three settings, and mean changes at score percentiles."""
         apply, thetas = pretrained(self, seeds)
         rows, windows, samples = [], [], []
         for i, seed in enumerate(seeds):
@@ -256,7 +256,7 @@ _FALLING = np.array([0.4, 0.2, 0.15, 0.1, 0.1, 0.05])
 
 @functools.lru_cache
 def _chains() -> tuple[np.ndarray, np.ndarray]:
-    """Transition probabilities of each topic, and the words of each state: the same for all seeds."""
+    """Transition probabilities of each topic, and words of each state, equal for all seeds."""
     random = np.random.default_rng(0)
     moves = random.dirichlet(np.full(STATES, 0.4), (TOPICS, STATES))
     shown = np.stack(

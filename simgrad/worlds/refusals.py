@@ -125,7 +125,7 @@ class Refusals(World):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Prompt words, openings, topic answers, continuations of refusals and compliances, ``<e>``."""
+        """Prompt words, openings, topic answers, continuations (refusals, compliances), ``<e>``."""
         return (
             "<b>",
             "?",
@@ -158,7 +158,7 @@ class Refusals(World):
         return cue_prompts(random, 2 + random.choice(_cues(level), n)).astype(np.int32)
 
     def _continued(self, random: np.random.Generator, opening: np.ndarray) -> np.ndarray:
-        """Openings (0 to 11, then 12 to 23 for topics' answers) with the rest of their responses."""
+        """Openings (0 to 11; 12 to 23 for topic answers) with the rest of their responses."""
         first = self.first_answer
         middle = np.where(
             opening < 12, first + 24 + 6 * (opening // 6), first + 12 + 6 * (opening // 6 - 2)
@@ -190,7 +190,10 @@ class Refusals(World):
         return self.preferences(apply, theta, [seed])[0]
 
     def preferences(self, apply: Apply, thetas: Theta, seeds: Sequence[int]) -> list[list[Pair]]:
-        """Two sampled openings a prompt, ranked by the rule, drawn to the mixture; one list a seed."""
+        """Two sampled openings a prompt, ranked by the rule and drawn to the mixture.
+
+        There is one list a seed.
+        """
         if self.rollouts:
             return [self._rolled_out(apply, thetas, i, seed) for i, seed in enumerate(seeds)]
         pool = 30 * self.n_pairs
@@ -283,7 +286,10 @@ class Refusals(World):
         ).replace(**changes)
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
-        """Refusal of harmful and of harmless prompts, start and end, for every arm; then with whole rollouts."""
+        """Refusals of harmful and harmless prompts, at start and end, for every arm.
+
+        The same follows with whole rollouts.
+        """
         arms = self.arms(seeds)
         usual = type(self)()
         others = {k: v for k, v in ROLLOUTS.items() if getattr(self, k) == getattr(usual, k)}

@@ -1,4 +1,4 @@
-"""``squeezing``: pushing a token down feeds the likeliest one; wrong answers drag right ones along."""
+"""``squeezing``: pushing a token down feeds the likeliest; wrong answers drag right ones along."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Squeezing(World):
             raise ValueError("squeezing: overlap must lie in (0, 1], dropped in (0, 1)")
 
     def pairs(self, seed: int) -> list[Pair]:
-        """One pair of one-token responses a prompt of the linear-softmax model, whose weights the seed draws."""
+        """One pair of one-token responses a prompt; the seed draws the linear-softmax weights."""
         return [Pair([p], [p], [self.prompts + p]) for p in range(self.prompts)]
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
@@ -305,7 +305,7 @@ def _moved(before: np.ndarray, after: np.ndarray, pushed: np.ndarray) -> dict[st
 
 @functools.lru_cache
 def _stepping(rate: float, count: int, features: bool) -> Any:
-    """One step on a group under each rule of :data:`DROPPED`: changes of log π, and the scores of tokens."""
+    """One step on a group under each :data:`DROPPED` rule: changes of log π and token scores."""
 
     def run(group: dict[str, Array]) -> dict[str, Array]:
         index, targets, start = (

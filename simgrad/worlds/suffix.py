@@ -82,7 +82,7 @@ class Suffix(World):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Marks, cues and sentiment words of both polarities, the template's two words a position."""
+        """Marks, cues, sentiment words of both polarities, and two template words a position."""
         return (
             "<b>",
             ":",

@@ -1,4 +1,7 @@
-"""``unconstrained``: when free features let the chosen response fall (Razin et al., arXiv 2410.08847)."""
+"""``unconstrained``: when free features let the chosen response fall.
+
+It follows Razin et al., arXiv 2410.08847.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,16 @@ RESPONSES = (
     "any length",
     "any length, shared",
 )
-"""One token each; all of the longest length, or of any; every second token in common; all mass on one wrong token."""
+"""Kinds of responses, by length, shared tokens and where the probability mass lies.
+
+One token each; all of the longest length, or of any; every second token in common; all mass on
+one wrong token.
+"""
 
 
 @dataclass(frozen=True)
 class Unconstrained(World):
-    """Models W h(context) in which W and every h(context) learn, drawn at random, each trained on one pair.
+    """Random models W h(context) in which W and every h(context) learn, each trained on one pair.
 
     First part: both responses are one token, W₋ has a given cosine with W₊ and its own norm. Second
     part: up to ``longest`` tokens, the first ones different; a state is √a (one vector a pair) +
@@ -102,13 +109,16 @@ class Unconstrained(World):
             )
 
     def pairs(self, seed: int, shared: bool = True) -> list[Pair]:
-        """The longest pair of the second part, of distinct tokens but those shared; seeds draw models and lengths."""
+        """The longest pair of the second part, with distinct tokens except for shared ones.
+
+        Seeds draw models and lengths.
+        """
         chosen = list(range(1, self.longest + 1))
         rejected = [y if shared and k % 2 else y + self.longest for k, y in enumerate(chosen)]
         return [Pair([0], chosen, rejected)]
 
     def experiment(self, seeds: Sequence[int]) -> Findings:
-        """One-token pairs against the closed forms, longer pairs against scores of similarity; in float64."""
+        """One-token pairs against closed forms, longer ones against similarities; in float64."""
         with jax.enable_x64(True):
             single = self._single(seeds)
             longer = self._longer(seeds)
@@ -169,7 +179,7 @@ class Unconstrained(World):
     def longer(
         self, seed: int, kind: str, equal_norms: bool
     ) -> tuple[ContextApply, Theta, np.ndarray]:
-        """Models for one of the :data:`RESPONSES`, and the lengths of their responses, on a leading axis."""
+        """Models for one of the :data:`RESPONSES`, with response lengths, on a leading axis."""
         random, n = np.random.default_rng([seed, 2]), self.draws
         contexts, targets, side = _contexts(self.pairs(seed, shared=kind.endswith("shared"))[0])
         w, common, own = (
@@ -242,7 +252,7 @@ def _theta(features: np.ndarray, unembedding: np.ndarray) -> Theta:
 
 
 def _contexts(pair: Pair) -> tuple[tuple[tuple[int, ...], ...], np.ndarray, np.ndarray]:
-    """Contexts that predict tokens, the prompt first; the token after each, and whose response it is in."""
+    """Contexts that predict tokens (the prompt first), the token after each, and its response."""
     found = [(tuple(pair.prompt), pair.chosen[0], 0)]
     for side, y in enumerate((pair.chosen, pair.rejected)):
         found += [((*pair.prompt, *y[:k]), y[k], side) for k in range(1, len(y))]
@@ -252,7 +262,7 @@ def _contexts(pair: Pair) -> tuple[tuple[tuple[int, ...], ...], np.ndarray, np.n
 
 @functools.lru_cache
 def _single_tokens(slope: Recipe, run: Recipe) -> Any:
-    """Closed forms for the pair of tokens 0 ≻ 1, and Δ log π of all tokens (of token 0 for the slope)."""
+    """Closed forms for the token pair 0 ≻ 1, and Δ log π of all tokens (token 0 for the slope)."""
     apply, pair = ContextApply(((0,),)), Pair([0], [0], [1])
 
     def logp(theta: Theta) -> Array:

@@ -33,7 +33,7 @@ LEVELS = np.linspace(-2.7, 2.7, CUES)
 
 @dataclass(frozen=True)
 class Verdicts(World):
-    """Twelve answers on a graded scale s, prompts with a cue of level a, p(answer | a) ∝ F exp(-(a - s)²/2τ²).
+    """Twelve answers on a scale s, prompts with cue level a, p(answer | a) ∝ F exp(-(a - s)²/2τ²).
 
     A prompt is ``<b>``, a cue and two fillers in any order, and ``?``. 30 % of the prompts have a
     topic word instead of a cue and are answered from one of two unrelated clusters of six words.
@@ -90,7 +90,7 @@ class Verdicts(World):
         return 2 + CUES + TOPICS + FILLERS
 
     def model(self) -> ModelConfig:
-        """Two layers of width 64 in the architecture of Llama, so that the policy can be exported."""
+        """Two layers of width 64 in Llama's architecture, so that the policy can be exported."""
         init = InitScales(unembedding=self.unembedding, final_norm=self.final_norm)
         return small_model(len(self.words), init, self.tied)
 
@@ -159,7 +159,10 @@ class Verdicts(World):
         return Findings(self.name, vars(self), tuple(seeds), (table, knobs), self._claims(table))
 
     def outcome(self, seeds: Sequence[int], chosen: str, rejected: str, **changes: Any) -> Outcome:
-        """All next-token probabilities before and after tuning on one pair, and where theory says mass goes."""
+        """All next-token probabilities before and after tuning on one pair.
+
+        The result also says where theory sends the mass.
+        """
         recipe, pair = self.recipe(**changes), self.pair(chosen, rejected)
         apply, thetas = pretrained(self, seeds)
         batch, n = padded([pair]), len(seeds)
@@ -256,7 +259,7 @@ def cue_prompts(random: np.random.Generator, cues: Int[np.ndarray, " n"]) -> Int
 def small_model(
     vocabulary: int, init: InitScales, tied: bool = False, max_length: int = 32
 ) -> ModelConfig:
-    """Two layers of width 64 in the architecture of Llama: RMSNorm, rotary positions, gated SiLU."""
+    """Two layers of width 64 as in Llama: RMSNorm, rotary positions and gated SiLU."""
     return ModelConfig(
         vocab_size=vocabulary,
         width=64,

@@ -1,4 +1,7 @@
-"""What every world has: words, a model, a pretraining recipe cached by its fingerprint, preference pairs."""
+"""What every world has: words, a model, a cached pretraining recipe, preference pairs.
+
+The recipe is cached by its fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ _W = TypeVar("_W", bound="World")
 
 @dataclass(frozen=True)
 class World:
-    """A small controllable setting: subclasses are frozen dataclasses whose fields are the knobs."""
+    """A small controllable setting, subclassed by frozen dataclasses whose fields are the knobs."""
 
     name: ClassVar[str] = ""
     end: ClassVar[str | None] = None
@@ -148,7 +151,7 @@ class World:
 
 
 def _like(default: Any, value: Any, what: str) -> Any:
-    """``value`` as the kind of the default; numbers may come as other numbers where nothing is lost."""
+    """``value`` as the default's kind; numbers may convert where nothing is lost."""
     if isinstance(default, tuple):
         value = value if isinstance(value, tuple | list) else (value,)
         return tuple(_like(default[0], item, what) for item in value) if default else tuple(value)
@@ -176,7 +179,7 @@ def _like(default: Any, value: Any, what: str) -> Any:
 
 
 def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Theta]:
-    """The world's policy for each seed: ``(apply, theta)`` with the seeds on theta's leading axis, on the host.
+    """Each seed's policy in the world as ``(apply, theta)``, theta stacked over seeds on the host.
 
     Seeds that were never trained are trained together on all local devices and kept in the cache
     folder under the world's fingerprint.
@@ -198,7 +201,7 @@ def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Th
 
 
 def _fingerprint(world: World) -> str:
-    """All that pretraining depends on: its knobs, the model, the code of the worlds and the library's version."""
+    """Hash what pretraining depends on: knobs, model, code of the worlds, library version."""
     knobs = {
         f.name: getattr(world, f.name)
         for f in dataclasses.fields(world)

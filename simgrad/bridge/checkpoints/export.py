@@ -42,7 +42,7 @@ _TOKENIZER_FILES = (
 
 
 def save(policy: Policy, folder: str | Path) -> Path:
-    """Write a policy as a checkpoint that transformers, and :func:`simgrad.load`, read back exactly.
+    """Write a policy as a checkpoint that transformers and :func:`simgrad.load` read back exactly.
 
     config.json, model.safetensors (in the policy's dtype) and the tokenizer's files. The family is
     llama where that can express the model, else gpt2, qwen2 or mistral. ``init`` and ``frozen`` of
@@ -53,8 +53,7 @@ def save(policy: Policy, folder: str | Path) -> Path:
 
     Args:
         policy: from :func:`simgrad.load`, or ``Policy(apply, theta, apply.config)`` of a
-            transformer from
-            :func:`simgrad.models.create`.
+            transformer from :func:`simgrad.models.create`.
         folder: made if need be.
 
     Returns:
@@ -62,13 +61,11 @@ def save(policy: Policy, folder: str | Path) -> Path:
 
     Raises:
         UnsupportedCheckpointError: no family expresses the model; names the nearest one, and each
-        attribute
-            that would have to be different. Or transformers would not read the tokenizer back as it
-            is.
+            attribute that would have to be different. Or transformers would not read the tokenizer
+            back as it is.
         ValueError: parameters that do not fit the configuration, by name; adapters that are not
-        merged. FileExistsError: the folder holds an adapter, another program's config.json, or a
-        tokenizer while
-            the policy has none.
+            merged. FileExistsError: the folder holds an adapter, another program's config.json, or
+            a tokenizer while the policy has none.
     """
     folder = Path(folder)
     leaves = _leaves(policy)
@@ -183,7 +180,7 @@ def _expressed(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 def _read_back(
     kind: str, attributes: dict[str, Any], config: ModelConfig
 ) -> tuple[dict[str, tuple[Any, Any]], str | None]:
-    """Fields that loading would give other values, as (the configuration's, the family's); transformers' refusal."""
+    """Fields that loading would change, as (configuration's, family's); transformers' refusal."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -204,7 +201,7 @@ def _read_back(
 
 
 def _token_ids(policy: Policy) -> dict[str, int | None]:
-    """Special tokens for config.json; null rather than a default or an id that the model does not have."""
+    """Special tokens for config.json, null (not a default) where the model lacks the id."""
     ids = {name: getattr(policy.tokenizer, name, None) for name in _TOKEN_IDS}
     return {
         name: i if i is not None and 0 <= i < policy.config.vocab_size else None

@@ -165,7 +165,7 @@ def _rope(parameters: Mapping[str, Any] | None) -> Rope:
 
 
 def rope_attributes(rope: Rope, max_length: int) -> dict[str, Any]:
-    """``rope_parameters`` of a checkpoint: what the kind uses, defaults that depend on the model resolved."""
+    """A checkpoint's ``rope_parameters``: what its kind uses, model-dependent defaults resolved."""
     fields = _ROPE_FIELDS.get(rope.kind, {})
     values = {theirs: getattr(rope, ours) for theirs, ours in fields.items()}
     if "original_max_position_embeddings" in _ROPE_NEEDS.get(rope.kind, ()):

@@ -122,7 +122,7 @@ def spec(path: str, config: ModelConfig, model: int) -> PartitionSpec:
 def split_array(
     shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> Array:
-    """An array of which ``read`` gives the part at an index: one part after the other, each only once.
+    """An array whose parts ``read`` gives by index, one after the other and each only once.
 
     The host holds one part beside what the devices hold; of many processes, each reads the parts of
     its own devices.
@@ -140,7 +140,7 @@ def split_array(
 
 
 def placed(theta: Theta, config: ModelConfig, mesh: Mesh) -> Theta:
-    """Parameters that this process holds (and every other too), split over the mesh as :func:`spec` says.
+    """The parameters, the same on every process, split over the mesh as :func:`spec` says.
 
     >>> from simgrad.models import create
     >>> config = ModelConfig(vocab_size=9, width=8, heads=2)
@@ -178,7 +178,7 @@ def mesh_name(theta: Theta) -> str | None:
 
 
 def side_by_side(todo: Sequence[Work], mesh: Mesh | None) -> list[Work]:
-    """Batches for one device joined with the next of the same shape, one for every device of the data axis.
+    """Join one-device batches of equal shape, one for every device of the data axis.
 
     >>> [work.members for work in side_by_side([Work((3, 1), 16, 16, True), Work((2,), 32, 16, True)], device_mesh())]
     [(3, 1), (2,)]
@@ -197,7 +197,7 @@ def fill(pairs: Sequence[Pair], mesh: Mesh | None) -> list[Pair]:
 
 
 def split(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch with its pairs dealt out over the data axis, of which their number must be a multiple."""
+    """A batch with its pairs split over the data axis, whose size must divide their number."""
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec(_DATA))

@@ -70,7 +70,8 @@ def load(
 
     Raises:
         UnsupportedCheckpointError: family, attribute or tensor that simgrad would not reproduce, by
-        name. FileNotFoundError: no such folder, and the Hub has no such model or cannot be reached.
+            name. FileNotFoundError: no such folder, and the Hub has no such model or cannot be
+            reached.
         ValueError: ``dtype="float64"`` while JAX is in 32-bit mode.
     """
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):

@@ -1,4 +1,4 @@
-"""Parameters from safetensors files: all is checked from the headers, then only what is needed is read."""
+"""Parameters from safetensors files: check everything in the headers, read only what is needed."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def parameters(
 
     Raises:
         UnsupportedCheckpointError: a tensor that is missing, surplus, twice there, of another shape
-        or quantised;
-            a tied head that differs from the embedding. Only the last needs more than the headers.
+            or quantised; a tied head that differs from the embedding. Only the last needs more than
+            the headers.
     """
     abstract = jax.eval_shape(lambda: init_transformer(config))
     shapes = {

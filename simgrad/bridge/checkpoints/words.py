@@ -34,8 +34,7 @@ def word_tokenizer(
 
     Raises:
         ValueError: a word is there twice or is not one word; a special token is no word of the
-        vocabulary,
-            or part of another word.
+            vocabulary, or part of another word.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

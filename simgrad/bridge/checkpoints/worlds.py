@@ -1,4 +1,4 @@
-"""Worlds as checkpoints and data sets: ``world:verdicts``, ``world:verdicts:3`` for another seed."""
+"""Worlds as checkpoints and data: ``world:verdicts``, ``world:verdicts:3`` for another seed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ __all__ = ["fingerprint"]
 
 
 def fingerprint(theta: Theta) -> str:
-    """Hash of every leaf's name and shape and of at most 4096 of its values, the same on every mesh.
+    """Hash every leaf's name, shape and at most 4096 of its values, alike on every mesh.
 
     >>> import jax.numpy as jnp
     >>> fingerprint({"a": jnp.zeros(3)}) == fingerprint({"a": jnp.ones(3)})

@@ -47,8 +47,8 @@ def plan(pairs: Sequence[Pair], packed: bool, budget: int, vocab_size: int = 0) 
 
     Lengths are rounded up to a grid; neighbouring grid lengths are merged where the padding costs
     less than compiling one more shape would, by dynamic programming over the grid. ``vocab_size``
-    bounds the memory that logits take. The plan depends on the
-    lengths alone, so an interrupted run that plans again gets the same batches.
+    bounds the memory that logits take. The plan depends on the lengths alone, so an interrupted run
+    that plans again gets the same batches.
 
     >>> short, long = Pair([1], [2], [3]), Pair([1] * 300, [2], [3])
     >>> [(len(work.members), work.length) for work in plan([long] + 20 * [short], True, 512)]
@@ -103,7 +103,7 @@ def plan(pairs: Sequence[Pair], packed: bool, budget: int, vocab_size: int = 0) 
 def kernel_works(
     pairs: Sequence[Pair], shapes: Shapes, budget: int, layout: Layout = "auto"
 ) -> list[Work]:
-    """:func:`plan` for pair kernels, each pair in the layout that costs least (``auto``) or all in one.
+    """:func:`plan` for pair kernels, each pair in the cheapest layout (``auto``) or all in one.
 
     Pairs are divided between the layouts only where that saves more than the shapes which have to
     be compiled on top. The plan depends on the model's shapes and the lengths alone.

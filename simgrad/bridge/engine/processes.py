@@ -64,7 +64,7 @@ def on_first(make: Callable[[], T]) -> T:
 
 
 def on_all(make: Callable[[], T]) -> T:
-    """``make()`` on every process; where it fails on one, all raise, instead of waiting for each other.
+    """Call ``make()`` on every process; if it fails on one, all raise instead of waiting.
 
     Raises:
         ValueError: it failed on another process.

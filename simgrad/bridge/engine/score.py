@@ -85,10 +85,9 @@ def score(
 
     Args:
         policy: from :func:`simgrad.load`, or ``Policy(apply, theta, apply.config)`` of a
-            transformer from
-            :func:`simgrad.models.create`. With parameters on a mesh, all its devices score; of many
-            processes each calls this with the same arguments and gets the same table, and the first
-            one writes ``out``.
+            transformer from :func:`simgrad.models.create`. With parameters on a mesh, all its
+            devices score; of many processes each calls this with the same arguments and gets the
+            same table, and the first one writes ``out``.
         pairs: a file or Hub data set, rows as in TRL, or :class:`simgrad.pairs.Pair` objects.
         objective: name, or an object of :func:`simgrad.objectives.get`.
         learning_rate: η of the predicted change; None predicts per unit learning rate.
@@ -115,10 +114,9 @@ def score(
     Raises:
         PreferenceDataError: data that cannot be read, with file, line or row.
         RunMismatchError: ``out`` holds, or is being written by, a run with other arguments or on
-        another mesh;
-            processes with different arguments.
+            another mesh; processes with different arguments.
         ValueError: ``max_length`` beyond the model's; unknown objective; ``out`` that is no
-        .parquet.
+            .parquet.
     """
     objective = objectives.get(objective) if isinstance(objective, str) else objective
     if out is not None and Path(out).suffix != ".parquet":

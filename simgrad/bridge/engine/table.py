@@ -62,7 +62,7 @@ class ScoreTable:
         return pandas.DataFrame(self.columns)
 
     def save(self, path: str | Path) -> None:
-        """Write a parquet file at once (never half of it); skipped rows go to ``<stem>.skipped.jsonl``."""
+        """Write a whole parquet file at once; skipped rows go to ``<stem>.skipped.jsonl``."""
         path = Path(path)
         skipped = path.with_name(f"{path.stem}.skipped.jsonl")
         lines = "".join(
@@ -106,7 +106,7 @@ def write_parquet(
 
 
 def save_findings(found: Findings, folder: str | Path) -> list[Path]:
-    """One parquet file a table, ``WORLD.TABLE.parquet``: every seed's row, with knobs, claims and versions."""
+    """Write each table as ``WORLD.TABLE.parquet``: rows of every seed, knobs, claims, versions."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []

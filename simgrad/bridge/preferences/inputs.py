@@ -22,7 +22,9 @@ def encoded_for(
     limit: int | None = None,
     split: str = "train",
 ) -> Encoded:
-    """Token ids of whatever :func:`simgrad.score` takes as pairs, as this policy reads them; arguments as there.
+    """Token ids, as this policy reads them, of whatever :func:`simgrad.score` takes as pairs.
+
+    The arguments are those of :func:`simgrad.score`.
 
     Raises:
         PreferenceDataError: data that cannot be read, with file, line or row.

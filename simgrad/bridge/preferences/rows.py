@@ -209,8 +209,7 @@ def encode(
 
     Raises:
         PreferenceDataError: a row lacks a field or has an unknown form, messages without a chat
-        template,
-            a token id that the model does not have; names the row (counted from 0).
+            template, a token id that the model does not have; names the row (counted from 0).
     """
     source, split = (rows.source, rows.split) if isinstance(rows, Rows) else (None, None)
     result = Encoded(max_length=max_length, source=source, split=split)

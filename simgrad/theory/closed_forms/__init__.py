@@ -1,1 +1,1 @@
-"""Closed forms of models that can be written down: linear softmax, unconstrained features, one step on logits."""
+"""Closed forms of simple models: linear softmax, unconstrained features, one logit step."""

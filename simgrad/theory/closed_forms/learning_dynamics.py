@@ -79,7 +79,7 @@ def logit_residual(
     targets: Int[Array, "*rows"],
     weight: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "*rows V"]:
-    """G = weight (π - e_y): weight 1 for SFT, d_w for a chosen, -d_l for a rejected response's tokens.
+    """G = weight (π - e_y), weight 1 for SFT tokens, d_w for chosen and -d_l for rejected tokens.
 
     >>> import jax.numpy as jnp
     >>> logit_residual(jnp.zeros(2), jnp.array(0)).tolist()
@@ -208,7 +208,8 @@ def predicted_change(
     >>> apply, theta = linear_softmax([Pair([1, 2], [3], [4])], 5, 4)
     >>> tokens, row = jnp.array([1, 2]), jnp.array([1])
     >>> residual = logit_residual(apply(theta, tokens[None]).logits[0, row], jnp.array([3]))
-    >>> (predicted_change(apply, theta, tokens, tokens, row, residual, 0.1) > 0).tolist()  # SFT on token 3
+    >>> change = predicted_change(apply, theta, tokens, tokens, row, residual, 0.1)
+    >>> (change > 0).tolist()  # SFT on token 3
     [False, False, False, True, False]
     """
     model = bind(apply, theta)

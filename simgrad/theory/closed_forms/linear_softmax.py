@@ -70,7 +70,8 @@ def response_inner(
     >>> import jax.numpy as jnp
     >>> h, e = jnp.array([[2.0, 0.0]]), jnp.array([[0.5, -0.5]])
     >>> long_h, long_e = jnp.repeat(h, 3, 0), jnp.repeat(e, 3, 0)
-    >>> response_inner(h, e, long_h, long_e).item(), response_inner(long_h, long_e, long_h, long_e).item()
+    >>> long = (long_h, long_e)
+    >>> response_inner(h, e, *long).item(), response_inner(*long, *long).item()
     (6.0, 18.0)
     """
     return token_products(hidden, error, other_hidden, other_error).sum(-1).sum(-1)
@@ -116,7 +117,8 @@ def single_token_rise(
     gains.
 
     >>> import jax.numpy as jnp
-    >>> single_token_rise(jnp.ones((1, 2)), jnp.zeros((1, 4)), jnp.array([0]), jnp.array([1])).item()
+    >>> h, logits, (w, l) = jnp.ones((1, 2)), jnp.zeros((1, 4)), jnp.array([[0], [1]])
+    >>> single_token_rise(h, logits, w, l).item()
     2.0
     """
     still_free = _at(prediction_error(logits, chosen), chosen)  # 1 - π_w
@@ -169,7 +171,7 @@ class SharedParts:
     Attributes:
         prefix: shared leading tokens with each other. They have the same states and targets in both
             responses, so its three numbers are one and the same square: its gap is 0 and its cosine
-                1.
+            1.
         contrast: the differing tokens with each other.
         suffix: shared trailing tokens with each other: same targets, different states.
         cross: all products between different parts.
@@ -240,8 +242,8 @@ def with_shared_tokens(
 
     >>> import jax.numpy as jnp
     >>> one = jnp.array([1.0])
-    >>> [round(with_shared_tokens(PairKernel(one, -one, one), PairKernel(one, one, one), n).cosine.item(), 3)
-    ...  for n in (0, 1, 9)]
+    >>> kernel, shared = PairKernel(one, -one, one), PairKernel(one, one, one)
+    >>> [round(with_shared_tokens(kernel, shared, n).cosine.item(), 3) for n in (0, 1, 9)]
     [-1.0, 0.0, 0.8]
     """
     return jax.tree.map(lambda a, b: a + count * b, kernel, shared)

@@ -137,7 +137,9 @@ def _pulled(unembedding: Array, states: TokenStates) -> Float[Array, "*n R D"]:
 def flow_kernel(
     unembedding: Float[Array, "V D"], chosen: TokenStates, rejected: TokenStates
 ) -> PairKernel:
-    """‖g_w‖², ⟨g_w,g_l⟩ and ‖g_l‖² of a pair, for :func:`simgrad.theory.first_order` and :func:`simgrad.theory.regime`.
+    """‖g_w‖², ⟨g_w,g_l⟩ and ‖g_l‖² of a pair, for the functions of the general theory.
+
+    They are :func:`simgrad.theory.first_order` and :func:`simgrad.theory.regime`.
 
     d/dt log π_w = d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩ holds for any weights, with or without a shared
     prefix, so the chosen does not fall from d_w / d_l = ⟨g_w,g_l⟩ / ‖g_w‖² on
@@ -146,7 +148,7 @@ def flow_kernel(
     >>> import jax.numpy as jnp
     >>> w, h, first = jnp.array([[1.0], [2.0], [-3.0]]), jnp.zeros((1, 1)), jnp.array([0])
     >>> chosen, rejected = (token_states(w, h, jnp.array([y]), first) for y in (0, 1))
-    >>> round(flow_kernel(w, chosen, rejected).gap.item(), 6)  # W_w lies between W_l and the mean: both fall
+    >>> round(flow_kernel(w, chosen, rejected).gap.item(), 6)  # W_w is between W_l and the mean
     1.0
     """
 
@@ -167,7 +169,8 @@ def unconstrained_kernel(
 
     >>> import jax.numpy as jnp
     >>> from simgrad.pairs import Pair, padded
-    >>> batch, h, logits = padded([Pair([1], [0], [1])]), jnp.zeros((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 3))
+    >>> batch = padded([Pair([1], [0], [1])])
+    >>> h, logits = jnp.zeros((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 3))
     >>> result = Responses(jnp.zeros((1, 2, 1)), logits, h, h[:, :, 0])
     >>> kernel = unconstrained_kernel(jnp.array([[1.0], [2.0], [-3.0]]), result, batch)
     >>> round(kernel.gap.item(), 6), head_kernel(result, batch).gap.item()
@@ -306,10 +309,9 @@ def mass_rates(
 
         d/dt log π(z) = ‖h‖² ⟨e_z - π, u⟩ + ⟨W_z - Σ_q π_q W_q, W^T u⟩,
 
-    which for d_w = d_l = 1 and z outside the pair reads
-    ⟨W_z, W₊ - W₋⟩ + (π⁻ - π⁺) ‖h‖² - Σ_q π_q ⟨W_q, W₊ - W₋⟩. Entries ``chosen`` and ``rejected``
-    are d/dt log π(y⁺) and d/dt log π(y⁻). Equal weights: Razin et al., arXiv 2410.08847, Theorem 2;
-    any weights derived here.
+    which for d_w = d_l = 1 and z outside the pair reads ⟨W_z, W₊ - W₋⟩ + (π⁻ - π⁺) ‖h‖² - Σ_q π_q
+    ⟨W_q, W₊ - W₋⟩. Entries ``chosen`` and ``rejected`` are d/dt log π(y⁺) and d/dt log π(y⁻). Equal
+    weights: Razin et al., arXiv 2410.08847, Theorem 2; any weights derived here.
 
     >>> import jax.numpy as jnp
     >>> mass_rates(jnp.eye(3), jnp.zeros(3), jnp.array(0), jnp.array(1)).tolist()
@@ -384,7 +386,7 @@ def different_first_tokens_rate(
 
 
 def sft_rate(kernel: PairKernel, weight: float | Float[Array, "*pairs"]) -> Float[Array, "*pairs"]:
-    """λ ‖∇ log π(y⁺)‖² ≥ 0, what an added loss -λ log π(y⁺) contributes to d/dt log π(y⁺), in any model.
+    """λ ‖∇ log π(y⁺)‖² ≥ 0, the part of d/dt log π(y⁺) from a loss -λ log π(y⁺), in any model.
 
     Source: Razin et al., arXiv 2410.08847 (an SFT term alongside the preference loss).
 

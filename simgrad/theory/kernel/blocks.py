@@ -1,4 +1,4 @@
-"""Kernels of parameter blocks, grouped: which layer, and which kind of matrix, the entanglement sits in."""
+"""Kernels grouped by parameter block: which layers and kinds of matrix hold entanglement."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def by_layer(blocks: dict[str, Block]) -> dict[str, Block]:
     """One kernel a layer (``layer 0``, ``layer 1``, …), others by module (``embedding``, …).
 
     Takes the result of :func:`simgrad.theory.kernel.pair_kernel_blocks` or
-    :func:`simgrad.theory.kernel.entanglement_blocks`, whose leaves under ``layers/`` carry depth as last
-    axis.
+    :func:`simgrad.theory.kernel.entanglement_blocks`, whose leaves under ``layers/`` have depth as
+    last axis.
 
     >>> import jax.numpy as jnp
-    >>> blocks = {"layers/mlp/kernel": jnp.array([[1.0, 2.0]]), "layers/norm/scale": jnp.array([[3.0, 4.0]])}
+    >>> one, two = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])
+    >>> blocks = {"layers/mlp/kernel": one, "layers/norm/scale": two}
     >>> {name: block.tolist() for name, block in by_layer(blocks).items()}
     {'layer 0': [4.0], 'layer 1': [6.0]}
     """
@@ -49,7 +50,8 @@ def by_matrix(blocks: dict[str, Block]) -> dict[str, Block]:
     """One kernel a kind of matrix, summed over layers (``attention/query``, ``mlp/up``, …).
 
     >>> import jax.numpy as jnp
-    >>> blocks = {"layers/mlp/up/kernel": jnp.array([[1.0, 2.0]]), "layers/mlp/up/bias": jnp.array([[3.0, 4.0]])}
+    >>> one, two = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])
+    >>> blocks = {"layers/mlp/up/kernel": one, "layers/mlp/up/bias": two}
     >>> {name: block.tolist() for name, block in by_matrix(blocks).items()}
     {'mlp/up': [10.0]}
     """

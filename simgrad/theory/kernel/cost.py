@@ -2,12 +2,13 @@
 
 With N sequences of T positions a batch of one pair costs, in floating-point operations,
 
-==============  =====================================================================================
-forward         2 N T I O a linear map, 4 N T² A an attention (A = heads x features), 2 · 2R D V the readout
-backward        J times the linear maps again (no weight gradients), J times 10 N T² A an attention whose
-                weights are computed again, and 2 · 2R D V
+==============  ==============================================================================
+forward         2 N T I O a linear map, 4 N T² A an attention (A = heads x features),
+                2 · 2R D V the readout
+backward        J times the linear maps again (no weight gradients), J times 10 N T² A an
+                attention whose weights are computed again, and 2 · 2R D V
 contraction     the cheaper of two exact routes for each input and the maps that read it, below
-==============  =====================================================================================
+==============  ==============================================================================
 
 Two padded sequences have N = 2, T = P + R and J = 1 cotangent: each side carries its own. One
 packed sequence has N = 1, T = P + 2R and J = 2: the prompt is read once, and both sides meet the
@@ -66,7 +67,7 @@ class KernelFlops:
 
 
 def route_flops(tokens: int, fan_in: int, out: int, shared: bool = False) -> tuple[int, int]:
-    """Cost of one pair's inner products for maps from one input to ``out`` numbers in all: (ghost, explicit).
+    """Cost of a pair's inner products for maps of one input to ``out`` numbers: (ghost, explicit).
 
     ``shared`` says that both sides have the same inputs, as in the packed layout.
 
@@ -80,8 +81,9 @@ def route_flops(tokens: int, fan_in: int, out: int, shared: bool = False) -> tup
 def ghost_is_cheaper(tokens: int, fan_in: int, out: int, shared: bool = False) -> bool:
     """Whether contracting over tokens costs less than forming both gradients.
 
-    >>> ghost_is_cheaper(100, 768, 768), ghost_is_cheaper(400, 768, 768), ghost_is_cheaper(400, 768, 768, shared=True)
-    (True, False, True)
+    >>> cases = ((100, False), (400, False), (400, True))
+    >>> [ghost_is_cheaper(tokens, 768, 768, shared) for tokens, shared in cases]
+    [True, False, True]
     """
     ghost, explicit = route_flops(tokens, fan_in, out, shared)
     return ghost < explicit
@@ -148,13 +150,16 @@ class Shapes:
 def kernel_flops(
     shapes: Shapes, length: int, rows: int, packed: bool, ghost: bool | None = None
 ) -> KernelFlops:
-    """Cost of one pair's kernel over all parameters: T = ``length`` positions a sequence, R = ``rows`` a response.
+    """Cost of one pair's kernel over all parameters, by sequence and response length.
+
+    T = ``length`` positions a sequence, R = ``rows`` a response.
 
     ``ghost`` forces a route.
 
     >>> from simgrad.models import ModelConfig, create
     >>> shapes = Shapes.of(*create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2)))
-    >>> kernel_flops(shapes, 68, 4, packed=True).total < kernel_flops(shapes, 64, 4, packed=False).total
+    >>> packed, padded = kernel_flops(shapes, 68, 4, True), kernel_flops(shapes, 64, 4, False)
+    >>> packed.total < padded.total
     True
     """
     sequences = 1 if packed else 2
@@ -184,12 +189,15 @@ def packing_pays(shapes: Shapes, prompt: int, chosen: int, rejected: int) -> boo
 
 
 def token_flops(shapes: Shapes, length: int, rows: int) -> int:
-    """Cost of one pair's token kernel on two padded sequences: a backward pass a row, and all rows contracted.
+    """Cost of one pair's token kernel on two padded sequences.
+
+    There is one backward pass a row, and all rows are contracted.
 
     Each map contracts three blocks (w, w), (w, l), (l, l): 2 T² R O for (a a'ᵀ) δ', 2 T R² O for
     its products with δ.
 
-    >>> token_flops(Shapes((Reading(1, 8, 8, 0),), width=8, vocab_size=9, itemsize=4), length=4, rows=2)
+    >>> shapes = Shapes((Reading(1, 8, 8, 0),), width=8, vocab_size=9, itemsize=4)
+    >>> token_flops(shapes, length=4, rows=2)
     8096
     """
     pair = kernel_flops(shapes, length, rows, packed=False)

@@ -2,8 +2,8 @@
 
 The responses of B pairs in one row, u = (log π_w^1, log π_l^1, log π_w^2, …) ∈ R^{2B}, have the
 Jacobian J = ∂u/∂θ and the kernel K = J J^T, an empirical neural tangent kernel of sequence
-log-probs. An optimizer that scales coordinates by P (:mod:`simgrad.theory.kernel.preconditioning`) sees
-K_P = J P J^T.
+log-probs. An optimizer that scales coordinates by P sees K_P = J P J^T
+(:mod:`simgrad.theory.kernel.preconditioning`).
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ def entanglement_blocks(
 ) -> dict[str, Float[Array, "U others *depth"]]:
     """:func:`entanglement_kernel` of each parameter leaf by path.
 
-    Leaves under ``layers/`` have depth as last axis. The blocks sum to the whole kernel; :func:`simgrad.theory.kernel.by_layer` and
-    :func:`simgrad.theory.kernel.by_matrix` group them.
+    Leaves under ``layers/`` have depth as last axis. The blocks sum to the whole kernel;
+    :func:`simgrad.theory.kernel.by_layer` and :func:`simgrad.theory.kernel.by_matrix` group them.
 
     Raises:
         ValueError: as :func:`entanglement_kernel`; a ``scale`` that is no tree of the trained
-        parameters.
+            parameters.
 
     >>> from simgrad.models import unconstrained_features
     >>> from simgrad.pairs import Pair, padded

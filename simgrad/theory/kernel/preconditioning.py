@@ -1,4 +1,4 @@
-"""Optimizers as seen by the kernel: a step is P ⊙ (ascent direction) plus what the optimizer still carries.
+"""Optimizers as the kernel sees them: a step is P ⊙ (ascent direction) plus what is carried on.
 
 One update of optax's SGD, momentum, RMSProp or Adam on the loss gradient g reads
 
@@ -43,7 +43,7 @@ class Preconditioner:
     drift: Theta
 
     def step(self, ascent: Theta) -> Theta:
-        """P ⊙ ascent + drift, the step per unit learning rate; ``ascent`` is minus the loss gradient."""
+        """Step P ⊙ ascent + drift per unit learning rate; ``ascent`` is minus the loss gradient."""
         return jax.tree.map(lambda p, a, d: p * a + d, self.scale, ascent, self.drift)
 
 
@@ -108,7 +108,8 @@ def rmsprop(
     >>> import jax.numpy as jnp
     >>> import optax
     >>> g = {"w": jnp.array([3.0, -0.1])}
-    >>> rmsprop(optax.rmsprop(1.0).init(g), g, decay=0.0).step({"w": -g["w"]})["w"].round(4).tolist()
+    >>> p = rmsprop(optax.rmsprop(1.0).init(g), g, decay=0.0)
+    >>> p.step({"w": -g["w"]})["w"].round(4).tolist()
     [-1.0, 1.0]
     """
     before = _state(state, "ScaleByRmsState", "optax.rmsprop(..)")
@@ -147,7 +148,8 @@ def adam(
     >>> import jax.numpy as jnp
     >>> import optax
     >>> g = {"w": jnp.array([3.0, -0.1])}
-    >>> adam(optax.adam(1.0).init(g), g).step({"w": -g["w"]})["w"].round(4).tolist()  # the first step is a sign
+    >>> p = adam(optax.adam(1.0).init(g), g)
+    >>> p.step({"w": -g["w"]})["w"].round(4).tolist()  # the first step is a sign
     [-1.0, 1.0]
     """
     before = _state(state, "ScaleByAdamState", "optax.adam(..)")

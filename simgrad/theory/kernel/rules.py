@@ -31,7 +31,7 @@ __all__ = ["between_sides", "between_tokens", "outer_products"]
 
 
 def between_sides(gradient: Gradient, ghost: bool | None = None) -> PairKernel:
-    """‖G_w‖², ⟨G_w,G_l⟩ and ‖G_l‖² of each pair (K = 1); ``ghost`` forces a route (None: cheaper)."""
+    """‖G_w‖², ⟨G_w,G_l⟩ and ‖G_l‖² of each pair (K = 1); ``ghost`` forces a route."""
     if not isinstance(gradient, tuple):
         return gradients(gradient[:, :, 0])
     first = gradient[0]

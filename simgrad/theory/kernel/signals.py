@@ -85,7 +85,7 @@ def collect(
     """
     b, s, t = batch.tokens.shape
     flat = [x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams)]
-    output = apply.record(theta, *flat, flat_rows(batch))
+    output = apply.record(theta, flat[0], flat[1], flat[2], flat_rows(batch))
     result = read(output, batch)
     error = prediction_error(result.logits, batch.targets, batch.valid)
     pull = jax.vjp(lambda h: apply.readout(theta, h), result.hidden)[1](error)[0]

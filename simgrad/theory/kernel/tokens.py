@@ -84,7 +84,7 @@ _PARTS = 5  # more take longer than columns do
 
 
 def _chunk(apply: TappedApply, theta: Theta, batch: Batch, memory: int) -> int:
-    """Tokens of each response in one part: all, or so many that two parts' signals fit in memory."""
+    """Tokens of each response in a part: all, or so many that two parts' signals fit in memory."""
     shapes, most = Shapes.of(apply, theta), batch.targets.shape[-1]
     _, sequences, length = batch.tokens.shape
     features = sum(r.fan_in + r.out for r in shapes.readings) + 2 * shapes.width

@@ -35,7 +35,9 @@ class TokenGains:
 def token_displacement(
     apply: Apply, theta: Theta, batch: Batch, step: Theta
 ) -> Float[Array, "B 2 R V"]:
-    """First-order Δlog π(z | x, y_<k) of every token z at every response position, in nats; 0 where padded.
+    """First-order Δlog π(z | x, y_<k), in nats, of every token z at each response position.
+
+    It is 0 where padded.
 
     ``step`` is a parameter step as for :func:`simgrad.theory.displacement`. Σ_z π_z Δlog π_z = 0.
 
@@ -45,7 +47,8 @@ def token_displacement(
     >>> pairs = [Pair([1, 2], [3], [4])]
     >>> apply, theta = unconstrained_features(pairs, 9, 4)
     >>> up = jax.tree.map(jnp.zeros_like, theta)
-    >>> up["unembedding"]["table"] = up["unembedding"]["table"].at[3].set(theta["features"]["table"][1])
+    >>> state, table = theta["features"]["table"][1], up["unembedding"]["table"]
+    >>> up["unembedding"]["table"] = table.at[3].set(state)
     >>> gains = token_displacement(apply, theta, padded(pairs), up)[0, 0, 0]
     >>> (gains > 0).nonzero()[0].tolist()
     [3]
@@ -61,7 +64,7 @@ def top_gainers(
     k: int = 10,
     by: Literal["probability", "logp"] = "probability",
 ) -> TokenGains:
-    """The ``k`` tokens that gain most along a parameter step, to first order, at each response position.
+    """The ``k`` tokens that gain most to first order from a step, at each response position.
 
     For a single-token pair position 0 of either side is the distribution after the prompt: the
     tokens that take the mass y⁺ and y⁻ lose. ``by="probability"`` ranks by Δπ_z = π_z Δlog π_z

@@ -86,16 +86,16 @@ def loss_gradient(
     model = bind(apply, theta)
     # the force first, from forward passes alone, then the gradient a few pairs at a time
     logp = in_chunks(lambda some: model.logp(model.trained, some), batch)
-    reference = logp if reference is None else reference
-    require_shape("reference", reference, (batch.size, 2))
-    force = objective.force(logp, reference, batch.lengths) / batch.size
+    against = logp if reference is None else reference
+    require_shape("reference", against, (batch.size, 2))
+    force = objective.force(logp, against, batch.lengths) / batch.size
     return jax.tree.map(jnp.negative, ascent(model, model.trained, batch, force))
 
 
 def ascent(
     model: Bound, trained: Theta, batch: Batch, force: Float[Array, "B 2"], most: int = AT_ONCE
 ) -> Theta:
-    """Jᵀ c: the direction that a force on the log-probs gives the parameters, ``most`` pairs at once.
+    """Jᵀ c: the direction that a force on the log-probs gives the parameters, in chunks of pairs.
 
     >>> import jax.numpy as jnp
     >>> from simgrad.models import linear_softmax
@@ -149,8 +149,7 @@ def optimizer_step(
 
     Raises:
         ValueError: a name in place of an objective, a number in place of an optimizer; a reference
-        of
-            another shape.
+            of another shape.
 
     >>> import optax
     >>> from simgrad.models import ModelConfig, create

@@ -1,4 +1,4 @@
-"""Speed of every task, side by side with the published procedure and with what the machine allows, from one run.
+"""Speed of every task against the published procedure and the machine's limits, from one run.
 
 Every contestant is timed in turn within each repeat, so that a noisy machine disturbs all alike;
 ratios are medians over repeats of the within-repeat ratio, with their range.
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 TABLES: dict[str, Callable[[Setting], list[Any]]] = {"routes": routes, "growth": growth}
-"""What is measured of simgrad alone: the cost formula's choices, and growth with pairs and tokens."""
+"""What is measured of simgrad alone: the cost formula's choices, growth in pairs and tokens."""
 
 
 def bench(

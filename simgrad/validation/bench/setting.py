@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "width": 2048, "depth": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "vocab_size": 128256, "mlp": "gated"
     },
 }  # fmt: skip
-"""Shapes of well-known models; a gated MLP means the Llama family, else GPT-2's. Embeddings are tied."""
+"""Shapes of known models with tied embeddings; gated MLP means Llama, otherwise GPT-2."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Config:
 
     @property
     def longest(self) -> int:
-        """Positions that the model must have; growth is measured on up to four times the first length."""
+        """Positions the model must have; growth reaches up to four times the first length."""
         return max(
             4 * sum(self.lengths[0]), *(p + r for p, r in (*self.lengths, self.token_lengths))
         )
@@ -155,7 +155,7 @@ def set_up(config: Config) -> Setting:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Time of the second of two calls: the first pays for whatever the previous contestant left behind."""
+    """Time of the second of two calls, as the first pays for what was left behind."""
     jax.block_until_ready(call())
     begin = time.perf_counter()
     jax.block_until_ready(call())

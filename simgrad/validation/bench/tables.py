@@ -42,7 +42,7 @@ class Route:
 
 
 def routes(here: Setting) -> list[Route]:
-    """Time both layouts with both routes, forced for every leaf, on each length of the configuration."""
+    """Time both layouts with both routes forced for every leaf, on each configured length."""
     found = []
     for prompt, response in here.config.lengths:
         pairs, flops, calls = here.pairs(prompt, response), {}, {}
@@ -91,7 +91,7 @@ class Growth:
 
 
 def growth(here: Setting) -> list[Growth]:
-    """Time 1, 2 and 4 times as many pairs as configured, and prompts and responses 1, 2 and 4 times as long."""
+    """Time 1, 2 and 4 times the configured pairs, and the same for prompt and response lengths."""
     (prompt, response), apply = here.config.lengths[0], here.policy.apply
     batches = {
         "pairs": {

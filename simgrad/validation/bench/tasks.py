@@ -28,7 +28,7 @@ __all__ = ["TASKS", "Measurement", "compiled", "measure"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One task on pairs of one length. Times are medians in seconds per pair; ranges are over the repeats.
+    """One task on pairs of one length: median seconds per pair, and ranges over the repeats.
 
     Attributes:
         task: a name of :data:`TASKS`.
@@ -41,7 +41,8 @@ class Measurement:
         own_limit: simgrad's time over that of its own bare passes.
         own_range: smallest and largest.
         bare: what those are.
-        flops: floating-point operations a pair by the formulas of :mod:`simgrad.theory.kernel.cost`.
+        flops: floating-point operations a pair by the formulas of
+            :mod:`simgrad.theory.kernel.cost`.
         achieved: flops a second over those of a large matrix product in the same repeat.
         ceiling: the product's best flops a second.
         bytes: parameters' bytes times the passes over them, a batch: the least that has to be
@@ -305,5 +306,7 @@ TASKS: dict[str, Callable[[Setting, list[Pair]], Task]] = {
     "dataset": _dataset,
     "directional": _directional,
 }
-"""What is timed: every forward-only column, log-probs alone, the three gradient scalars, the token kernel of one
-pair, the kernel of all responses, the directional score of one full-batch step."""
+"""What is timed, one task each.
+
+These are every forward-only column, log-probs alone, the three gradient scalars, the token kernel
+of one pair, the kernel of all responses, the directional score of one full-batch step."""
