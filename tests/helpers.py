@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from golden.cases import CASES, weight
 from safetensors.numpy import save_file
@@ -32,6 +33,11 @@ def close(a, b, dtype="float64", scale=1.0):
         np.testing.assert_allclose(
             x, y, rtol=tolerance(dtype), atol=scale * tolerance(dtype) * (np.abs(y).max() + 1e-300)
         )
+
+
+def force(d_w, d_l):
+    """What an objective does to (chosen, rejected) log-probs: (d_w, -d_l) on a last axis."""
+    return jnp.stack([d_w, -d_l], -1)
 
 
 TRANSFORMERS = {

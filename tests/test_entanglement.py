@@ -12,7 +12,7 @@ import reference
 from helpers import PAIRS, close, model
 
 import simgrad.theory.kernel.dataset as module
-from simgrad import tree
+from simgrad.models import bind, only
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed, padded
 from simgrad.theory import displacement, entanglement_kernel, optimizer_step, pair_kernel, responses
@@ -42,7 +42,9 @@ def gradients(kind, probes=False):
 
 
 def trainable(apply):
-    return (lambda name: not name.startswith("features")) if apply.frozen else (lambda name: True)
+    return (
+        (lambda name: not name.startswith("features")) if apply.trainable else (lambda name: True)
+    )
 
 
 def gram(left, right, keep=lambda name: True):
@@ -50,8 +52,7 @@ def gram(left, right, keep=lambda name: True):
 
 
 def row_bytes(apply, theta):
-    trained, _ = tree.partition(theta, None, apply.frozen)
-    return 8 * sum(x.size for x in jax.tree.leaves(trained))
+    return 8 * sum(x.size for x in jax.tree.leaves(bind(apply, theta).trained))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,8 +101,8 @@ def test_plan_counts_the_gradients_taken_and_bounds_the_rows_held(monkeypatch, p
     row, taken, held = row_bytes(apply, theta), [], []
     shape = (*theta["unembedding"]["table"].shape,)
 
-    def spy(apply, theta, batch, patterns):
-        result = jacobian(apply, theta, batch, patterns)
+    def spy(apply, theta, batch):
+        result = jacobian(apply, theta, batch)
         taken.append(2 * batch.size)
         gc.collect()
         rows = sum(x.shape[0] for x in jax.live_arrays() if x.shape[1:] == shape and x.ndim == 3)
@@ -182,7 +183,7 @@ def test_subsets_of_parameters():
     apply, theta = model("plain")
     rows = gradients("plain")
     expected = gram(rows, rows, lambda name: name.startswith("layers/mlp/"))
-    close(entanglement_kernel(apply, theta, padded(PAIRS), include=["layers/mlp/*"]), expected)
+    close(entanglement_kernel(only(apply, "layers/mlp/*"), theta, padded(PAIRS)), expected)
 
 
 def test_what_pairs_do_to_a_probe_adds_up_to_a_step():
@@ -190,11 +191,9 @@ def test_what_pairs_do_to_a_probe_adds_up_to_a_step():
     batch, probes, rate = padded(PAIRS), padded([Pair([1, 5], [9, 9], [3])]), 1e-3
     step = optimizer_step(apply, theta, batch, DPO(), optax.sgd(rate)).direction
     logp = responses(apply, theta, batch).logp
-    d = DPO().coefficients(*logp.T, *logp.T, *batch.lengths.T)
-    pushes = pair_pushes(entanglement_kernel(apply, theta, probes, batch), d)
+    force = DPO().force(logp, logp, batch.lengths)
+    pushes = pair_pushes(entanglement_kernel(apply, theta, probes, batch), force)
     assert pushes.shape == (2, len(PAIRS))
     close(rate * pushes.sum(-1), displacement(apply, theta, probes, step).first[0])
     with pytest.raises(ValueError, match="8 columns, but 3 pairs need 6"):
-        pair_pushes(
-            entanglement_kernel(apply, theta, probes, batch), jax.tree.map(lambda x: x[:3], d)
-        )
+        pair_pushes(entanglement_kernel(apply, theta, probes, batch), force[:3])

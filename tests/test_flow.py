@@ -79,7 +79,9 @@ def test_linear_optimizers_give_the_same_run_in_log_probs_and_in_parameters(kind
         apply, theta, batch, IPO(), optimizer, 5, reference, ORDER, probes=padded(probes), record=1
     )
     close(flow.logp, run.trajectory.logp)
-    close(flow.probes.reshape(6, -1, 2), run.trajectory.probes - run.trajectory.probes[:1], scale=100)
+    close(
+        flow.probes.reshape(6, -1, 2), run.trajectory.probes - run.trajectory.probes[:1], scale=100
+    )
 
 
 @pytest.mark.parametrize(

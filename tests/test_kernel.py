@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import MODELS, PAIRS, TRANSFORMERS, close, model
+from helpers import MODELS, PAIRS, TRANSFORMERS, close, force, model
 
 from simgrad import tree
+from simgrad.models import only
 from simgrad.pairs import Pair, packed, padded
-from simgrad.theory import PairKernel, head_kernel, pair_kernel, responses
+from simgrad.theory import PairKernel, first_order, head_kernel, pair_kernel, responses
 from simgrad.theory.kernel import pair_kernel_blocks
-from simgrad.theory.kernel.gram import gradients, outer_products
+from simgrad.theory.kernel.gram import gradients
+from simgrad.theory.kernel.rules import between_sides, between_tokens, outer_products
+from simgrad.theory.kernel.signals import collect
 
 
 def oracle(apply, theta, pairs, keep=lambda name: True):
@@ -32,7 +35,7 @@ def oracle(apply, theta, pairs, keep=lambda name: True):
 def test_every_method_agrees_with_two_gradients(kind):
     apply, theta = model(kind)
     trainable = (
-        (lambda name: not name.startswith("features")) if apply.frozen else (lambda name: True)
+        (lambda name: not name.startswith("features")) if apply.trainable else (lambda name: True)
     )
     expected = oracle(apply, theta, PAIRS, trainable)
     close(pair_kernel(apply, theta, packed(PAIRS), method="plain"), expected)
@@ -89,23 +92,80 @@ def test_repeated_tokens_need_the_cross_term_of_a_tied_table():
     pairs = [Pair([4, 4, 4], [4, 4], [4, 5])]
     tied, theta = model("rope_mqa_gated_tied", pairs=pairs)
     untied, _ = model("rope_mqa_gated_tied", pairs=pairs, tied=False)
-    table = pair_kernel_blocks(tied, theta, padded(pairs), ["embedding/*"])["embedding/table"]
+    table = pair_kernel_blocks(only(tied, "embedding/*"), theta, padded(pairs))["embedding/table"]
     apart = pair_kernel_blocks(untied, theta | {"unembedding": theta["embedding"]}, padded(pairs))
     without_cross = apart["embedding/table"].inner + apart["unembedding/table"].inner
     close(table.inner, oracle(tied, theta, pairs, lambda n: n.startswith("embedding")).inner)
-    once = pair_kernel_blocks(tied, theta, packed(pairs), ["embedding/*"], "ghost")[
+    once = pair_kernel_blocks(only(tied, "embedding/*"), theta, packed(pairs), "ghost")[
         "embedding/table"
     ]
     close(once, table)
     assert np.abs(table.inner / without_cross - 1).max() > 1e-2
 
 
+REPEATED = [Pair([4, 4, 4], [4, 4], [4, 5]), Pair([4, 5, 4], [5, 4, 4], [4])]
+"""Tokens that are looked up, predicted, or both, several times; rows and positions that are padded."""
+
+
+def tied_table(g):
+    """A gradient's entries in the tied embedding table."""
+    return np.asarray(g["embedding"]["table"], np.float64).ravel()
+
+
+@pytest.mark.parametrize("layout", [padded, packed])
+@pytest.mark.parametrize("ghost", [True, False, None])
+def test_a_tied_table_with_repeated_tokens_between_sides(layout, ghost):
+    """Lookup and readout of one table: both squares and both cross terms, by either route."""
+    apply, theta = model("rope_mqa_gated_tied", pairs=REPEATED)
+    apply = only(apply, "embedding/*")
+    batch = layout(REPEATED, length=11, rows=5)
+    found, _ = collect(apply, theta, batch, lambda g: between_sides(g, ghost))
+    assert list(found) == ["embedding/table"]
+    close(found["embedding/table"], oracle(apply, theta, REPEATED, lambda n: "embedding" in n))
+
+
+def test_a_tied_table_with_repeated_tokens_between_tokens():
+    """Each token's gradient by itself: that of its response up to it minus that up to the one before."""
+    apply, theta = model("rope_mqa_gated_tied", pairs=REPEATED)
+    apply = only(apply, "embedding/*")
+    for pair in REPEATED:
+        rows = np.zeros((2, 4, theta["embedding"]["table"].size))
+        for s, response in enumerate((pair.chosen, pair.rejected)):
+            whole = [
+                tied_table(reference.gradient(apply, theta, pair.prompt, response[:k]))
+                for k in range(1, len(response) + 1)
+            ]
+            rows[s, : len(response)] = np.diff([np.zeros_like(whole[0]), *whole], axis=0)
+        batch = padded([pair], length=8, rows=4)
+        found, _ = collect(apply, theta, batch, between_tokens, jnp.arange(4))
+        expected = np.einsum("skp,ujp->skuj", rows, rows)
+        close(found["embedding/table"], expected)
+        some, _ = collect(apply, theta, batch, between_tokens, jnp.array([1, 0]))
+        close(some["embedding/table"], expected[:, [1, 0]][..., [1, 0]])
+
+
+def test_matrix_holds_the_three_numbers_and_gives_the_three_number_formula():
+    """K c against d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩ and d_w ⟨g_w,g_l⟩ - d_l ‖g_l‖², any signs."""
+    rng = np.random.default_rng(0)
+    w, l = rng.normal(size=(2, 4, 50, 3)) * rng.lognormal(size=(2, 4, 50, 1))  # noqa: E741
+    a, b, c = (w * w).sum(-1), (w * l).sum(-1), (l * l).sum(-1)
+    kernel = PairKernel(*map(jnp.asarray, (a, b, c)))
+    both = np.stack([w, l], -2)
+    np.testing.assert_allclose(kernel.matrix, both @ both.swapaxes(-1, -2), rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(kernel.matrix, kernel.matrix.swapaxes(-1, -2))
+    d_w, d_l = rng.normal(size=(2, 4, 50))
+    got = np.asarray(first_order(kernel, force(jnp.asarray(d_w), jnp.asarray(d_l)), 0.3))
+    for side, (x, y) in enumerate(((a, b), (b, c))):
+        size = np.abs(d_w * x) + np.abs(d_l * y)  # of what is subtracted
+        assert (np.abs(got[..., side] - 0.3 * (d_w * x - d_l * y)) <= 1e-12 * size).all()
+
+
 def test_subsets_and_frozen_parameters():
     batch = padded(PAIRS)
     apply, theta = model("plain")
-    attention = pair_kernel(apply, theta, batch, ["layers/attention/*"])
+    attention = pair_kernel(only(apply, "layers/attention/*"), theta, batch)
     close(attention, oracle(apply, theta, PAIRS, lambda n: n.startswith("layers/attention/")))
-    frozen, _ = model("plain", frozen=("embedding/*", "positions/*", "layers/*"))
+    frozen = only(apply, "!embedding/*", "!positions/*", "!layers/*")
     kept = oracle(apply, theta, PAIRS, lambda n: n.startswith(("final_norm", "unembedding")))
     close(pair_kernel(frozen, theta, batch), kept)
     close(pair_kernel(frozen, theta, batch, method="plain"), kept)
@@ -149,7 +209,7 @@ def test_head_kernel_is_the_kernel_of_the_unembedding(kind):
     if kind == "linear_softmax":  # features frozen: the head is all there is
         close(pair_kernel(apply, theta, packed(PAIRS)), head)
     elif "unembedding" in theta:
-        close(pair_kernel(apply, theta, padded(PAIRS), ["unembedding/*"]), head)
+        close(pair_kernel(only(apply, "unembedding/*"), theta, padded(PAIRS)), head)
 
 
 def test_head_kernel_is_not_the_whole_once_features_learn():
@@ -180,9 +240,8 @@ def test_errors_name_the_remedy():
     with pytest.raises(
         ValueError, match=r"no parameter matches 'attn\*'; there are: embedding/table"
     ):
-        pair_kernel(apply, theta, padded(PAIRS), ["attn*"])
+        pair_kernel(only(apply, "attn*"), theta, padded(PAIRS))
     with pytest.raises(ValueError, match="no parameter is left"):
-        frozen, _ = model("plain", frozen=("*",))
-        pair_kernel(frozen, theta, padded(PAIRS))
+        pair_kernel(only(apply, "!*"), theta, padded(PAIRS))
     with pytest.raises(ValueError, match="method 'plain' only"):
         pair_kernel(*model("linear_softmax"), padded(PAIRS), method="ghost")

@@ -1,5 +1,7 @@
 """Adapters: the model starts unchanged, and their kernel is a projection of the full one."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import reference
 from helpers import PAIRS, close, model
 
-from simgrad.models import add_lora, merge_lora
+from simgrad.models import add_lora, merge_lora, only
 from simgrad.pairs import padded
 from simgrad.theory import entanglement_kernel, pair_kernel, responses
 from simgrad.theory.kernel import by_layer, by_matrix, pair_kernel_blocks
@@ -29,8 +31,8 @@ def adapted(rank=2, trained=True, alpha=3.0):
 def test_starts_as_the_model_it_adapts_and_trains_only_the_adapters():
     apply, theta, lora, parameters = adapted(trained=False)
     close(responses(lora, parameters, padded(PAIRS)), responses(apply, theta, padded(PAIRS)))
-    a_only = pair_kernel(lora, parameters, padded(PAIRS), ["lora/*/a"])
-    b_only = pair_kernel(lora, parameters, padded(PAIRS), ["lora/*/b"])
+    a_only = pair_kernel(only(lora, "lora/*/a"), parameters, padded(PAIRS))
+    b_only = pair_kernel(only(lora, "lora/*/b"), parameters, padded(PAIRS))
     assert not np.asarray(a_only.sq_chosen).any()
     close(pair_kernel(lora, parameters, padded(PAIRS)), b_only)
 
@@ -67,7 +69,7 @@ def test_complete_factors_give_back_the_full_kernel_and_thin_ones_do_not():
     """With A an identity and scale 1 nothing is projected away; at rank 2 something is."""
     apply, theta = model("plain")
     target = ["layers/attention/query/kernel"]
-    full = pair_kernel(apply, theta, padded(PAIRS), target)
+    full = pair_kernel(only(apply, *target), theta, padded(PAIRS))
     lora, parameters = add_lora(apply, theta, target, rank=8, alpha=8.0)
     parameters["lora"][target[0]]["a"] = jnp.tile(jnp.eye(8)[None], (2, 1, 1))
     close(pair_kernel(lora, parameters, padded(PAIRS)), full)
@@ -122,7 +124,9 @@ def test_refuses_targets_that_are_not_there():
         ValueError, match="targets takes a list of one or more patterns, got 'layers/"
     ):
         add_lora(apply, theta, "layers/*")
-    with pytest.raises(ValueError, match="include takes a list of patterns"):
-        pair_kernel(apply, theta, padded(PAIRS), "layers/*")
+    with pytest.raises(
+        ValueError, match=r"patterns are texts .* one argument each: got \['layers/"
+    ):
+        inspect.unwrap(only)(apply, ["layers/*"])
     with pytest.raises(ValueError, match="rank must be positive"):
         add_lora(apply, theta, TARGETS, rank=0)

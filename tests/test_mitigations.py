@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PAIRS, close, model
+from helpers import PAIRS, close, force, model
 
-from simgrad.objectives import DPO, Coefficients
+from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
 from simgrad.theory import (
     PairKernel,
@@ -42,62 +42,63 @@ def geometry(n=3000):
 
 def equal(n):
     d = jnp.asarray(RNG.lognormal(size=n))
-    return Coefficients(d, d)
+    return force(d, d)
 
 
 def unequal(n):
-    return Coefficients(*(jnp.asarray(RNG.lognormal(size=n)) for _ in range(2)))
+    return force(*(jnp.asarray(RNG.lognormal(size=n)) for _ in range(2)))
 
 
 def test_pairwise_normalised_steps_are_ideal_for_equal_coefficients_only():
     kernel, w, l = geometry()  # noqa: E741
-    d = equal(len(w))
-    assert (regime(kernel, d) != Regime.IDEAL).any()
-    change = first_order(kernel, PairwiseNormalized()(d, kernel))
+    c = equal(len(w))
+    assert (regime(first_order(kernel, c)) != Regime.IDEAL).any()
+    change = first_order(kernel, PairwiseNormalized().changed(c, kernel))
     norm_w, norm_l = np.linalg.norm(w, axis=-1), np.linalg.norm(l, axis=-1)
     opening = 1 - (w * l).sum(-1) / norm_w / norm_l
-    close(change.chosen, d.chosen * norm_w * opening)
-    close(change.rejected, -d.rejected * norm_l * opening)
-    assert (change.chosen >= 0).all()
-    assert (change.rejected <= 0).all()
-    assert (regime(kernel, PairwiseNormalized()(unequal(len(w)), kernel)) != Regime.IDEAL).any()
+    close(change[:, 0], c[:, 0] * norm_w * opening)
+    close(change[:, 1], c[:, 1] * norm_l * opening)
+    assert (change[:, 0] >= 0).all()
+    assert (change[:, 1] <= 0).all()
+    other = first_order(kernel, PairwiseNormalized().changed(unequal(len(w)), kernel))
+    assert (regime(other) != Regime.IDEAL).any()
 
 
 def test_calibration_moves_any_positive_pair_to_the_centre_and_keeps_the_product():
     kernel, w, _ = geometry()
-    d = unequal(len(w))
-    assert (regime(kernel, d) != Regime.IDEAL).any()
-    calibrated = Calibrated()(d, kernel)
+    c = unequal(len(w))
+    assert (regime(first_order(kernel, c)) != Regime.IDEAL).any()
+    calibrated = Calibrated().changed(c, kernel)
     np.testing.assert_allclose(band(kernel, calibrated).angle, 0.0, atol=1e-9)
-    np.testing.assert_array_equal(regime(kernel, calibrated), Regime.IDEAL)
-    close(calibrated.chosen * calibrated.rejected, d.chosen * d.rejected)
-    close(calibrated.chosen, d.chosen * band(kernel, d).calibration)
-    negative = Coefficients(-d.chosen, d.rejected)
-    close(Calibrated()(negative, kernel), negative)
+    np.testing.assert_array_equal(regime(first_order(kernel, calibrated)), Regime.IDEAL)
+    close(calibrated.prod(-1), c.prod(-1))
+    close(calibrated[:, 0], c[:, 0] * band(kernel, c).calibration)
+    negative = force(-c[:, 0], -c[:, 1])
+    close(Calibrated().changed(negative, kernel), negative)
 
 
 def test_projection_spares_the_chosen_but_not_always_the_rejected():
     kernel, w, l = geometry()  # noqa: E741
-    d = unequal(len(w))
-    projected = Projected()(d, kernel)
+    c = unequal(len(w))
+    projected = Projected().changed(c, kernel)
     conflict = np.asarray(kernel.inner) > 0
     unit = w / np.linalg.norm(w, axis=-1, keepdims=True)
     spared = np.where(conflict[:, None], l - (l * unit).sum(-1, keepdims=True) * unit, l)
-    step = np.asarray(d.chosen)[:, None] * w - np.asarray(d.rejected)[:, None] * spared
+    step = np.asarray(c)[:, :1] * w + np.asarray(c)[:, 1:] * spared
     change = first_order(kernel, projected)
-    close(change.chosen, (step * w).sum(-1))
-    close(change.rejected, (step * l).sum(-1))
-    assert (change.chosen > 0).all()
+    close(change[:, 0], (step * w).sum(-1))
+    close(change[:, 1], (step * l).sum(-1))
+    assert (change[:, 0] > 0).all()
     np.testing.assert_allclose(
-        np.asarray(change.chosen)[conflict],
-        np.asarray(d.chosen * kernel.sq_chosen)[conflict],
+        np.asarray(change[:, 0])[conflict],
+        np.asarray(c[:, 0] * kernel.sq_chosen)[conflict],
         rtol=1e-9,
     )
-    assert (regime(kernel, projected) == Regime.BOTH_RISE).any()
+    assert (regime(change) == Regime.BOTH_RISE).any()
 
 
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: type(r).__name__)
-def test_a_vanishing_gradient_leaves_the_coefficients_alone(remedy):
+def test_a_vanishing_gradient_leaves_the_force_alone(remedy):
     """A model that is certain of a response in float32 has no gradient left; nothing becomes nan."""
     zero, one = jnp.zeros(1), jnp.ones(1)
     for kernel in (
@@ -105,10 +106,10 @@ def test_a_vanishing_gradient_leaves_the_coefficients_alone(remedy):
         PairKernel(one, zero, zero),
         PairKernel(zero, zero, zero),
     ):
-        d = Coefficients(2 * one, 3 * one)
-        close(remedy(d, kernel), d)
-        assert band(kernel, d).inside.all()
-        assert (regime(kernel, d) == Regime.IDEAL).all()
+        c = force(2 * one, 3 * one)
+        close(remedy.changed(c, kernel), c)
+        assert band(kernel, c).inside.all()
+        assert (regime(first_order(kernel, c)) == Regime.IDEAL).all()
         bounds = ideal_range(kernel)
         assert (bounds.lower <= 2 / 3).all()
         assert (bounds.upper >= 2 / 3).all()
@@ -122,11 +123,10 @@ def test_training_on_the_surrogate_does_what_theory_says(remedy):
     batch = padded([pair])
     start = responses(apply, theta, batch).logp
     kernel = pair_kernel(apply, theta, batch)
-    pull = DPO().signed_coefficients(start, start, batch.lengths)
-    d = remedy(Coefficients(pull[:, 0], -pull[:, 1]), kernel)
-    gradient = jax.grad(lambda t: surrogate_loss(responses(apply, t, batch).logp, d).sum())(theta)
-    change = first_order(kernel, d)
-    predicted = np.array([change.chosen[0], change.rejected[0]])
+    c, kept = remedy.update(DPO().force(start, start, batch.lengths), remedy.init(), kernel)
+    assert kept == ()
+    gradient = jax.grad(lambda t: surrogate_loss(responses(apply, t, batch).logp, c).sum())(theta)
+    predicted = np.asarray(first_order(kernel, c)[0])
     rates = np.geomspace(1e-5, 1e-3, 3) / np.abs(predicted).max()
     miss = []
     for r in rates:
@@ -137,9 +137,9 @@ def test_training_on_the_surrogate_does_what_theory_says(remedy):
     np.testing.assert_allclose(np.polyfit(np.log(rates), np.log(miss), 1)[0], 2.0, atol=0.1)
 
 
-def test_surrogate_does_not_differentiate_the_coefficients():
+def test_surrogate_does_not_differentiate_the_force():
     def loss(logp):
-        return surrogate_loss(logp, Coefficients(logp[:, 0] ** 2, logp[:, 1] ** 3)).sum()
+        return surrogate_loss(logp, force(logp[:, 0] ** 2, logp[:, 1] ** 3)).sum()
 
     close(jax.grad(loss)(jnp.array([[3.0, 2.0]])), np.array([[-9.0, 8.0]]))
 
@@ -202,8 +202,7 @@ def test_sparse_mask_closes_tokens_as_its_penalty_grows():
             def loss(p):
                 a = mask.weights(p, result.hidden, batch.valid)
                 u, ref = masked_logp(result, a), (a * reference).sum(-1)
-                columns = (u[:, 0], u[:, 1], ref[:, 0], ref[:, 1], lengths[:, 0], lengths[:, 1])
-                return (DPO().loss(*columns) + mask.penalty(a)).sum()
+                return (DPO().loss(u, ref, lengths) + mask.penalty(a)).sum()
 
             return jax.grad(loss)(p)
 

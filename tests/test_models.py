@@ -1,15 +1,31 @@
 """The configurable transformer and its parts."""
 
+import inspect
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PAIRS, close
+import reference
+from helpers import MODELS, PAIRS, close, model
 
-from simgrad.models import InitScales, ModelConfig, Rope, contexts_of, create, linear_softmax
+from simgrad import tree
+from simgrad.models import (
+    InitScales,
+    ModelConfig,
+    Rope,
+    add_lora,
+    bind,
+    contexts_of,
+    create,
+    linear_softmax,
+    only,
+    responses,
+)
 from simgrad.models.layers import rope_frequencies, rotate, visible
+from simgrad.pairs import padded
+from simgrad.theory import pair_kernel
 
 
 @pytest.mark.parametrize(
@@ -116,9 +132,110 @@ def test_padding_reads_padding_and_nothing_reads_padding():
 
 def test_linear_softmax_freezes_features_and_keeps_contexts():
     apply, theta = linear_softmax(PAIRS, 13)
-    assert apply.frozen == ("features/*",)
+    assert apply.trainable == ("!features/*",)
     assert (
         len(contexts_of(PAIRS))
         == theta["features"]["table"].shape[0]
         == len(set(contexts_of(PAIRS)))
     )
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def trained(apply, theta):
+    """Names of the trained parameters, of which there is at least one."""
+    return tree.names(bind(apply, theta).trained)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "keep"),
+    [
+        ([], lambda name: True),
+        (["layers/*"], lambda name: name.startswith("layers/")),
+        (["*/scale", "positions/*"], lambda name: name.endswith("/scale") or "positions" in name),
+        (["!layers/*"], lambda name: not name.startswith("layers/")),
+        (["!layers/mlp/*", "layers/*"], lambda name: "layers/" in name and "/mlp/" not in name),
+        (["layers/*", "!*/kernel", "!*mlp*"], lambda name: name == "layers/attention_norm/scale"),
+    ],
+)
+def test_only_selects_and_excludes_by_name(patterns, keep):
+    apply, theta = model("plain")
+    some = only(apply, *patterns)
+    assert trained(some, theta) == [name for name in tree.names(theta) if keep(name)]
+    bound = bind(some, theta)
+    assert len(jax.tree.leaves(bound.trained)) + len(jax.tree.leaves(bound.rest)) == len(
+        jax.tree.leaves(theta)
+    )
+    whole = bound.whole(bound.trained)
+    assert jax.tree.structure(whole) == jax.tree.structure(theta)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (whole, theta)), strict=True))
+    assert apply.trainable == ()  # the model given is left as it was
+
+
+def test_a_later_choice_replaces_names_and_adds_exclusions():
+    apply, theta = model("plain")
+    mlp = [name for name in tree.names(theta) if name.startswith("layers/mlp/")]
+    assert trained(only(only(apply, "embedding/*"), "layers/mlp/*"), theta) == mlp
+    twice = only(only(apply, "!layers/*"), "!embedding/*")
+    assert trained(twice, theta) == ["final_norm/scale", "positions/table", "unembedding/table"]
+    assert trained(only(twice, "*/table"), theta) == ["positions/table", "unembedding/table"]
+    assert only(apply, "layers/*") == only(apply, "layers/*")  # one program for both
+    assert len({only(apply, "layers/*"), only(apply, "layers/*"), apply}) == 2
+
+
+def test_what_a_model_excludes_itself_stays_excluded():
+    apply, theta = model("linear_softmax")
+    assert trained(only(apply, "*/table"), theta) == ["unembedding/table"]
+    with pytest.raises(ValueError, match="no parameter is left to train by the patterns !features"):
+        bind(only(apply, "features/*"), theta)
+    lora, parameters = add_lora(*model("plain"), ["layers/mlp/up/kernel"], rank=2)
+    name = "lora/layers/mlp/up/kernel"
+    assert trained(lora, parameters) == [f"{name}/a", f"{name}/b"]
+    assert trained(only(lora, "*/b"), parameters) == [f"{name}/b"]
+    with pytest.raises(ValueError, match="no parameter is left"):
+        bind(only(lora, "base/*"), parameters)
+
+
+def test_kernels_of_a_selection_and_of_its_complement_add_up():
+    apply, theta = model("rope_mqa_gated_tied")
+    parts = [["layers/mlp/*"], ["layers/*", "!layers/mlp/*"], ["!layers/*"]]
+    kernels = [pair_kernel(only(apply, *p), theta, padded(PAIRS)) for p in parts]
+    assert all((k.sq_chosen > 0).all() for k in kernels)
+    close(kernels[0] + kernels[1] + kernels[2], pair_kernel(apply, theta, padded(PAIRS)))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_bound_model_is_a_function_of_what_is_trained(kind):
+    """Same log-probs as the whole model; derivatives are the trained parameters' own."""
+    apply, theta = model(kind)
+    apply, batch = only(apply, "*/table"), padded(PAIRS)
+    bound = bind(apply, theta)
+    whole = responses(apply, theta, batch)
+    close(bound.logp(bound.trained, batch), whole.logp)
+    close(bound.token_logp(bound.trained, batch), whole.token_logp)
+    got = jax.jit(lambda b: jax.grad(lambda t: b.logp(t, batch)[0, 1])(b.trained))(bound)
+    full = reference.gradient(apply, theta, PAIRS[0].prompt, PAIRS[0].rejected)
+    every = dict(zip(tree.names(full), jax.tree.leaves(full), strict=True))
+    names = [
+        n
+        for n in every
+        if n.endswith("/table") and (kind != "linear_softmax" or n != "features/table")
+    ]
+    assert tree.names(got) == names
+    scale = max(float(np.abs(every[n]).max()) for n in names)
+    for name, leaf in zip(names, jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(leaf, every[name], rtol=1e-10, atol=1e-12 * scale)
+
+
+def test_selections_that_mean_nothing_are_refused():
+    apply, theta = model("plain")
+    for alien in (["layers/*"], None, 3, ("a", "b")):
+        with pytest.raises(ValueError, match=r"patterns are texts such as 'layers/\*'"):
+            inspect.unwrap(only)(apply, alien)  # as where nothing checks types
+    with pytest.raises(
+        ValueError, match=r"no parameter matches 'attn\*'; there are: embedding/table"
+    ):
+        bind(only(apply, "layers/*", "attn*"), theta)
+    with pytest.raises(ValueError, match="no parameter is left to train by the patterns !"):
+        bind(only(apply, "!*"), theta)

@@ -11,7 +11,7 @@ from simgrad.objectives import DPO
 from simgrad.pairs import padded
 from simgrad.theory import entanglement_kernel, loss_gradient, responses
 from simgrad.theory.kernel import preconditioning as pre
-from simgrad.theory.prediction.steps import updated
+from simgrad.theory.optimizers import updated
 
 OPTIMIZERS = {
     "sgd": (optax.sgd(1.0), lambda s, g: pre.sgd(g)),
@@ -82,7 +82,7 @@ def test_preconditioned_kernel_predicts_an_adam_step_and_the_plain_one_does_not(
     gradient = loss_gradient(apply, theta, batch, objective, reference)
     p = pre.adam(state, gradient)
     start = responses(apply, theta, batch).logp
-    pull = objective.signed_coefficients(start, reference, batch.lengths).reshape(-1) / len(PAIRS)
+    pull = objective.force(start, reference, batch.lengths).reshape(-1) / len(PAIRS)
     _, along_drift = jax.jvp(lambda t: responses(apply, t, batch).logp, (theta,), (p.drift,))
     predicted = entanglement_kernel(
         apply, theta, batch, scale=p.scale

@@ -14,7 +14,7 @@ from simgrad.dynamics.agreement import agreement, partial_spearman
 from simgrad.dynamics.directional import directional_change, directional_score, run_direction
 from simgrad.dynamics.predictors import PREDICTORS, Setting, measured
 from simgrad.experiments.comparison import predictor_table
-from simgrad.models import linear_softmax
+from simgrad.models import linear_softmax, only
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed, padded
 from simgrad.theory import ches, displacement, entanglement_kernel, loss_gradient, responses
@@ -110,6 +110,96 @@ def test_one_step_on_everything_is_the_optimizers_own():
         close(direction, expected, scale=1e4)
 
 
+CLIP, DECAY, PEAK = 0.5, 0.1, 1e-3
+WARM = optax.linear_schedule(0.0, PEAK, 4)
+
+
+def is_decayed(path, _):
+    return "kernel" in jax.tree_util.keystr(path)
+
+
+def labelled(theta):
+    return jax.tree.map_with_path(lambda *x: "some" if is_decayed(*x) else "others", theta)
+
+
+def marked(theta, others=False):
+    return jax.tree.map_with_path(lambda *x: is_decayed(*x) != others, theta)
+
+
+def groups(theta, some, others):
+    return optax.multi_transform({"some": some, "others": others}, labelled(theta))
+
+
+# by name: the optimizer behind the clipping, decay of kernels and of others, and how many times the
+# mean gradient itself the others move a step (None: as Adam says)
+ADAMS = {
+    "adam": (lambda theta: optax.adam(WARM), 0.0, 0.0, None),
+    "adamw": (lambda theta: optax.adamw(WARM, weight_decay=DECAY), DECAY, DECAY, None),
+    "adamw, decay masked": (
+        lambda theta: optax.adamw(WARM, weight_decay=DECAY, mask=marked(theta)), DECAY, 0.0, None
+    ),
+    "two groups": (
+        lambda theta: groups(theta, optax.adamw(WARM, weight_decay=DECAY), optax.adam(WARM)),
+        DECAY, 0.0, None,
+    ),
+    "a frozen group": (
+        lambda theta: groups(theta, optax.adam(WARM), optax.set_to_zero()), 0.0, 0.0, 0.0
+    ),
+    "a group of sgd": (
+        lambda theta: groups(theta, optax.adam(WARM), optax.sgd(0.01)), 0.0, 0.0, -0.01
+    ),
+    "masked": (lambda theta: optax.masked(optax.adam(WARM), marked(theta)), 0.0, 0.0, 1.0),
+}  # fmt: skip
+
+
+def held(theta, gradients, decayed, others_decayed, others, steps):
+    """Steps of Adam with moments held, written out; returns what θ moves by."""
+    mean = jax.tree.map(lambda *gs: sum(gs) / len(gs), *gradients)
+    square = jax.tree.map(lambda *gs: sum(g**2 for g in gs) / len(gs), *gradients)
+    rate = sum(PEAK * min(t / 4, 1) for t in range(steps))
+
+    def move(path, t, m, v):
+        if others is not None and not is_decayed(path, t):
+            return others * steps * m
+        decay = decayed if is_decayed(path, t) else others_decayed
+        # optax's second moment takes in the mean's square with weight 1 - b2
+        return -rate * (m / (jnp.sqrt(0.999 * v + 0.001 * m**2) + 1e-8) + decay * t)
+
+    return jax.tree.map_with_path(move, theta, mean, square)
+
+
+@pytest.mark.parametrize("name", ADAMS)
+def test_adam_behind_clipping_and_a_warm_up_has_a_direction(name):
+    """What TRL trains with; each minibatch's gradient is clipped before the moments see it."""
+    apply, theta = model(KIND)
+    inner, *rest = ADAMS[name]
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), inner(theta))
+    recipe = Recipe(DPO(), optimizer, steps=6, batch_size=2)
+    plain = minibatch_gradients(apply, theta, recipe)
+    norms = [np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(g))) for g in plain]
+    assert min(norms) > CLIP
+    clipped = [
+        jax.tree.map(lambda x, n=n: x * (CLIP / n), g) for g, n in zip(plain, norms, strict=True)
+    ]
+    direction = run_direction(apply, theta, BATCH, recipe)
+    close(direction, held(theta, clipped, *rest, 6), scale=1e4)  # schedules are in float32
+    with pytest.raises(AssertionError):
+        close(direction, held(theta, plain, *rest, 6), scale=1e8)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-9])
+def test_which_second_moments_settle_does_not_depend_on_sizes(rate):
+    """ε, rates and thresholds of all sizes, also those below what comparisons take for equal."""
+    apply, theta = model(KIND)
+    clip = optax.clip_by_global_norm(0.1)
+    for optimizer in (optax.rmsprop(rate), optax.adam(rate, eps=1e-3), optax.nadam(rate)):
+        for chain in (optimizer, optax.chain(clip, optimizer)):
+            run_direction(apply, theta, BATCH, Recipe(DPO(), chain, steps=1))
+    for chain in (optax.radam(rate), optax.chain(clip, optax.radam(rate))):
+        with pytest.raises(ValueError, match=r"known for SGD, momentum, Adam, AdamW and RMSProp"):
+            run_direction(apply, theta, BATCH, Recipe(DPO(), chain, steps=1))
+
+
 @pytest.mark.parametrize("layout", [padded, packed])
 def test_the_directional_change_is_the_first_order_term(layout):
     apply, theta = model(KIND)
@@ -121,9 +211,10 @@ def test_the_directional_change_is_the_first_order_term(layout):
         displacement(apply, theta, BATCH, direction).first,
     )
     part, _ = tree.partition(direction, ["layers/*"])
-    found = directional_change(apply, theta, layout(PAIRS), part, ["layers/*"])
-    close(found, displacement(apply, theta, BATCH, part, ["layers/*"]).first)
-    with pytest.raises(ValueError, match=r"the include that it was made with"):
+    some = only(apply, "layers/*")
+    found = directional_change(some, theta, layout(PAIRS), part)
+    close(found, displacement(some, theta, BATCH, part).first)
+    with pytest.raises(ValueError, match=r"give the model \(.*only\) that it was made with"):
         directional_change(apply, theta, BATCH, part)
 
 
@@ -132,7 +223,7 @@ def test_the_directional_score_is_the_kernel_of_the_data_set():
     score = directional_score(apply, theta, BATCH, Recipe(DPO(), optax.sgd(0.01), steps=3))
     kernel = entanglement_kernel(apply, theta, BATCH)
     logp = responses(apply, theta, BATCH).logp
-    pull = DPO().signed_coefficients(logp, logp, BATCH.lengths).reshape(-1) / BATCH.size
+    pull = DPO().force(logp, logp, BATCH.lengths).reshape(-1) / BATCH.size
     close(score.change.reshape(-1), 0.03 * kernel @ pull)
     assert (score.error == 0).all()
 
@@ -203,6 +294,29 @@ def test_linear_models_are_predicted_as_far_as_they_are_linear():
     assert np.isnan(table.where(predictor="CHES")["r2"][0])
     with pytest.raises(ValueError, match=r"no predictor 'chess'; there are"):
         predictor_table({"small": small}, ["chess"])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "alone", "nats"),
+    [
+        (optax.sgd(1e-3), False, True),
+        (optax.adam(1e-5), False, False),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-5)), False, False),
+        (optax.adam(1e-5), True, True),
+    ],
+    ids=["sgd", "adam", "clipped adam", "adam alone"],
+)
+def test_a_pairs_own_share_is_in_nats_only_where_steps_are_shared_out(optimizer, alone, nats):
+    """Adam divides by the batch's size of gradients: a pair's own step is not 1/B of it."""
+    apply, theta = linear_softmax(PAIRS, 13, 8, dtype="float64")
+    setting = Setting(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=2), alone=alone)
+    table = predictor_table({"run": setting}, ["own first order", "directional"])
+    own, whole = (table.where(predictor=p) for p in ("own first order", "directional"))
+    for name in ("r2", "sign"):
+        assert np.isfinite(own[name][0]) == nats, name
+        assert np.isfinite(whole[name][0]), name
+    assert np.isfinite(own["spearman"][0])
+    assert np.isfinite(own["precision"][0])
 
 
 def test_similarities_predict_minus_themselves():

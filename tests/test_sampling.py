@@ -156,9 +156,12 @@ def test_models_without_a_cache_give_the_same_samples():
 
     @dataclass(frozen=True)
     class Plain:
-        """A user's model: nothing but the call."""
+        """A user's model: nothing but what every model has."""
 
-        frozen: tuple[str, ...] = ()
+        trainable: tuple[str, ...] = ()
+
+        def readout(self, theta, hidden):
+            return apply.readout(theta, hidden)
 
         def __call__(self, theta, tokens, positions=None, streams=None, rows=None):
             return apply(theta, tokens, positions, streams, rows)
@@ -227,7 +230,10 @@ def test_sampling_stops_when_all_have_ended():
 
     @dataclass(frozen=True)
     class Counted:
-        frozen: tuple[str, ...] = ()
+        trainable: tuple[str, ...] = ()
+
+        def readout(self, theta, hidden):
+            return apply.readout(theta, hidden)
 
         def __call__(self, *arguments):
             jax.debug.callback(lambda: calls.append(1))

@@ -65,7 +65,7 @@ def test_ches_is_the_head_gap_with_unit_error_products():
     apply, theta = model("plain")
     batch = padded(PAIRS)
     result = responses(apply, theta, batch)
-    from simgrad.theory.kernel.gram import outer_products
+    from simgrad.theory.kernel.rules import outer_products
 
     unit = jnp.where(batch.valid[..., None], jnp.eye(5)[0], 0.0)
     close(outer_products(result.hidden, unit)[0].gap, ches(result, batch))

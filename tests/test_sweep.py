@@ -17,8 +17,9 @@ from helpers import PAIRS, close, model
 from simgrad.dynamics import DivergedError, RunConfig, SweepTable, grid, sweep, train
 from simgrad.dynamics.configs import MITIGATIONS
 from simgrad.dynamics.sweep import _running
+from simgrad.models import only
 from simgrad.pairs import packed, padded
-from simgrad.theory.prediction.steps import updated
+from simgrad.theory.optimizers import updated
 from simgrad.validation import bench_sweep
 
 BATCH = padded(PAIRS)
@@ -74,8 +75,9 @@ def test_each_row_is_the_run_that_train_makes(what, layout):
     for k, config in enumerate(CONFIGS[what]):
         i = k % 2
         row = 2 * k + i
-        run = train(apply, one(thetas, i), batches[i], config.recipe(SEEDS[i]))
-        change = np.asarray(run.trace.change[-1])
+        trained = only(apply, *config.include or ())
+        run = train(trained, one(thetas, i), batches[i], config.recipe(SEEDS[i]))
+        change = np.asarray(run.trajectory.change[-1])
         np.testing.assert_allclose(found.change[row], change, rtol=1e-10, atol=1e-12)
         expected = {
             "dlogp_chosen": change[:, 0].mean(),
@@ -84,8 +86,8 @@ def test_each_row_is_the_run_that_train_makes(what, layout):
             "chosen_falls": (change[:, 0] < 0).mean(),
             "both_fall": (change < 0).all(1).mean(),
             "largest": np.abs(change).max(),
-            "first_loss": run.trace.losses[0],
-            "last_loss": run.trace.losses[-1],
+            "first_loss": run.trajectory.losses[0],
+            "last_loss": run.trajectory.losses[-1],
         }
         for name, value in expected.items():
             np.testing.assert_allclose(
@@ -200,11 +202,14 @@ def test_the_file_of_another_sweep_is_refused(tmp_path):
     sweep(apply, thetas, BATCH, configs, seeds=SEEDS, out=out)
     before = out.read_bytes()
     for change, match in (
-        ({"configs": grid(optimizer="sgd", steps=2)}, r"other configs\)"),
-        ({"seeds": [1, 2]}, r"other seeds\)"),
+        (
+            {"configs": grid(optimizer="sgd", steps=2)},
+            r"sweep.npz belongs to another run \(configs: .* there, .* now\)",
+        ),
+        ({"seeds": [1, 2]}, r"run \(seeds: \[3, 5\] there, \[1, 2\] now\)"),
         (
             {"thetas": jax.tree.map(lambda x: 2 * x, thetas), "batches": packed(PAIRS)},
-            r"other pairs, policies\)",
+            r"run \(pairs: \w{16} there, \w{16} now; policies: \w{16} there, \w{16} now\)",
         ),
     ):
         call = {"thetas": thetas, "batches": BATCH, "configs": configs, "seeds": SEEDS, **change}

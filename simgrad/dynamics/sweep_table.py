@@ -116,9 +116,8 @@ def labels(configs: Sequence[RunConfig], seeds: Sequence[int], pairs: int) -> di
         values = [row[name] for row in rows]
         text = any(isinstance(value, str) for value in values)
         kept = ["" if value is None else str(value) for value in values] if text else values
-        columns[name] = np.repeat(
-            np.array(kept, None if text or None not in kept else float), seeds
-        )
+        column = np.array(kept, None if text or None not in kept else float)
+        columns[name] = np.repeat(column, len(seeds))
     return columns | {"seed": np.tile(seeds, len(configs))}
 
 

@@ -20,7 +20,15 @@ from simgrad.dynamics.trajectory import Trajectory, from_arrays, to_arrays
 from simgrad.models import Apply, Bound, bind, responses
 from simgrad.models.likelihood import require_shape
 from simgrad.pairs import Batch, in_chunks
-from simgrad.store import identity, load_arrays, provenance, require_same, save_arrays
+from simgrad.store import (
+    RunMismatchError,
+    differences,
+    identity,
+    load_arrays,
+    provenance,
+    require_same,
+    save_arrays,
+)
 from simgrad.theory import pair_kernel
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -97,12 +105,13 @@ def train(
         return seen | {"watched": next_token_logp(apply, whole, watch) if len(watch) else nothing}
 
     if out is not None and Path(out).exists():
-        resume = _read(Path(out), state, bind(apply, theta))
+        resume = _read(Path(out), state, bind(apply, theta), run)
+    elif resume is not None:
+        _require_begun_alike(resume.trajectory, run)
     if resume is None:
         records = [(0, observe(state))]
         _require_start(records[0][1])
     else:
-        require_same("the run to resume" if out is None else out, _named(resume.trajectory), run)
         state, records = _continued(resume, state, recipe.steps)
     result = functools.partial(
         _result, bind(apply, theta), data, {"identity": run, "provenance": provenance()}
@@ -283,8 +292,12 @@ def _identity(
     )
 
 
-def _named(trajectory: Trajectory) -> Mapping[str, str]:
-    return trajectory.config.get("identity", {})
+def _require_begun_alike(trajectory: Trajectory, run: Mapping[str, str]) -> None:
+    if differ := differences(trajectory.config.get("identity", {}), run):
+        raise RunMismatchError(
+            f"the run to resume is another one ({differ}): give the arguments it began with "
+            "(theta: the parameters at its start), or begin anew"
+        )
 
 
 def _continued(run: Training, fresh: State, steps: int) -> tuple[State, Records]:
@@ -304,12 +317,11 @@ def _continued(run: Training, fresh: State, steps: int) -> tuple[State, Records]
     return replace(state, losses=room), records
 
 
-def _read(path: Path, state: State, model: Bound) -> Training:
+def _read(path: Path, state: State, model: Bound, run: Mapping[str, str]) -> Training:
     arrays, header = load_arrays(path)
-    leaves, treedef = jax.tree.flatten(state)
-    count = sum(name.startswith("state/") for name in arrays)
-    stored = [jnp.asarray(arrays[f"state/{i}"]) for i in range(count)]
-    if header.get("kind") != "training" or count != len(leaves):
+    if header.get("kind") != "training":
         raise ValueError(f"{path} holds no run of this kind: choose another out, or delete it")
-    state = treedef.unflatten(stored)
+    require_same(path, header["config"].get("identity", {}), run)
+    leaves, treedef = jax.tree.flatten(state)
+    state = treedef.unflatten([jnp.asarray(arrays[f"state/{i}"]) for i in range(len(leaves))])
     return Training(policy(model, state.learned), state, from_arrays(arrays, header))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Mitigation(Protocol):
     """A change of the force that looks at the pair's geometry, in the manner of optax."""
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import VOCAB, close, model
 from oracles import slope
 
-from simgrad import tree
+from simgrad.models import bind
 from simgrad.theory.closed_forms.learning_dynamics import (
     decompose,
     linear_softmax_logit_kernel,
@@ -42,10 +42,11 @@ def sft(kind, also=None):
     With ``also`` the step is taken on a token after that context, too.
     """
     apply, theta = model(kind, depth=1)
-    trained, rest = tree.partition(theta, None, apply.frozen)
+    bound = bind(apply, theta)
+    trained = bound.trained
 
     def after_context(t, context):
-        return last(apply, tree.combine(t, rest), context)
+        return last(apply, bound.whole(t), context)
 
     def loss(t):
         return -sum(after_context(t, context)[4] for context in (UPDATED, also) if context)

@@ -13,7 +13,8 @@ import pytest
 from helpers import PAIRS, close, model
 from oracles import slope
 
-from simgrad import objectives, tree
+from simgrad import objectives
+from simgrad.models import bind
 from simgrad.pairs import padded
 from simgrad.theory import first_order, pair_kernel, responses
 
@@ -25,37 +26,30 @@ def measured_and_predicted(kind, objective, pair, drop_inner=False):
     """Arrays (changes, 2) for one pair; the reference is a perturbed policy, so that the margin is not zero."""
     apply, theta = model(kind)
     batch = padded([pair])
-    trained, rest = tree.partition(theta, exclude=apply.frozen)
+    bound = bind(apply, theta)
+    trained = bound.trained
     reference = responses(apply, theta, batch).logp - jnp.array([[0.3, -0.2]])
     lengths = batch.lengths
 
     @jax.jit
     def logp(trained):
-        return responses(apply, tree.combine(trained, rest), batch).logp
+        return responses(apply, bound.whole(trained), batch).logp
 
-    def columns(values):
-        return (
-            values[:, 0],
-            values[:, 1],
-            reference[:, 0],
-            reference[:, 1],
-            lengths[:, 0],
-            lengths[:, 1],
-        )
-
-    gradient = jax.jit(jax.grad(lambda t: objective.loss(*columns(logp(t))).sum()))(trained)
+    gradient = jax.jit(jax.grad(lambda t: objective.loss(logp(t), reference, lengths).sum()))(
+        trained
+    )
     start = logp(trained)
     kernel = pair_kernel(apply, theta, batch)
     if drop_inner:
         kernel = dataclasses.replace(kernel, inner=jnp.zeros_like(kernel.inner))
-    coefficients = objective.coefficients(*columns(start))
-    per_unit = first_order(kernel, coefficients)
-    rates = CHANGES / float(jnp.abs(per_unit.chosen[0]))
+    force = objective.force(start, reference, lengths)
+    per_unit = first_order(kernel, force)
+    rates = CHANGES / float(jnp.abs(per_unit[0, 0]))
     measured = [
         logp(jax.tree.map(lambda t, g, r=r: t - r * g, trained, gradient)) - start for r in rates
     ]
-    predicted = [first_order(kernel, coefficients, float(r)) for r in rates]
-    return np.stack(measured)[:, 0], np.array([[p.chosen[0], p.rejected[0]] for p in predicted])
+    predicted = [first_order(kernel, force, float(r)) for r in rates]
+    return np.stack(measured)[:, 0], np.stack(predicted)[:, 0]
 
 
 def order(measured, predicted):
@@ -85,7 +79,6 @@ def test_without_the_entanglement_term_it_is_of_first_order():
 
 def test_learning_rate_scales_the_change():
     kernel = pair_kernel(*model("plain"), padded(PAIRS))
-    ones = jnp.ones(len(PAIRS))
-    d = objectives.get("dpo").coefficients(*(ones,) * 4, *(jnp.ones(len(PAIRS), int),) * 2)
-    per_unit = first_order(kernel, d)
-    close(first_order(kernel, d, 0.3).chosen, 0.3 * per_unit.chosen)
+    ones = jnp.ones((len(PAIRS), 2))
+    force = objectives.get("dpo").force(ones, ones, ones.astype(int))
+    close(first_order(kernel, force, 0.3), 0.3 * first_order(kernel, force))

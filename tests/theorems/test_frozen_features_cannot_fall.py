@@ -11,8 +11,7 @@ import pytest
 from helpers import VOCAB, close
 from oracles import SHARED, kernel_of_rows, pair_of, softmax, unembedding_gradient
 
-from simgrad import tree
-from simgrad.models import linear_softmax, unconstrained_features
+from simgrad.models import bind, linear_softmax, unconstrained_features
 from simgrad.pairs import padded
 from simgrad.theory import responses
 from simgrad.theory.closed_forms.linear_softmax import (
@@ -118,12 +117,12 @@ def test_linear_softmax_kernel_is_the_heads_and_unconstrained_is_not(create):
     apply, theta = create(SHARED, VOCAB, 8, dtype="float64")
     batch = padded(SHARED)
     total = shared_parts(responses(apply, theta, batch), batch).total
-    trained, rest = tree.partition(theta, None, apply.frozen)
+    bound = bind(apply, theta)
 
     def logp(trained):
-        return responses(apply, tree.combine(trained, rest), batch).logp
+        return responses(apply, bound.whole(trained), batch).logp
 
-    for name, value in kernel_of_rows(jax.jit(logp), trained).items():
+    for name, value in kernel_of_rows(jax.jit(logp), bound.trained).items():
         np.testing.assert_array_equal(
             np.isclose(getattr(total, name), value, rtol=1e-10), create is linear_softmax
         )

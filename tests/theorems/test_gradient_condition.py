@@ -7,10 +7,10 @@ guarantees.
 
 import jax.numpy as jnp
 import numpy as np
+from helpers import force
 from oracles import geometry
 
-from simgrad.objectives import Coefficients
-from simgrad.theory import Regime, regime
+from simgrad.theory import Regime, first_order, regime
 
 
 def test_regime_is_what_the_step_along_the_gradient_does():
@@ -25,7 +25,7 @@ def test_regime_is_what_the_step_along_the_gradient_does():
         [Regime.IDEAL, Regime.BOTH_FALL, Regime.BOTH_RISE],
         Regime.REVERSED,
     )
-    got = regime(kernel, Coefficients(jnp.asarray(d_w), jnp.asarray(d_l)))
+    got = regime(first_order(kernel, force(jnp.asarray(d_w), jnp.asarray(d_l))))
     np.testing.assert_array_equal(got, expected)
     assert set(np.unique(got)) == set(Regime)
 
@@ -34,7 +34,7 @@ def test_gradient_condition_in_its_published_form():
     rng = np.random.default_rng(2)
     kernel, w, _ = geometry(rng)
     d_w, d_l = (jnp.asarray(rng.lognormal(size=len(w))) for _ in range(2))
-    got = regime(kernel, Coefficients(d_w, d_l))
+    got = regime(first_order(kernel, force(d_w, d_l)))
     rises = kernel.inner <= d_w / d_l * kernel.sq_chosen
     falls = kernel.inner <= d_l / d_w * kernel.sq_rejected
     np.testing.assert_array_equal(np.isin(got, [Regime.IDEAL, Regime.BOTH_RISE]), rises)
@@ -45,14 +45,14 @@ def test_reversed_is_impossible_for_positive_coefficients_only():
     rng = np.random.default_rng(3)
     kernel, w, _ = geometry(rng)
     one = jnp.ones(len(w))
-    assert not (regime(kernel, Coefficients(one, 2 * one)) == Regime.REVERSED).any()
-    assert (regime(kernel, Coefficients(-one, -one)) == Regime.REVERSED).any()
+    assert not (regime(first_order(kernel, force(one, 2 * one))) == Regime.REVERSED).any()
+    assert (regime(first_order(kernel, force(-one, -one))) == Regime.REVERSED).any()
 
 
 def test_negative_cosine_is_always_ideal_and_positive_is_not():
     rng = np.random.default_rng(4)
     kernel, w, _ = geometry(rng)
-    d = Coefficients(*(jnp.asarray(rng.lognormal(size=len(w))) for _ in range(2)))
-    apart = np.asarray(kernel.cosine) <= 0
-    np.testing.assert_array_equal(regime(kernel, d)[apart], Regime.IDEAL)
-    assert (regime(kernel, d)[~apart] != Regime.IDEAL).any()
+    c = force(*(jnp.asarray(rng.lognormal(size=len(w))) for _ in range(2)))
+    fate, apart = regime(first_order(kernel, c)), np.asarray(kernel.cosine) <= 0
+    np.testing.assert_array_equal(fate[apart], Regime.IDEAL)
+    assert (fate[~apart] != Regime.IDEAL).any()

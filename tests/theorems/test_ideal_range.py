@@ -7,11 +7,10 @@ is trained, the unembedding's range loses the chosen once the features learn.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import close
+from helpers import close, force
 from oracles import ALL, SINGLE, dot, geometry, gradient, pair_of, parameters, states
 
 from simgrad import objectives
-from simgrad.objectives import Coefficients
 from simgrad.theory import PairKernel, Regime, compare_objectives, first_order, ideal_range, regime
 from simgrad.theory.closed_forms.unconstrained import flow_kernel
 
@@ -29,7 +28,7 @@ def test_ideal_range_is_where_the_regime_is_ideal():
         (-1.0, r <= bounds.negative),
     ):
         d_l = sign * jnp.ones_like(r)
-        ideal = regime(kernel, Coefficients(r * d_l, d_l)) == Regime.IDEAL
+        ideal = regime(first_order(kernel, force(r * d_l, d_l))) == Regime.IDEAL
         np.testing.assert_array_equal(ideal, inside)
         assert ideal.any()
         assert not ideal.all()
@@ -63,7 +62,7 @@ def test_objectives_inside_depend_on_the_geometry():
     for objective, fate in fates.items():
         inside = (ratio[objective.name] >= bounds.lower) & (ratio[objective.name] <= bounds.upper)
         np.testing.assert_array_equal(fate.regime == Regime.IDEAL, inside)
-        close(fate.change.chosen, first_order(kernel, fate.coefficients).chosen)
+        close(fate.change, first_order(kernel, fate.force))
     assert (fates[candidates[0]].regime == fates[candidates[1]].regime).all()
     assert (fates[candidates[0]].regime != fates[candidates[2]].regime).any()
 
@@ -75,7 +74,7 @@ def test_a_pulled_up_rejected_reverses_the_range():
     r = jnp.where(jnp.isinf(bounds.upper), bounds.lower + 1, (bounds.lower + bounds.upper) / 2)
     for sign, fate in ((1.0, Regime.IDEAL), (-1.0, Regime.REVERSED)):
         d_l = sign * jnp.ones_like(r)
-        np.testing.assert_array_equal(regime(kernel, Coefficients(r * d_l, d_l)), fate)
+        np.testing.assert_array_equal(regime(first_order(kernel, force(r * d_l, d_l))), fate)
 
 
 def test_the_unembeddings_range_is_not_the_models():

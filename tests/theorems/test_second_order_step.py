@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import PAIRS, close, model
+from helpers import PAIRS, close, force, model
 from oracles import slope
 
-from simgrad.objectives import DPO, Coefficients
+from simgrad.models import only
+from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
 from simgrad.theory import (
     displacement,
@@ -115,15 +116,14 @@ def test_probes_that_nobody_trains_on_are_predicted_alike():
 def test_own_steps_are_first_order_plus_half_the_curvature_along_the_pairs_gradient():
     apply, theta = model("plain")
     batch = padded(PAIRS)
-    d = Coefficients(*jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, size=(2, len(PAIRS)))))
-    change = own_steps(apply, theta, batch, d)
-    first = first_order(pair_kernel(apply, theta, batch), d)
-    close(change.first, jnp.stack([first.chosen, first.rejected], -1))
+    c = force(*jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, size=(2, len(PAIRS)))))
+    change = own_steps(apply, theta, batch, c)
+    close(change.first, first_order(pair_kernel(apply, theta, batch), c))
     h = 1e-4  # central second difference
     for i, pair in enumerate(PAIRS):
         one = padded([pair], length=8, rows=5)
         w, l = (gradient(apply, theta, one, side) for side in range(2))  # noqa: E741
-        v = jax.tree.map(lambda a, b, i=i: d.chosen[i] * a - d.rejected[i] * b, w, l)
+        v = jax.tree.map(lambda a, b, i=i: c[i, 0] * a + c[i, 1] * b, w, l)
         left, middle, right = (np.asarray(moved(apply, theta, one, v, x)[0]) for x in (-h, 0.0, h))
         np.testing.assert_allclose(
             change.second[i], (right - 2 * middle + left) / h**2 / 2, rtol=1e-3
@@ -133,7 +133,7 @@ def test_own_steps_are_first_order_plus_half_the_curvature_along_the_pairs_gradi
 def test_at_the_trust_radius_both_terms_are_equal_and_beyond_it_the_sign_is_lost():
     apply, theta = model("plain")
     one = jnp.ones(len(PAIRS))
-    change = own_steps(apply, theta, padded(PAIRS), Coefficients(one, one))
+    change = own_steps(apply, theta, padded(PAIRS), force(one, one))
     radius = change.trust_radius
     for i in range(len(PAIRS)):
         for side in range(2):
@@ -149,8 +149,8 @@ def test_at_the_trust_radius_both_terms_are_equal_and_beyond_it_the_sign_is_lost
 
 def test_subsets_move_only_what_they_select():
     apply, theta = model("plain")
-    batch, include = padded(PAIRS), ["layers/mlp/*"]
-    step = optimizer_step(apply, theta, batch, DPO(), optax.sgd(0.1), include=include)
+    batch, part = padded(PAIRS), only(apply, "layers/mlp/*")
+    step = optimizer_step(part, theta, batch, DPO(), optax.sgd(0.1))
     assert len(jax.tree.leaves(step.direction)) == len(jax.tree.leaves(theta["layers"]["mlp"]))
     whole = jax.tree.map(
         lambda t, d: jnp.zeros_like(t) if d is None else d,
@@ -159,6 +159,6 @@ def test_subsets_move_only_what_they_select():
         is_leaf=lambda x: x is None,
     )
     close(
-        displacement(apply, theta, batch, step.direction, include).total,
+        displacement(part, theta, batch, step.direction).total,
         displacement(apply, theta, batch, whole).total,
     )

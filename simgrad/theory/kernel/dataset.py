@@ -64,9 +64,9 @@ def kernel_plan(
 
     >>> from simgrad.models import ModelConfig, create
     >>> apply, theta = create(ModelConfig(vocab_size=9, width=8, depth=1, heads=2))
-    >>> plan = kernel_plan(apply, theta, pairs=10, memory=2**13)
-    >>> plan.chunk, plan.bytes, plan.gradients
-    PLAN
+    >>> plan = kernel_plan(apply, theta, pairs=10, memory=2**18)
+    >>> plan.chunk, plan.bytes, plan.gradients  # 5,032 parameters of 4 bytes; 4 + 6 blocks of rows
+    (3, 241536, 60)
 
     Raises:
         ValueError: not even one pair at a time fits.

@@ -87,7 +87,7 @@ def _sided(product, x: Array, y: Array) -> PairKernel:
     return chosen_and_rejected(lambda x, _, __, y: product(x, y), sides(x), sides(y))
 
 
-def _meet(a: Array, b: Array) -> Float[Array, "B T _"]:
+def _meet(a: Array, b: Array) -> Float[Array, "*n T _"]:
     """a_t · b_t' for features or ids."""
     is_id = [jnp.issubdtype(x.dtype, jnp.integer) for x in (a, b)]
     if all(is_id):

@@ -89,7 +89,8 @@ def collect(
     result = read(output, batch)
     error = prediction_error(result.logits, batch.targets, batch.valid)
     pull = jax.vjp(lambda h: apply.readout(theta, h), result.hidden)[1](error)[0]
-    wanted = {n for n in tree.names(theta) if tree.selected(n, apply.trainable)}
+    leaves = dict(zip(tree.names(theta), jax.tree.leaves(theta), strict=True))
+    wanted = {n for n in leaves if tree.selected(n, apply.trainable)}
     (head,) = output.uses["readout"].sites
     states = _rows(result.hidden, tokens)
     readout = Outer(_rows(error, tokens), states, error.shape[-1], states.shape[-1])
@@ -101,8 +102,7 @@ def collect(
         for site, signal in zip(use.sites, signals, strict=True):
             delta = _by_side(signal, s)
             if use.kind == "lookup":
-                rows = theta[site]["table"].shape[0]
-                lookup = Outer(a, delta, rows, width)
+                lookup = Outer(a, delta, leaves[f"{site}/table"].shape[0], width)
                 found[f"{site}/table"] = (lookup, readout) if site == head else (lookup,)
             elif use.kind == "linear":
                 found[f"{site}/kernel"] = (Outer(a, delta, a.shape[-1], width),)
@@ -117,7 +117,7 @@ def collect(
     found = apply.backward(theta, flat[1], flat[2], output.uses, cotangents, visit)
     if (path := f"{head}/table") in wanted - set(found):
         found[path] = reduce((readout,))
-    return {n: found[n] for n in tree.names(theta) if n in found}, result
+    return {n: found[n] for n in leaves if n in found}, result
 
 
 def _rows(x: Float[Array, "B 2 R O"], tokens: Int[Array, " K"] | None) -> Float[Array, "B 2 K T O"]:
