@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import band, direct_labels, panel_letters
 from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, size
+from simgrad.experiments import unconstrained
 from simgrad.typing import Float
 from simgrad.worlds.unconstrained import Unconstrained
 
@@ -70,7 +71,7 @@ COLUMNS = ("closed form", "measured", "falls", "falls, W alone", "order", "top a
 def compute(config: Config) -> Result:
     """The world's experiment with one-token pairs."""
     world = Unconstrained(alignments=config.alignments, draws=config.draws)
-    table = world.experiment(config.seeds)["single"]
+    table = unconstrained.run(world, config.seeds)["single"]
     rows = [table.where(alignment=alignment) for alignment in config.alignments]
     return Result(
         np.array(config.alignments),

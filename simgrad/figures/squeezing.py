@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import band, direct_labels, panel_letters
 from simgrad.drawing.style import GUIDE, OTHERS, size
+from simgrad.experiments import squeezing
+from simgrad.experiments.squeezing import FIRST
 from simgrad.typing import Float
-from simgrad.worlds.squeezing import FIRST, Squeezing
+from simgrad.worlds.squeezing import Squeezing
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
 
@@ -70,7 +72,7 @@ class Result:
 def compute(config: Config) -> Result:
     """The world's experiment."""
     world = Squeezing(peaks=config.peaks, draws=config.draws)
-    found = world.experiment(config.seeds)
+    found = squeezing.run(world, config.seeds)
     squeeze, extend = found["squeeze"], found["extend"]
     rows = [squeeze.where(pushed="least likely", peak=peak) for peak in config.peaks]
     top_before, top_after, rise = (

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import band, direct_labels, panel_letters
 from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
+from simgrad.experiments import suffix
 from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
 
@@ -66,7 +67,7 @@ class Result:
 
 def compute(config: Config) -> Result:
     """The world's experiment."""
-    found = Suffix(lengths=config.lengths).experiment(config.seeds)
+    found = suffix.run(Suffix(lengths=config.lengths), config.seeds)
     measured, predicted = found["lengths"], found["predictions"]
 
     def column(table, name: str) -> np.ndarray:

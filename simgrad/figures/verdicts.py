@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import mass_bars, panel_letters
 from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
+from simgrad.experiments.verdicts import SGD_RATE, outcome
 from simgrad.typing import Float
-from simgrad.worlds.verdicts import NEGATIVE, POSITIVE, SGD_RATE, Verdicts
+from simgrad.worlds.verdicts import NEGATIVE, POSITIVE, Verdicts
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
 
@@ -73,7 +74,7 @@ def compute(config: Config) -> Result:
         ("No ≻ Never, SGD", ("No", "Never"), sgd),
     )
     answers = slice(world.first_answer, world.first_answer + 12)
-    found = [world.outcome(config.seeds, *pair, **changes) for _, pair, changes in cases]
+    found = [outcome(world, config.seeds, *pair, **changes) for _, pair, changes in cases]
     parts = [
         np.stack([getattr(o, name)[:, answers] for o in found]).astype(float)
         for name in ("before", "after", "direction")

@@ -1,4 +1,4 @@
-"""What every world has: words, a model, a pretraining recipe cached by its fingerprint, preference pairs."""
+"""What every world has: words, a model, a pretraining recipe, preference pairs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from simgrad import tree
 from simgrad.dynamics.pretraining import Corpus, fit
 from simgrad.dynamics.recipe import batch_order
 from simgrad.dynamics.spread import spread_in_rounds
-from simgrad.experiments.findings import Findings
 from simgrad.models import Apply, ModelConfig, TransformerApply, init_transformer
 from simgrad.pairs import Pair
 from simgrad.storage import cache_folder, digest, load_arrays, save_arrays
@@ -70,7 +69,7 @@ _W = TypeVar("_W", bound="World")
 
 @dataclass(frozen=True)
 class World:
-    """A small controllable setting: subclasses are frozen dataclasses whose fields are the knobs."""
+    """A small controllable setting; subclasses are frozen dataclasses, their fields the knobs."""
 
     name: ClassVar[str] = ""
     end: ClassVar[str | None] = None
@@ -127,10 +126,6 @@ class World:
         """The world's pretrained policies: :func:`pretrained`."""
         return pretrained(self, seeds)
 
-    def experiment(self, seeds: Sequence[int]) -> Findings:
-        """Measure what the world is for, over seeds."""
-        raise TypeError(f"{type(self).__name__} has no experiment")
-
     def with_knobs(self: _W, **knobs: Any) -> _W:
         """This world with other values of some knobs.
 
@@ -148,7 +143,7 @@ class World:
 
 
 def _like(default: Any, value: Any, what: str) -> Any:
-    """``value`` as the kind of the default; numbers may come as other numbers where nothing is lost."""
+    """``value`` as the kind of the default; numbers may change kind where nothing is lost."""
     if isinstance(default, tuple):
         value = value if isinstance(value, tuple | list) else (value,)
         return tuple(_like(default[0], item, what) for item in value) if default else tuple(value)
