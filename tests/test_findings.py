@@ -7,7 +7,6 @@ from scipy import stats
 
 from simgrad.dynamics import spread
 from simgrad.experiments.findings import Table, interval
-from simgrad.storage import digest, load_arrays, save_arrays
 
 
 def test_the_interval_is_students():
@@ -49,21 +48,3 @@ def test_runs_come_back_in_order_however_they_are_cut(at_once, rounds):
     np.testing.assert_allclose(found[1], (x[:, None] * y).sum(1))
     with pytest.raises(ValueError, match=r"common leading length"):
         spread(lambda x, y: x, x, y[:3])
-
-
-def test_arrays_of_every_kind_survive_the_disk(tmp_path):
-    arrays = {"a/b": np.arange(3), "half": jnp.ones((2, 2), "bfloat16"), "scalar": np.float64(2.5)}
-    save_arrays(tmp_path / "new" / "x.npz", arrays, {"k": [1, None]})
-    loaded, header = load_arrays(tmp_path / "new" / "x.npz")
-    assert header == {"k": [1, None]}
-    for name, value in arrays.items():
-        assert loaded[name].dtype == np.asarray(value).dtype
-        np.testing.assert_array_equal(loaded[name], np.asarray(value))
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.npz"]
-
-
-def test_fingerprints_tell_values_shapes_and_dtypes_apart():
-    base = np.zeros((2, 3))
-    others = [base.T, base.astype(np.float32), base + 1e-12, {"a": base}, 0.0, None]
-    assert len({digest(x) for x in (base, *others)}) == len(others) + 1
-    assert digest(base) == digest(jnp.asarray(base))

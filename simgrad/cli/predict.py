@@ -75,7 +75,7 @@ class Predict:
         from simgrad.dynamics import Setting, directional_score
         from simgrad.models.likelihood import in_chunks
         from simgrad.pairs import padded
-        from simgrad.provenance import provenance
+        from simgrad.store import provenance
         from simgrad.theory import responses
 
         with loading(console, f"Loading {self.model}"):
@@ -197,7 +197,7 @@ class Predict:
         from simgrad.cli.display import loading, tidy_table
         from simgrad.experiments.comparison import CAPTION, compare
         from simgrad.experiments.findings import Table
-        from simgrad.provenance import provenance
+        from simgrad.store import provenance
 
         with loading(console, "Training, and comparing every predictor with it"):
             found = compare(setting)

@@ -28,7 +28,7 @@ def prepare(dtype: str = "float32", host_devices: int | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     import jax
 
-    from simgrad.storage import cache_folder
+    from simgrad.store import cache_folder
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -25,7 +25,7 @@ from simgrad.dynamics.training import advance, begin, prepare, whole_policy
 from simgrad.models import Apply, ContextApply
 from simgrad.models.likelihood import in_chunks
 from simgrad.pairs import Batch
-from simgrad.storage import digest
+from simgrad.store import digest
 from simgrad.theory import responses
 from simgrad.typing import Array, Theta
 

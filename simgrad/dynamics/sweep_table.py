@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from simgrad.dynamics.configs import RunConfig
-from simgrad.provenance import provenance
-from simgrad.storage import load_arrays, save_arrays
+from simgrad.store import load_arrays, provenance, save_arrays
 from simgrad.typing import Float
 
 __all__ = ["Found", "SweepTable"]

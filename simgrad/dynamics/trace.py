@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad.objectives import Coefficients
-from simgrad.storage import load_arrays, save_arrays
+from simgrad.store import load_arrays, save_arrays
 from simgrad.theory import PairKernel, regime
 from simgrad.typing import Array, Float, Int
 

@@ -22,8 +22,7 @@ from simgrad.models import Apply
 from simgrad.models.likelihood import in_chunks, require_shape
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Batch
-from simgrad.provenance import provenance
-from simgrad.storage import digest, load_arrays, save_arrays
+from simgrad.store import digest, load_arrays, provenance, save_arrays
 from simgrad.theory import RunningCalibrated, pair_kernel, responses
 from simgrad.theory.prediction.steps import updated
 from simgrad.typing import Array, Float, Int, Theta

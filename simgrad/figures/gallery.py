@@ -35,7 +35,7 @@ from simgrad.figures import (
     verdicts,
 )
 from simgrad.figures.stored import NotDrawn, computed, plain, to_json
-from simgrad.provenance import provenance
+from simgrad.store import provenance
 
 __all__ = [
     "FIGURES",

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 import simgrad
-from simgrad.provenance import provenance
-from simgrad.storage import cache_folder, digest, load_arrays, save_arrays
+from simgrad.store import cache_folder, digest, load_arrays, provenance, save_arrays
 
 __all__ = ["NotDrawn", "computed", "plain", "to_json"]
 

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 
 from simgrad.bridge import Encoded, Policy, ScoreTable
 from simgrad.drawing.style import paper_style
-from simgrad.provenance import provenance
 from simgrad.report import charts
 from simgrad.report.numbers import (
     ReportNumbers,
@@ -38,6 +37,7 @@ from simgrad.report.words import (
     objectives_sentence,
     strength_sentence,
 )
+from simgrad.store import provenance
 
 __all__ = ["WrittenReport", "write_report"]
 

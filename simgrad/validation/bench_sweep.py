@@ -23,7 +23,7 @@ from simgrad.dynamics.sweep import sweep
 from simgrad.models import Apply, ModelConfig, create, linear_softmax
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed
-from simgrad.provenance import provenance
+from simgrad.store import provenance
 from simgrad.typing import Theta
 from simgrad.validation.bench.setting import version
 

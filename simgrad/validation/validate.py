@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from simgrad.provenance import provenance
+from simgrad.store import provenance
 from simgrad.validation.agreement import (
     against_reference,
     between_devices,

@@ -23,7 +23,7 @@ from simgrad.dynamics.recipe import batch_order
 from simgrad.dynamics.spread import spread_in_rounds
 from simgrad.models import Apply, ModelConfig, TransformerApply, init_transformer
 from simgrad.pairs import Pair
-from simgrad.storage import cache_folder, digest, load_arrays, save_arrays
+from simgrad.store import cache_folder, digest, load_arrays, save_arrays
 from simgrad.typing import Array, Theta
 
 __all__ = ["Pretraining", "World", "pretrained"]

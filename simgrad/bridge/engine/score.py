@@ -35,7 +35,7 @@ from simgrad.bridge.preferences.rows import Encoded, Skipped
 from simgrad.models import Apply
 from simgrad.objectives import Coefficients, Objective
 from simgrad.pairs import Batch, Pair, packed, padded
-from simgrad.provenance import provenance
+from simgrad.store import provenance
 from simgrad.theory import (
     Regime,
     Responses,

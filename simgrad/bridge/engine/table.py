@@ -14,7 +14,7 @@ import numpy as np
 
 from simgrad.bridge.preferences.rows import Skipped
 from simgrad.experiments.findings import Findings
-from simgrad.provenance import provenance
+from simgrad.store import provenance
 
 __all__ = ["ScoreTable", "save_findings", "write_parquet"]
 

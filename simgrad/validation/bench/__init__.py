@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from simgrad.provenance import provenance
+from simgrad.store import provenance
 from simgrad.validation.bench.setting import SHAPES, Config, Setting, set_up, version
 from simgrad.validation.bench.tables import Growth, Route, growth, routes
 from simgrad.validation.bench.tasks import TASKS, Measurement, measure

@@ -1,0 +1,124 @@
+"""What names a result, and where a number came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from simgrad.errors import InputError
+from simgrad.store.content import digest, is_record
+from simgrad.store.source import PACKAGE, code
+
+__all__ = ["RunMismatchError", "differences", "identity", "provenance", "require_same"]
+
+_READABLE = 200  # characters of a part of an identity that is kept as text
+
+
+class RunMismatchError(InputError):
+    """Results of another run are in the way."""
+
+
+def identity(computed_by: str, **parts: Any) -> dict[str, str]:
+    """What names a result: each part that makes it, the code that computes it, and versions.
+
+    A part that is short is kept as readable text. A configuration that is long is split by its
+    fields, and everything else stands as the :func:`digest` of its full content.
+
+    Args:
+        computed_by: module whose code makes the result, see :func:`code`.
+        parts: what goes into it: configuration, weights, data, recipe ...
+
+    >>> found = identity("simgrad.tree", learning_rate=0.1, data=jax.numpy.zeros(3))
+    >>> found["learning_rate"], len(found["data"]), sorted(found)
+    ('0.1', 16, ['code', 'data', 'device', 'jax', 'learning_rate', 'simgrad', 'x64'])
+    """
+    named = {}
+    for name, part in parts.items():
+        named |= _described(name, part)
+    where = provenance()
+    return {
+        **named,
+        "code": code(computed_by),
+        **{name: str(where[name]) for name in ("simgrad", "jax", "device", "x64")},
+    }
+
+
+def _described(name: str, part: Any) -> dict[str, str]:
+    text: str = part if type(part) is str else repr(part)
+    if len(text) <= _READABLE and _is_plain(part):
+        return {name: text}
+    if not is_record(part):
+        return {name: digest(part)}
+    found = {}
+    for field in dataclasses.fields(part):
+        found |= _described(f"{name}.{field.name}", getattr(part, field.name))
+    return found
+
+
+def _is_plain(part: Any) -> bool:
+    """Whether the text of a part says all that it holds."""
+    if is_record(part):
+        return all(_is_plain(getattr(part, field.name)) for field in dataclasses.fields(part))
+    leaves = jax.tree.leaves(part, is_leaf=lambda x: x is None)
+    if len(leaves) == 1 and leaves[0] is part:
+        return isinstance(part, str | int | float | None)
+    return all(map(_is_plain, leaves))
+
+
+def differences(there: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The parts in which two identities differ, for a sentence; empty where they are the same.
+
+    >>> differences({"objective": "DPO()", "data": "a"}, {"objective": "IPO()", "data": "a"})
+    'objective: DPO() there, IPO() now'
+    """
+    differ = sorted(k for k in {*there, *now} if there.get(k) != now.get(k))
+    return "; ".join(
+        f"{k}: {there.get(k, 'nothing')} there, {now.get(k, 'nothing')} now" for k in differ
+    )
+
+
+def require_same(path: str | Path, there: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to mix two runs.
+
+    Raises:
+        RunMismatchError: the identities differ; it names the parts, and what to do.
+    """
+    if differ := differences(there, now):
+        raise RunMismatchError(
+            f"{path} belongs to another run ({differ}). Choose another --out or delete it"
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of simgrad and of what its numbers depend on, device kind and git revision."""
+    return {
+        "simgrad": metadata.version("simgrad"),
+        "git_revision": _git_revision(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "x64": bool(jax.config.read("jax_enable_x64")),
+    }
+
+
+@functools.cache
+def _git_revision() -> str | None:
+    """Revision that last changed the package, with a plus sign if it has local changes."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(PACKAGE), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)
+        revision = git("log", "-1", "--format=%H", "--", str(PACKAGE))
+        return revision + ("+" if git("status", "--porcelain", "--", str(PACKAGE)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
