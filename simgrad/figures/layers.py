@@ -18,7 +18,7 @@ from simgrad.models.likelihood import in_chunks
 from simgrad.pairs import Batch, padded
 from simgrad.theory import by_layer, by_matrix, pair_kernel_blocks
 from simgrad.typing import Float
-from simgrad.worlds import get
+from simgrad.worlds.percentiles import Percentiles
 from simgrad.worlds.suffix import Suffix
 
 __all__ = [
@@ -78,12 +78,12 @@ class Result:
 def compute(config: Config) -> Result:
     """Block kernels of every subject's pairs."""
     found: dict[str, dict[str, Any]] = {}
-    suffix = Suffix()
-    for name, pairs in (
-        (f"suffix, L = {config.suffix}", suffix.pairs(config.seed, config.suffix)),
-        ("percentiles", get("percentiles").pairs(config.seed)),
+    suffix, percentiles = Suffix(), Percentiles()
+    for name, world, pairs in (
+        (f"suffix, L = {config.suffix}", suffix, suffix.pairs(config.seed, config.suffix)),
+        ("percentiles", percentiles, percentiles.pairs(config.seed)),
     ):
-        apply, thetas = get(name.split(",")[0]).policies([config.seed])
+        apply, thetas = world.policies([config.seed])
         theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
         found[name] = blocks_of(apply, theta, padded(pairs[: config.pairs]))
     return summary(found)

@@ -17,8 +17,11 @@ from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED
 from simgrad.pairs import Pair, padded
 from simgrad.theory import pair_kernel
 from simgrad.typing import Float, Int
-from simgrad.worlds import get
+from simgrad.worlds.percentiles import Percentiles
+from simgrad.worlds.refusals import Refusals
 from simgrad.worlds.suffix import Suffix
+from simgrad.worlds.verdicts import Verdicts
+from simgrad.worlds.world import World
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
 
@@ -82,12 +85,13 @@ class Result:
     ratio: Float[np.ndarray, "O X"]
 
 
-def _pairs(config: Config) -> dict[str, tuple[str, list[Pair]]]:
-    suffix = get("suffix")
-    assert isinstance(suffix, Suffix)
-    sets = {f"suffix, L = {n}": ("suffix", suffix.pairs(config.seed, n)) for n in config.suffixes}
-    for name in ("verdicts", "refusals", "percentiles"):
-        sets[name] = (name, get(name).pairs(config.seed))
+def _pairs(config: Config) -> dict[str, tuple[World, list[Pair]]]:
+    suffix = Suffix()
+    sets: dict[str, tuple[World, list[Pair]]] = {
+        f"suffix, L = {n}": (suffix, suffix.pairs(config.seed, n)) for n in config.suffixes
+    }
+    for world in (Verdicts(), Refusals(), Percentiles()):
+        sets[world.name] = (world, world.pairs(config.seed))
     return sets
 
 
@@ -96,7 +100,7 @@ def compute(config: Config) -> Result:
     owner, x, y = [], [], []
     sets = _pairs(config)
     for i, (world, pairs) in enumerate(sets.values()):
-        apply, thetas = get(world).policies([config.seed])
+        apply, thetas = world.policies([config.seed])
         theta = jax.tree.map(lambda t: jnp.asarray(t[0]), thetas)
         kernel = pair_kernel(apply, theta, padded(pairs[: config.pairs]))
         x += [np.asarray(kernel.inner / kernel.sq_chosen, float)]

@@ -19,9 +19,9 @@ import difflib
 import importlib
 from typing import Any
 
-from simgrad.worlds.world import Pretraining, World, pretrained
+from simgrad.worlds.world import Pretraining, World, pretrained, pretrained_anew
 
-__all__ = ["Pretraining", "World", "get", "names", "pretrained"]
+__all__ = ["Pretraining", "World", "get", "names", "pretrained", "pretrained_anew"]
 
 _WORLDS = {
     "verdicts": "Verdicts",
