@@ -12,8 +12,6 @@ if (
         "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1"
     )
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from simgrad import experiments, worlds
@@ -66,8 +64,7 @@ def refusals():
 
 def percentiles():
     world = worlds.get("percentiles", n_pairs=32)
-    apply, thetas = world.policies(SEEDS[:1])
-    theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
+    ((apply, theta),) = world.each_policy(SEEDS[:1])
     setting = world.settings(apply, theta, SEEDS[0])["together, Adam"]
     found = compare(setting, ["CHES", "directional", "kernel flow, ray"])
     return {row["predictor"]: row["spearman"] for row in found.rows("Adam")}

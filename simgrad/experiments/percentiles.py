@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from simgrad.dynamics import directional_score
@@ -15,7 +13,6 @@ from simgrad.dynamics.predictors import Setting
 from simgrad.experiments.comparison import CAPTION, Comparison, compare
 from simgrad.experiments.findings import Claim, Findings, Table
 from simgrad.worlds.percentiles import Percentiles
-from simgrad.worlds.world import pretrained
 
 __all__ = ["run"]
 
@@ -34,10 +31,8 @@ _RUNS = ("kernel flow", "kernel flow, ray", "kernel flow, refreshed", "two big s
 
 def run(world: Percentiles, seeds: Sequence[int]) -> Findings:
     """Every predictor in the three settings, and mean changes at the percentiles of the scores."""
-    apply, thetas = pretrained(world, seeds)
     rows, windows, samples = [], [], []
-    for i, seed in enumerate(seeds):
-        theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
+    for (apply, theta), seed in zip(world.each_policy(seeds), seeds, strict=True):
         for label, setting in world.settings(apply, theta, seed).items():
             found = compare(setting)
             rows += found.rows(label, seed)

@@ -307,8 +307,8 @@ def _extend_claims(table: Table) -> tuple[Claim, ...]:
     for x in (x for x in table.settings() if x["first"] == "chosen"):
         only, control, both = (table.where(**x | {"first": y})["Δ others"] for y in FIRST[1:])
         numbers = (
-            f"Δ others {only.mean():.2f}, {control.mean():.2f} in the control, "
-            f"{both.mean():.2f} after both"
+            f"Δ others {only.mean():.2f}, {control.mean():.2f} in the control, {both.mean():.2f} "
+            "after both"
         )
         text = f"{x['steps']} steps of {x['push']}: others fall less after fine-tuning on both "
         claims += [

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -36,16 +34,13 @@ __all__ = [
 TITLE = "Which layers carry the entanglement"
 CAPTION = (
     "Each block's share of ‖g_w‖² (blue) and of ⟨g_w,g_l⟩/‖g_w‖² (black; the total is the pair's x "
-    "in the plane of "
-    "regimes), medians over {pairs} pairs with quartiles, before training, in two worlds. Top: by "
-    "layer; bottom: by "
-    "kind of matrix. A score that reads the unembedding alone (the head gap, CHES) sees the last "
-    "bar only."
+    "in the plane of regimes), medians over {pairs} pairs with quartiles, before training, in two "
+    "worlds. Top: by layer; bottom: by kind of matrix. A score that reads the unembedding alone "
+    "(the head gap, CHES) sees the last bar only."
 )
 BEARS_ON = (
     "Whether the head suffices: CHES (Razin et al., arXiv 2410.08847) is the head's part of the "
-    "gap with all "
-    "prediction errors set to 1."
+    "gap with all prediction errors set to 1."
 )
 
 
@@ -83,8 +78,7 @@ def compute(config: Config) -> Result:
         (f"suffix, L = {config.suffix}", suffix, suffix.pairs(config.seed, config.suffix)),
         ("percentiles", percentiles, percentiles.pairs(config.seed)),
     ):
-        apply, thetas = world.policies([config.seed])
-        theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
+        ((apply, theta),) = world.each_policy([config.seed])
         found[name] = blocks_of(apply, theta, padded(pairs[: config.pairs]))
     return summary(found)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,20 +21,16 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Which score predicts displacement"
 CAPTION = (
     "World “percentiles”: {n_pairs} pairs of varied kinds and lengths. (a) Rank correlation of "
-    "each prediction with "
-    "the measured Δ log π of the chosen responses (1: perfect), when each pair is trained alone by "
-    "SGD and when all "
-    "are trained together by SGD or Adam; means with 95 % over {count} seeds. (b), (c) Mean Δ log "
-    "π of the eighth "
-    "of the pairs around five percentiles of a score, those said to fall most on the right. In "
-    "joint runs the exact "
-    "gaps of a pair alone still rank fairly, CHES hardly; scores that see all pairs come near the "
-    "rerun."
+    "each prediction with the measured Δ log π of the chosen responses (1: perfect), when each "
+    "pair is trained alone by SGD and when all are trained together by SGD or Adam; means with 95 "
+    "% over {count} seeds. (b), (c) Mean Δ log π of the eighth of the pairs around five "
+    "percentiles of a score, those said to fall most on the right. In joint runs the exact gaps of "
+    "a pair alone still rank fairly, CHES hardly; scores that see all pairs come near the rerun."
 )
 BEARS_ON = (
     "The percentile test of CHES (Razin et al., arXiv 2410.08847, Sec. 5), repeated with exact "
-    "gradients and in "
-    "joint training, where CHES does not order the pairs and the directional score does."
+    "gradients and in joint training, where CHES does not order the pairs and the directional "
+    "score does."
 )
 
 
@@ -74,11 +68,10 @@ class Result:
 def compute(config: Config) -> Result:
     """Train, predict, compare, for every seed."""
     world = Percentiles(n_pairs=config.n_pairs)
-    apply, thetas = world.policies(config.seeds)
     correlation: dict[str, list] = {}
     windows: dict[str, list] = {}
-    for i, seed in enumerate(config.seeds):
-        theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
+    policies = world.each_policy(config.seeds)
+    for (apply, theta), seed in zip(policies, config.seeds, strict=True):
         for label, setting in world.settings(apply, theta, seed).items():
             found = compare(setting, config.predictors)
             guesses = found.predicted

@@ -20,23 +20,18 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Safety tuning that unlearns refusing, and what prevents it"
 CAPTION = (
     "World “refusals”: {n_pairs} pairs, 80 % of them refusal against refusal, the softer one "
-    "preferred. Mean "
-    "probability of refusing held-out harmful prompts (blue; higher is safer) and harmless ones "
-    "(orange; lower is "
-    "better): means with 95 % over {count} seeds, small dots are seeds. (a) DPO on all pairs, with "
-    "other "
-    "preferences, other objectives and corrected gradients. (b) DPO on 15 % of the pairs, kept by "
-    "a score, with as "
-    "many passes (filled) and with as many steps (open) as DPO on all of them: with equal passes "
-    "even random "
-    "filtering looks like a remedy, because it takes fewer steps."
+    "preferred. Mean probability of refusing held-out harmful prompts (blue; higher is safer) and "
+    "harmless ones (orange; lower is better): means with 95 % over {count} seeds, small dots are "
+    "seeds. (a) DPO on all pairs, with other preferences, other objectives and corrected "
+    "gradients. (b) DPO on 15 % of the pairs, kept by a score, with as many passes (filled) and "
+    "with as many steps (open) as DPO on all of them: with equal passes even random filtering "
+    "looks like a remedy, because it takes fewer steps."
 )
 BEARS_ON = (
     "Razin et al. (arXiv 2410.08847, Sec. 6): preference tuning for safety can lower refusal, and "
-    "filtering by "
-    "length-normalised CHES prevents it. Here the preference for the softer refusal supplies the "
-    "direction (random "
-    "preferences lose nothing), and the exact full gap filters at least as well."
+    "filtering by length-normalised CHES prevents it. Here the preference for the softer refusal "
+    "supplies the direction (random preferences lose nothing), and the exact full gap filters at "
+    "least as well."
 )
 
 

@@ -28,26 +28,19 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Regimes, pairs and objectives"
 CAPTION = (
     "(a) Where pairs of four worlds stand before training (each its own first order): for d_w = "
-    "d_l the chosen "
-    "rises where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner product are "
-    "ideal for all d_w, "
-    "d_l > 0 and counted in the legend. An objective with another ratio r = d_w/d_l moves the "
-    "corner along the "
-    "hyperbola xy = 1 to (r, 1/r). (b) r of every objective that treats pairs one by one, at its "
-    "defaults, as the "
-    "margin m grows, half of it by a rising chosen and half by a falling rejected (responses of "
-    "{tokens} tokens "
-    "that start at −{start:g} nats); a line ends where d_w or d_l is no longer positive; the black "
-    "line are those "
-    "with r = 1 for as long as both are. (c) Share of each world's pairs that are ideal at a given "
-    "r: between the "
-    "two conditions of (a)."
+    "d_l the chosen rises where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner "
+    "product are ideal for all d_w, d_l > 0 and counted in the legend. An objective with another "
+    "ratio r = d_w/d_l moves the corner along the hyperbola xy = 1 to (r, 1/r). (b) r of every "
+    "objective that treats pairs one by one, at its defaults, as the margin m grows, half of it by "
+    "a rising chosen and half by a falling rejected (responses of {tokens} tokens that start at "
+    "−{start:g} nats); a line ends where d_w or d_l is no longer positive; the black line are "
+    "those with r = 1 for as long as both are. (c) Share of each world's pairs that are ideal at a "
+    "given r: between the two conditions of (a)."
 )
 BEARS_ON = (
     "The gradient condition of Yuan et al. (arXiv 2410.13828, Sec. 3) and the disentanglement band "
-    "of Chen et al. "
-    "(arXiv 2604.18239): which objective keeps which pair ideal is a question of one number, "
-    "d_w/d_l."
+    "of Chen et al. (arXiv 2604.18239): which objective keeps which pair ideal is a question of "
+    "one number, d_w/d_l."
 )
 
 
@@ -100,8 +93,7 @@ def compute(config: Config) -> Result:
     owner, x, y = [], [], []
     sets = _pairs(config)
     for i, (world, pairs) in enumerate(sets.values()):
-        apply, thetas = world.policies([config.seed])
-        theta = jax.tree.map(lambda t: jnp.asarray(t[0]), thetas)
+        ((apply, theta),) = world.each_policy([config.seed])
         kernel = pair_kernel(apply, theta, padded(pairs[: config.pairs]))
         x += [np.asarray(kernel.inner / kernel.sq_chosen, float)]
         y += [np.asarray(kernel.inner / kernel.sq_rejected, float)]

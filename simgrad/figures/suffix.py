@@ -20,21 +20,16 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "A shared ending drags the chosen response down"
 CAPTION = (
     "World “suffix”: 32 pairs that differ in one word and share the L tokens after it, trained "
-    "together by DPO and "
-    "Adam; bands are 95 % over {count} seeds. (a) The cosine of the pair's gradients grows with L. "
-    "(b) The longer "
-    "the ending, the further the chosen falls, although the one word that was preferred rises: "
-    "what falls is the "
-    "shared ending. (c) Share of pairs whose chosen falls: measured; as the kernel of the whole "
-    "batch says before "
-    "training (first step of Adam); and as each pair's own condition says, which misses it, "
-    "because here pairs are "
-    "dragged down by each other."
+    "together by DPO and Adam; bands are 95 % over {count} seeds. (a) The cosine of the pair's "
+    "gradients grows with L. (b) The longer the ending, the further the chosen falls, although the "
+    "one word that was preferred rises: what falls is the shared ending. (c) Share of pairs whose "
+    "chosen falls: measured; as the kernel of the whole batch says before training (first step of "
+    "Adam); and as each pair's own condition says, which misses it, because here pairs are dragged "
+    "down by each other."
 )
 BEARS_ON = (
     "The 1t, short-suffix and long-suffix settings of Yuan et al. (arXiv 2410.13828), and that the "
-    "condition of a "
-    "pair alone is not that of a batch."
+    "condition of a pair alone is not that of a batch."
 )
 
 

@@ -21,21 +21,16 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Where the mass goes"
 CAPTION = (
     "World “verdicts”: DPO on one prompt, one-word answers on a scale from refusal to assent. Top: "
-    "probability of "
-    "every answer before (grey) and after (chosen blue, rejected vermilion, others green), means "
-    "with 95 % over "
-    "{count} seeds. Bottom: change of each other answer against ⟨W_z, W₊ − W₋⟩ before training, "
-    "one point an answer "
-    "and seed. Preferring No to Never hands the mass to Yes, the answer furthest along W₊ − W₋, "
-    "when Adam trains "
-    "everything; not for Yes over Never; and not under SGD."
+    "probability of every answer before (grey) and after (chosen blue, rejected vermilion, others "
+    "green), means with 95 % over {count} seeds. Bottom: change of each other answer against ⟨W_z, "
+    "W₊ − W₋⟩ before training, one point an answer and seed. Preferring No to Never hands the mass "
+    "to Yes, the answer furthest along W₊ − W₋, when Adam trains everything; not for Yes over "
+    "Never; and not under SGD."
 )
 BEARS_ON = (
     "Razin et al. (arXiv 2410.08847, Secs. 3 and 4): catastrophic likelihood displacement, and "
-    "mass that flows "
-    "along the projection on W₊ − W₋. That the optimizer decides whether it happens here is this "
-    "figure's own "
-    "finding."
+    "mass that flows along the projection on W₊ − W₋. That the optimizer decides whether it "
+    "happens here is this figure's own finding."
 )
 
 

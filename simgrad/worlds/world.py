@@ -128,6 +128,12 @@ class World:
         """The world's pretrained policies: :func:`pretrained`."""
         return pretrained(self, seeds)
 
+    def each_policy(self, seeds: Sequence[int]) -> list[tuple[TransformerApply, Theta]]:
+        """The pretrained policies one by one, on the device."""
+        apply, thetas = pretrained(self, seeds)
+        count = range(len(seeds))
+        return [(apply, jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)) for i in count]
+
     def with_knobs(self: _W, **knobs: Any) -> _W:
         """This world with other values of some knobs.
 
