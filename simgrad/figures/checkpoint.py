@@ -47,11 +47,11 @@ CAPTION = (
     "(without those of negative inner product). Then DPO with Adam, learning rate "
     "{learning_rate:g}, batches of {batch_size}, for {epochs} pass(es): measured Δ log π of the "
     "chosen responses (c) against CHES and (d) against the directional score, both computed before "
-    "training, with rank correlations (if CHES foretold falls, that of (c) would be negative). (e) "
+    "training, with rank correlations (if CHES predicted the falls, that of (c) would be negative). (e) "
     "The pairs of lowest directional score: beginnings of chosen (blue) and rejected (vermilion)."
 )
 BEARS_ON = (
-    "Whether what the papers say of one pair foretells a run on many: CHES (Razin et al., arXiv "
+    "Whether what the papers say of one pair predicts a run on many: CHES (Razin et al., arXiv "
     "2410.08847) looks at a pair alone, the directional score at the whole run."
 )
 

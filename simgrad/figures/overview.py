@@ -1,4 +1,4 @@
-"""The question and the answer in one picture: both fall, it was foretold, and which knob stops it."""
+"""The question and the answer in one picture: both fall, it was predicted, and which knob stops it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from simgrad.worlds.tuning import recipe_for
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
 
-TITLE = "Both fall: foretold, and stopped"
+TITLE = "Both fall: predicted, and stopped"
 CAPTION = (
     "{pairs} preference pairs that share their last {suffix} tokens (world “suffix”), trained "
     "together by DPO and Adam, {count} seeds; bands are 95 %. (a) Mean Δ log π of chosen and "
     "rejected responses: both fall. (b) Every chosen response of every seed, with all weights λ of "
-    "an SFT term as in (c): the run as foretold by two big steps, two passes of gradients before "
+    "an SFT term as in (c): the run as predicted by two big steps, two passes of gradients before "
     "any training, against what {steps} steps did. (c) The knob: the more an SFT term adds to the "
     "pull on the chosen, d_w/d_l, the fewer chosen responses fall, as read off the prediction "
     "before any run (line: mean of the seeds, which are the thin lines; dots: measured mean)."
@@ -134,7 +134,7 @@ def _prediction(axis: Axes, result: Result) -> None:
         va="top",
         fontsize=7,
     )
-    axis.set(xlabel="predicted Δ log π (nats)", ylabel="measured (nats)", title="foretold")
+    axis.set(xlabel="predicted Δ log π (nats)", ylabel="measured (nats)", title="predicted")
 
 
 def _knob(axis: Axes, result: Result) -> None:
