@@ -23,6 +23,7 @@ from simgrad.bridge.checkpoints.families import (
     rope_attributes,
 )
 from simgrad.bridge.checkpoints.policy import Policy
+from simgrad.errors import InputError
 from simgrad.models import LoraApply, ModelConfig, TransformerApply, init_transformer
 from simgrad.typing import Theta
 
@@ -65,7 +66,7 @@ def save(policy: Policy, folder: str | Path) -> Path:
         attribute
             that would have to be different. Or transformers would not read the tokenizer back as it
             is.
-        ValueError: parameters that do not fit the configuration, by name; adapters that are not
+        InputError: parameters that do not fit the configuration, by name; adapters that are not
         merged. FileExistsError: the folder holds an adapter, another program's config.json, or a
         tokenizer while
             the policy has none.
@@ -106,7 +107,7 @@ def _leaves(policy: Policy) -> dict[str, np.ndarray]:
     if isinstance(apply, LoraApply) or (
         isinstance(theta, Mapping) and set(theta) == {"base", "lora"}
     ):
-        raise ValueError(
+        raise InputError(
             "the parameters hold adapters, which a checkpoint has no place for: merge them first "
             "with "
             "simgrad.models.merge_lora(apply, theta), and save the base model's apply with the "
@@ -117,7 +118,7 @@ def _leaves(policy: Policy) -> dict[str, np.ndarray]:
             f"only transformers can be saved, not {type(apply).__name__}"
         )
     if _meaning(vars(apply.config)) != _meaning(vars(config)):
-        raise ValueError("policy.apply.config and policy.config describe different models")
+        raise InputError("policy.apply.config and policy.config describe different models")
     abstract = jax.eval_shape(lambda: init_transformer(replace(config, dtype="float32")))
     shapes = {
         p: x.shape for p, x in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True)
@@ -139,7 +140,7 @@ def _leaves(policy: Policy) -> dict[str, np.ndarray]:
         if found != dtype:
             problems.append(f"{path} is {found} where the configuration asks for {dtype}")
     if problems:
-        raise ValueError("parameters do not fit the configuration: " + "; ".join(problems))
+        raise InputError("parameters do not fit the configuration: " + "; ".join(problems))
     return {path: np.asarray(x) for path, x in given.items()}
 
 
