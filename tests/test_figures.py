@@ -1,8 +1,10 @@
 """Figures at smoke size: what they show is the theory, the same bytes twice, clear refusals."""
 
 import dataclasses
+import importlib
 import json
 import re
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,10 +12,10 @@ import pytest
 from tueplots import figsizes
 
 from simgrad import worlds
+from simgrad.drawing import draw, style
 from simgrad.figures import (
     checkpoint,
     checkpoint_layers,
-    draw,
     dynamics,
     features,
     layers,
@@ -24,14 +26,13 @@ from simgrad.figures import (
     refusals,
     regimes,
     squeezing,
-    style,
     suffix,
     token_kernel,
     trust_radius,
     verdicts,
 )
 from simgrad.figures.gallery import FIGURES, render, require_formats, write_index
-from simgrad.figures.stored import NotDrawn, computed
+from simgrad.figures.stored import NotDrawn, _code, computed
 from simgrad.worlds.world import Pretraining
 
 WORLD = {"model": "world:percentiles", "data": "world:percentiles", "limit": 4}
@@ -128,6 +129,38 @@ def test_results_are_kept_by_configuration_and_input():
     computed(compute, 2.0, Found, False, "a file that has changed")
     computed(compute, 2.0, Found, True)
     assert calls == [2.0, 3.0, 2.0, 2.0]
+
+
+FIGURE = """
+from simgrad.pairs import Pair
+from simgrad.drawing import style
+CAPTION = "words"
+def compute(config):
+    return config * 2
+def plot(result):
+    return 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stale"),
+    [
+        ("* 2", "* 3", True),
+        ("simgrad.pairs import Pair", "simgrad.tree import names", True),
+        ('"words"', '"other words"', False),
+        ("return 1", "return 2", False),
+        ("drawing import style", "drawing import draw", False),
+    ],
+)
+def test_words_and_drawing_do_not_make_numbers_stale(old, new, stale, tmp_path, monkeypatch):
+    names = []
+    for i, source in enumerate((FIGURE, FIGURE.replace(old, new))):
+        (tmp_path / f"figure{i}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
+        names.append(_code(importlib.import_module(f"figure{i}").__name__))
+        del sys.modules[f"figure{i}"]
+    assert (names[0] != names[1]) == stale
 
 
 def test_predictions_hold_and_slopes_are_two():

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from simgrad import worlds
+from simgrad import store, worlds
 from simgrad.bridge import encode, load, read_rows, save
+from simgrad.store import naming, provenance, source
 from simgrad.worlds import verdicts
-from simgrad.worlds.world import Pretraining
+from simgrad.worlds import world as world_module
+from simgrad.worlds.world import Pretraining, policy_identity
 
 HERE = Path(__file__).parent
 
@@ -99,6 +102,76 @@ def test_pretraining_is_cached_by_configuration_and_seed(monkeypatch, tmp_path):
     assert not np.array_equal(a[0], a[1])
     worlds.pretrained(Tiny(sequences=17), [0])
     assert len(list((tmp_path / "worlds").iterdir())) == 3
+
+
+def _key(world=None):
+    return store.digest(policy_identity(world or Tiny()))
+
+
+def test_policies_are_named_by_all_that_makes_them(monkeypatch):
+    """The code of the world and what it imports, knobs, recipe, versions and device."""
+    keys = [_key(), _key(Tiny(frequency_no=2.0)), _key(Tiny(unembedding=0.06))]
+    with monkeypatch.context() as m:
+        m.setattr(Tiny, "pretraining", Pretraining(steps=3, batch_size=4, warmup=1))
+        keys.append(_key())
+    for name in ("jax", "device", "simgrad"):
+        with monkeypatch.context() as m:
+            m.setattr(naming, "provenance", lambda name=name: {**provenance(), name: "another"})
+            keys.append(_key())
+    with monkeypatch.context() as m:
+        m.setattr(Tiny, "corpus", lambda self, seed: None)
+        keys.append(_key())
+    assert len(set(keys)) == len(keys)
+    assert _key(Tiny(learning_rate=1.0)) == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"),
+    [
+        ("worlds/verdicts.py", True),
+        ("models/layers.py", True),
+        ("dynamics/pretraining.py", True),
+        ("experiments/verdicts.py", False),
+        ("experiments/findings.py", False),
+        ("figures/verdicts.py", False),
+        ("worlds/suffix.py", False),
+    ],
+)
+def test_policies_are_stale_when_code_that_makes_them_changes_and_only_then(
+    file, stale, tmp_path, monkeypatch
+):
+    folder = tmp_path / "simgrad"
+    shutil.copytree(source.PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(source, "PACKAGE", folder)
+    keys = []
+    for text in ("", "\nCAPTION = 'another'\n"):
+        (folder / file).write_text((folder / file).read_text() + text)
+        for cache in (source.code, source._module, source._parsed):
+            cache.cache_clear()
+        keys.append(_key(verdicts.Verdicts()))
+    for cache in (source.code, source._module, source._parsed):
+        cache.cache_clear()
+    assert (keys[0] != keys[1]) == stale
+
+
+def test_policies_can_be_made_anew_once_each(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIMGRAD_CACHE", str(tmp_path))
+    trained, train = [], world_module._train
+
+    def counted(world, config, seeds):
+        trained.extend(seeds)
+        return train(world, config, seeds)
+
+    monkeypatch.setattr(world_module, "_train", counted)
+    for _ in range(2):
+        worlds.pretrained(Tiny(), [0])
+    assert trained == [0]
+    with worlds.pretrained_anew():
+        worlds.pretrained(Tiny(), [0])
+        with worlds.pretrained_anew():
+            worlds.pretrained(Tiny(), [0, 1])
+    worlds.pretrained(Tiny(), [0, 1])
+    assert trained == [0, 0, 1]
 
 
 @pytest.mark.parametrize(

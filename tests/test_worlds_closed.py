@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from helpers import close
 
+from simgrad import experiments
+from simgrad.experiments.squeezing import CORRECT, _stepping
+from simgrad.experiments.unconstrained import SMALL
 from simgrad.models import ContextApply
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
@@ -15,9 +18,9 @@ from simgrad.theory import entanglement_kernel, pair_kernel, responses
 from simgrad.theory.closed_forms import unconstrained
 from simgrad.theory.groups import Group, group_kernel
 from simgrad.worlds.linear import Linear
-from simgrad.worlds.squeezing import CORRECT, Squeezing, _stepping
+from simgrad.worlds.squeezing import Squeezing
 from simgrad.worlds.tuning import recipe_for, trained
-from simgrad.worlds.unconstrained import RESPONSES, SMALL, Unconstrained
+from simgrad.worlds.unconstrained import RESPONSES, Unconstrained
 
 SMALL_WORLDS = {
     "squeezing": Squeezing(
@@ -39,7 +42,7 @@ SEEDS = [0, 1]
 
 @functools.cache
 def found(name):
-    return SMALL_WORLDS[name].experiment(SEEDS)
+    return experiments.run(SMALL_WORLDS[name], SEEDS)
 
 
 def check_tables_are_tidy(name):
@@ -58,7 +61,7 @@ def check_tables_are_tidy(name):
 
 
 def check_a_seed_gives_the_same_rows_whatever_the_others(name):
-    again = SMALL_WORLDS[name].experiment([1, 7])
+    again = experiments.run(SMALL_WORLDS[name], [1, 7])
     for table, other in zip(found(name).tables, again.tables, strict=True):
         for column in table.measured:
             np.testing.assert_allclose(
@@ -110,7 +113,7 @@ def check_nthr_is_exact_for_the_unembedding_and_not_for_features():
 def test_a_dropped_penalty_protects_by_its_exact_effect():
     """To first order in the rate, dropping tokens gains Σ_i Δ log π(y_i) = rate Σ_dropped a/|y| · exact."""
     world, count, rate = SMALL_WORLDS["squeezing"], 3, 1e-6
-    group = world._group(np.random.default_rng(0), 0.5)
+    group = world.group(np.random.default_rng(0), 0.5)
     after = jax.tree.map(
         np.asarray, jax.jit(_stepping(rate, count, True))(jax.tree.map(jnp.asarray, group))
     )

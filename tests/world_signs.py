@@ -12,19 +12,19 @@ if (
         "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1"
     )
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from simgrad import worlds
+from simgrad import experiments, worlds
 from simgrad.experiments.comparison import compare
+from simgrad.experiments.refusals import measured, unfiltered
+from simgrad.experiments.verdicts import displaced
 
 SEEDS = [101, 102]
 
 
 def verdicts():
     world = worlds.get("verdicts")
-    strong, mild = (world.displaced(SEEDS, a, "Never") for a in ("No", "Yes"))
+    strong, mild = (displaced(world, SEEDS, a, "Never") for a in ("No", "Yes"))
     return {
         "moved": [row["moved to opposite"] for row in strong],
         "agrees": [row["top agrees"] for row in strong],
@@ -33,7 +33,7 @@ def verdicts():
 
 
 def suffix():
-    found = worlds.get("suffix", lengths=(0, 8), n_pairs=16).experiment(SEEDS)
+    found = experiments.run(worlds.get("suffix", lengths=(0, 8), n_pairs=16), SEEDS)
     short, long = (found["lengths"].where(L=n) for n in (0, 8))
     right = found["predictions"].where(L=8)
     return {
@@ -50,9 +50,9 @@ def refusals():
     arms = ("DPO", "random preferences", "SFT term 0.1")
 
     def few(*given):
-        return [arm for arm in world._unfiltered(*given) if arm.name in arms]
+        return [arm for arm in unfiltered(*given) if arm.name in arms]
 
-    rows = world._measured(SEEDS, few)
+    rows = measured(world, SEEDS, few)
     rates = {
         arm: [r["refuses harmful"] for r in rows if r["arm"] == arm] for arm in ("start", *arms)
     }
@@ -64,14 +64,13 @@ def refusals():
 
 def percentiles():
     world = worlds.get("percentiles", n_pairs=32)
-    apply, thetas = world.policies(SEEDS[:1])
-    theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
+    ((apply, theta),) = world.each_policy(SEEDS[:1])
     setting = world.settings(apply, theta, SEEDS[0])["together, Adam"]
     found = compare(setting, ["CHES", "directional", "kernel flow, ray"])
     return {row["predictor"]: row["spearman"] for row in found.rows("Adam")}
 
 
 if __name__ == "__main__":
-    experiments = {f.__name__: f for f in (verdicts, suffix, refusals, percentiles)}
-    found = experiments[sys.argv[1]]()
+    runs = {f.__name__: f for f in (verdicts, suffix, refusals, percentiles)}
+    found = runs[sys.argv[1]]()
     print(json.dumps(found, default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))

@@ -15,9 +15,8 @@ __all__ = ["Figures"]
 class Figures:
     """Compute and draw the figures, with every plotted number as JSON and an index page.
 
-    This needs no network and no accelerator.
-
-    What was computed before with the same configuration and the same code is taken from the cache.
+    It needs no network and no accelerator. What was computed before with the same configuration and
+    the same code is taken from the cache.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME ...")] = ()
@@ -29,7 +28,7 @@ class Figures:
     format: str = "pdf,png"
     """Any of pdf, png, svg and pgf, with commas between."""
     fresh: bool = False
-    """Compute again what is in the cache."""
+    """Compute again what is in the cache, the worlds' pretrained policies included."""
     model: str | None = None
     """Folder or Hub id of a checkpoint, for the figures of real checkpoints."""
     data: str | None = None
@@ -37,6 +36,7 @@ class Figures:
 
     def run(self) -> int:
         """Render and list what was written."""
+        import contextlib
         import dataclasses
         import difflib
         import time
@@ -58,6 +58,7 @@ class Figures:
             require_formats,
             write_index,
         )
+        from simgrad.worlds import pretrained_anew
 
         formats: tuple = tuple(part.strip() for part in self.format.split(",") if part.strip())
         require_formats(formats)
@@ -71,21 +72,25 @@ class Figures:
         given = {
             key: value for key in ("model", "data") if (value := getattr(self, key)) is not None
         }
-        for name in self.only or FIGURES:
-            config = FIGURES[name].config
-            fields = {f.name for f in dataclasses.fields(config)}
-            config = dataclasses.replace(config, **{k: v for k, v in given.items() if k in fields})
-            begin = time.monotonic()
-            try:
-                with console.status(f"Computing {name}"):
-                    files = render(name, self.out, config, self.venue, formats, self.fresh)
-            except NotDrawn as reason:
-                if self.only:
-                    raise
-                console.print(f"{name} skipped: {reason}", highlight=False)
-                continue
-            console.print(f"{name} ({time.monotonic() - begin:.0f} s)", highlight=False)
-            for file in files:
-                print(file)
+        # policies that several figures share are pretrained once, not once a figure
+        with pretrained_anew() if self.fresh else contextlib.nullcontext():
+            for name in self.only or FIGURES:
+                config = FIGURES[name].config
+                fields = {f.name for f in dataclasses.fields(config)}
+                config = dataclasses.replace(
+                    config, **{k: v for k, v in given.items() if k in fields}
+                )
+                begin = time.monotonic()
+                try:
+                    with console.status(f"Computing {name}"):
+                        files = render(name, self.out, config, self.venue, formats, self.fresh)
+                except NotDrawn as reason:
+                    if self.only:
+                        raise
+                    console.print(f"{name} skipped: {reason}", highlight=False)
+                    continue
+                console.print(f"{name} ({time.monotonic() - begin:.0f} s)", highlight=False)
+                for file in files:
+                    print(file)
         print(write_index(self.out))
         return 0

@@ -44,14 +44,14 @@ class World:
                 f"--seeds {self.seeds} --first-seed {self.first_seed}: at least one, counted from 0"
             )
         prepare(host_devices=HOST_DEVICES)
-        from simgrad import worlds
+        from simgrad import experiments, worlds
         from simgrad.bridge.engine.table import save_findings
         from simgrad.cli.display import findings_tables
 
         world = worlds.get(self.name, **assignments(self.settings, "--set"))
         begin = time.monotonic()
         with loading(Console(stderr=True), f"Running {self.name} over {self.seeds} seeds"):
-            found = world.experiment(range(self.first_seed, self.first_seed + self.seeds))
+            found = experiments.run(world, range(self.first_seed, self.first_seed + self.seeds))
         console = Console()
         findings_tables(console, found)
         console.print(f"\n{time.monotonic() - begin:.0f} s", highlight=False)

@@ -96,18 +96,24 @@ def dots(
     label: str | None = None,
     shift: float = 0.0,
     marker: str = "o",
+    filled: bool = True,
+    show_seeds: bool = False,
 ) -> None:
     """One row a name, the first on top: mean over seeds with its 95 % interval of Student's t.
 
-    ``shift`` moves the dots down, in rows, where several sets share the rows.
+    ``shift`` moves the dots down, in rows, where several sets share the rows; ``show_seeds`` adds
+    a small dot for every seed.
     """
     found = [interval(column) for column in np.asarray(runs, float).T]
     mean = np.array([i.mean for i in found])
     reach = np.nan_to_num(np.array([[i.mean - i.low, i.high - i.mean] for i in found]).T)
     place = np.arange(len(names))
-    axis.errorbar(
-        mean, place + shift, xerr=reach, fmt=marker, color=colour, label=label, elinewidth=0.9
-    )
+    inside = colour if filled else "white"
+    line = {"color": colour, "label": label, "elinewidth": 0.9}
+    axis.errorbar(mean, place + shift, xerr=reach, fmt=marker, mfc=inside, mec=colour, **line)
+    if show_seeds:
+        for values in np.asarray(runs, float):
+            axis.plot(values, place + shift, ".", ms=2, color=colour, alpha=0.5)
     axis.set_yticks(place, names)
     axis.set_ylim(len(names) - 0.4, -0.6)
 

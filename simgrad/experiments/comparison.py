@@ -80,15 +80,14 @@ def compare(setting: Setting, predictors: Sequence[str] | None = None) -> Compar
 
 CAPTION = (
     "Agreement with the measured Δlog π of the chosen responses: Spearman, the same with lengths "
-    "partialled out, "
-    "R² in nats, precision at the ten that fall most, share of signs."
+    "partialled out, R² in nats, precision at the ten that fall most, share of signs."
 )
 
 
 def predictor_table(
     settings: Mapping[str, Setting], predictors: Sequence[str] | None = None
 ) -> Table:
-    """How well each predictor predicts the chosen responses' Δlog π in each setting, as one table.
+    """How well each predictor predicts Δlog π of the chosen responses in each setting.
 
     Raises:
         ValueError: unknown predictor.

@@ -105,7 +105,7 @@ class Table:
         return [dict(zip(self.by, row, strict=True)) for row in seen]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One entry a setting: :class:`Interval` of numbers, commonest value of texts."""
+        """One entry a setting: the :class:`Interval` of numbers, the commonest value of texts."""
         lines = []
         for setting in self.settings():
             rows = self.where(**setting)
@@ -136,6 +136,12 @@ class Claim:
     text: str
     holds: bool | None
     numbers: str
+
+    @classmethod
+    def of(cls, text: str, holds: Any, numbers: str | np.ndarray) -> Claim:
+        """A claim that holds where all of ``holds`` does; arrays of numbers are listed."""
+        numbers = numbers if isinstance(numbers, str) else listing(numbers)
+        return cls(text, None if holds is None else bool(np.all(holds)), numbers)
 
 
 @dataclass(frozen=True)

@@ -43,22 +43,16 @@ __all__ = [
 TITLE = "A real checkpoint"
 CAPTION = (
     "{model} on at most {limit} pairs of {data}, those of at most {max_length} tokens. (a) Cosines "
-    "of the pairs' "
-    "gradients. (b) The pairs in the plane of regimes for d_w = d_l, each by itself (without those "
-    "of negative "
-    "inner product). Then DPO with Adam, learning rate {learning_rate:g}, batches of {batch_size}, "
-    "for {epochs} "
-    "pass(es): measured Δ log π of the chosen responses (c) against CHES and (d) against the "
-    "directional score, "
-    "both computed before training, with rank correlations (if CHES foretold falls, that of (c) "
-    "would be negative). "
-    "(e) The pairs of lowest directional score: beginnings of chosen (blue) and rejected "
-    "(vermilion)."
+    "of the pairs' gradients. (b) The pairs in the plane of regimes for d_w = d_l, each by itself "
+    "(without those of negative inner product). Then DPO with Adam, learning rate "
+    "{learning_rate:g}, batches of {batch_size}, for {epochs} pass(es): measured Δ log π of the "
+    "chosen responses (c) against CHES and (d) against the directional score, both computed before "
+    "training, with rank correlations (if CHES predicted the falls, that of (c) would be negative). (e) "
+    "The pairs of lowest directional score: beginnings of chosen (blue) and rejected (vermilion)."
 )
 BEARS_ON = (
-    "Whether what the papers say of one pair foretells a run on many: CHES (Razin et al., arXiv "
-    "2410.08847) looks "
-    "at a pair alone, the directional score at the whole run."
+    "Whether what the papers say of one pair predicts a run on many: CHES (Razin et al., arXiv "
+    "2410.08847) looks at a pair alone, the directional score at the whole run."
 )
 
 

@@ -13,15 +13,13 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "input
 TITLE = "Which layers carry it in a real checkpoint"
 CAPTION = (
     "Each block's share of ‖g_w‖² (blue) and of ⟨g_w,g_l⟩/‖g_w‖² (black), medians over pairs with "
-    "quartiles, before "
-    "training, for {model} on at most {limit} pairs of {data}, those of at most {max_length} "
-    "tokens. Top: by layer; "
-    "bottom: by kind of matrix. Where embeddings are tied, the head is part of the embedding's bar."
+    "quartiles, before training, for {model} on at most {limit} pairs of {data}, those of at most "
+    "{max_length} tokens. Top: by layer; bottom: by kind of matrix. Where embeddings are tied, the "
+    "head is part of the embedding's bar."
 )
 BEARS_ON = (
     "Whether the head suffices: in a real model most of the entanglement may sit below what CHES "
-    "(Razin et al., "
-    "arXiv 2410.08847) reads."
+    "(Razin et al., arXiv 2410.08847) reads."
 )
 
 

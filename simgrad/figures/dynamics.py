@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,22 +22,17 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Ten objectives, one world"
 CAPTION = (
     "Mean Δ log π of chosen (blue) and rejected (vermilion) responses while {pairs} pairs of the "
-    "world “suffix”, "
-    "which share their last {suffix} tokens, are trained together: the same policies, pairs and "
-    "Adam (learning rate "
-    "{learning_rate:g}), only the objective differs. Bands: 95 % over {count} seeds. Objectives "
-    "that differ in the "
-    "shape of the loss only all lower the chosen at first; an SFT term and DPOP keep it up, "
-    "DPO-Shift on some seeds "
-    "only. In SLiC, CPO and ORPO d_w exceeds d_l many times at the start (SLiC's d_l is even 0), "
-    "and under Adam "
-    "only the ratio matters: they act as fine-tuning first, and the rejected rises too."
+    "world “suffix”, which share their last {suffix} tokens, are trained together: the same "
+    "policies, pairs and Adam (learning rate {learning_rate:g}), only the objective differs. "
+    "Bands: 95 % over {count} seeds. Objectives that differ in the shape of the loss only all "
+    "lower the chosen at first; an SFT term and DPOP keep it up, DPO-Shift on some seeds only. In "
+    "SLiC, CPO and ORPO d_w exceeds d_l many times at the start (SLiC's d_l is even 0), and under "
+    "Adam only the ratio matters: they act as fine-tuning first, and the rejected rises too."
 )
 BEARS_ON = (
     "“Chosen and rejected log-probs both fall” (Yuan et al., arXiv 2410.13828; Razin et al., arXiv "
-    "2410.08847; Pal "
-    "et al., arXiv 2402.13228, for DPOP): it is the ratio d_w/d_l, not the loss curve of the "
-    "margin, that decides."
+    "2410.08847; Pal et al., arXiv 2402.13228, for DPOP): it is the ratio d_w/d_l, not the loss "
+    "curve of the margin, that decides."
 )
 
 
@@ -80,14 +73,13 @@ class Result:
 def compute(config: Config) -> Result:
     """Train every objective from every seed's policy."""
     world = Suffix(n_pairs=config.pairs)
-    apply, thetas = world.policies(config.seeds)
+    policies = world.each_policy(config.seeds)
     batches = [padded(world.pairs(seed, config.suffix)) for seed in config.seeds]
     steps, change = np.zeros(0, int), []
     for name in config.objectives:
         recipe = recipe_for(objectives.get(name), "adam", config.learning_rate, config.steps)
         runs = []
-        for i, batch in enumerate(batches):
-            theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
+        for (apply, theta), batch in zip(policies, batches, strict=True):
             trace = train(apply, theta, batch, recipe, record=config.record).trace
             steps = np.asarray(trace.steps)
             runs.append(np.asarray(trace.change.mean(1), float))

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import band, direct_labels, panel_letters
 from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, size
+from simgrad.experiments import unconstrained
 from simgrad.typing import Float
 from simgrad.worlds.unconstrained import Unconstrained
 
@@ -18,21 +19,16 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Frozen or free features"
 CAPTION = (
     "World “unconstrained”, one-token pairs, float64, {draws} random models for each seed and "
-    "alignment, 95 % over "
-    "{count} seeds. (a) d log π(y⁺)/dt at the start by the closed form (line) and by one small DPO "
-    "step (dots), "
-    "mean over models. (b) Share of models whose chosen token falls at once: with free features it "
-    "grows with the "
-    "cosine of W₊ and W₋; with frozen features (the linear-softmax model) it cannot fall. (c) Rank "
-    "correlation over "
-    "the other tokens of ⟨W_z, W₊ − W₋⟩ with their Δ log π after a run, and how often the two "
-    "agree on the token "
-    "that gains most."
+    "alignment, 95 % over {count} seeds. (a) d log π(y⁺)/dt at the start by the closed form (line) "
+    "and by one small DPO step (dots), mean over models. (b) Share of models whose chosen token "
+    "falls at once: with free features it grows with the cosine of W₊ and W₋; with frozen features "
+    "(the linear-softmax model) it cannot fall. (c) Rank correlation over the other tokens of "
+    "⟨W_z, W₊ − W₋⟩ with their Δ log π after a run, and how often the two agree on the token that "
+    "gains most."
 )
 BEARS_ON = (
     "Razin et al. (arXiv 2410.08847, Sec. 4.2.1) for free features; Yuan et al. (arXiv 2410.13828, "
-    "Sec. 4) for "
-    "frozen ones, where a single chosen token never falls."
+    "Sec. 4) for frozen ones, where a single chosen token never falls."
 )
 
 
@@ -70,7 +66,7 @@ COLUMNS = ("closed form", "measured", "falls", "falls, W alone", "order", "top a
 def compute(config: Config) -> Result:
     """The world's experiment with one-token pairs."""
     world = Unconstrained(alignments=config.alignments, draws=config.draws)
-    table = world.experiment(config.seeds)["single"]
+    table = unconstrained.run(world, config.seeds)["single"]
     rows = [table.where(alignment=alignment) for alignment in config.alignments]
     return Result(
         np.array(config.alignments),

@@ -206,8 +206,7 @@ def write_index(folder: Path) -> Path:
     parts = [
         _HEADING,
         "Every figure with the numbers in it (JSON), its configuration and versions. All of them: "
-        "`simgrad figures`. "
-        "For a paper: `simgrad figures NAME --venue icml --format pdf`.\n",
+        "`simgrad figures`. For a paper: `simgrad figures NAME --venue icml --format pdf`.\n",
     ]
     for name, entry in FIGURES.items():
         numbers = folder / f"{name}.json"
@@ -219,9 +218,8 @@ def write_index(folder: Path) -> Path:
         picture = f"![{entry.title}]({name}.{shown})\n\n" if shown else ""
         links = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("json", *there))
         parts.append(
-            f"## {entry.title}\n\n{picture}**What to see.** {record['caption']}\n\n"
-            f"**What it bears on.** {record['bears_on']}\n\n`{command(name, record['config'])}`: "
-            f"{links}\n"
+            f"## {entry.title}\n\n{picture}**What to see.** {record['caption']}\n\n**What it bears "
+            f"on.** {record['bears_on']}\n\n`{command(name, record['config'])}`: {links}\n"
         )
     if (folder / "validation" / "validation.html").exists():
         parts.append(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +16,7 @@ from simgrad.pairs import in_chunks
 from simgrad.pairs import Batch, padded
 from simgrad.theory.kernel import by_layer, by_matrix, pair_kernel_blocks
 from simgrad.typing import Float
-from simgrad.worlds import get
+from simgrad.worlds.percentiles import Percentiles
 from simgrad.worlds.suffix import Suffix
 
 __all__ = [
@@ -36,16 +34,13 @@ __all__ = [
 TITLE = "Which layers carry the entanglement"
 CAPTION = (
     "Each block's share of ‖g_w‖² (blue) and of ⟨g_w,g_l⟩/‖g_w‖² (black; the total is the pair's x "
-    "in the plane of "
-    "regimes), medians over {pairs} pairs with quartiles, before training, in two worlds. Top: by "
-    "layer; bottom: by "
-    "kind of matrix. A score that reads the unembedding alone (the head gap, CHES) sees the last "
-    "bar only."
+    "in the plane of regimes), medians over {pairs} pairs with quartiles, before training, in two "
+    "worlds. Top: by layer; bottom: by kind of matrix. A score that reads the unembedding alone "
+    "(the head gap, CHES) sees the last bar only."
 )
 BEARS_ON = (
     "Whether the head suffices: CHES (Razin et al., arXiv 2410.08847) is the head's part of the "
-    "gap with all "
-    "prediction errors set to 1."
+    "gap with all prediction errors set to 1."
 )
 
 
@@ -78,13 +73,12 @@ class Result:
 def compute(config: Config) -> Result:
     """Block kernels of every subject's pairs."""
     found: dict[str, dict[str, Any]] = {}
-    suffix = Suffix()
-    for name, pairs in (
-        (f"suffix, L = {config.suffix}", suffix.pairs(config.seed, config.suffix)),
-        ("percentiles", get("percentiles").pairs(config.seed)),
+    suffix, percentiles = Suffix(), Percentiles()
+    for name, world, pairs in (
+        (f"suffix, L = {config.suffix}", suffix, suffix.pairs(config.seed, config.suffix)),
+        ("percentiles", percentiles, percentiles.pairs(config.seed)),
     ):
-        apply, thetas = get(name.split(",")[0]).policies([config.seed])
-        theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
+        ((apply, theta),) = world.each_policy([config.seed])
         found[name] = blocks_of(apply, theta, padded(pairs[: config.pairs]))
     return summary(found)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -30,22 +28,16 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Every optimizer has its own kernel"
 CAPTION = (
     "{pairs} pairs of the world “suffix” (shared ending of {suffix} tokens). (a) J Jᵀ, the kernel "
-    "that rules SGD, "
-    "and (b) J P Jᵀ with Adam's preconditioner at its first step, both as cosines between "
-    "responses (chosen first, "
-    "then rejected), first seed. Adam, whose first step is a sign, gives small gradients as much "
-    "weight as large "
-    "ones and so entangles every response with every other. (c) What {steps} steps of Adam did to "
-    "each chosen "
-    "response of the first seed against the first order of either kernel (divided by its largest); "
-    "in words the "
-    "rank correlation ρ within a seed and the share of right signs, lowest and highest of {count} "
-    "seeds."
+    "that rules SGD, and (b) J P Jᵀ with Adam's preconditioner at its first step, both as cosines "
+    "between responses (chosen first, then rejected), first seed. Adam, whose first step is a "
+    "sign, gives small gradients as much weight as large ones and so entangles every response with "
+    "every other. (c) What {steps} steps of Adam did to each chosen response of the first seed "
+    "against the first order of either kernel (divided by its largest); in words the rank "
+    "correlation ρ within a seed and the share of right signs, lowest and highest of {count} seeds."
 )
 BEARS_ON = (
     "The entanglement of Yuan et al. (arXiv 2410.13828) is stated for SGD; with Adam (Kingma & Ba, "
-    "arXiv 1412.6980) "
-    "the same theory needs K_P = J P Jᵀ."
+    "arXiv 1412.6980) the same theory needs K_P = J P Jᵀ."
 )
 
 
@@ -91,12 +83,11 @@ class Result:
 def compute(config: Config) -> Result:
     """Both kernels at the start, and a run of Adam, for every seed."""
     world = Suffix(n_pairs=config.pairs)
-    apply, thetas = world.policies(config.seeds)
     recipe = recipe_for(DPO(), "adam", config.learning_rate, config.steps)
-    found = []
-    for i, seed in enumerate(config.seeds):
-        theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
-        found.append(_seed(apply, theta, padded(world.pairs(seed, config.suffix)), recipe))
+    found = [
+        _seed(apply, theta, padded(world.pairs(seed, config.suffix)), recipe)
+        for (apply, theta), seed in zip(world.each_policy(config.seeds), config.seeds, strict=True)
+    ]
     n = config.pairs
     ranks = [[spearman(f[2][k][:n], f[3][:n]) for f in found] for k in (0, 1)]
     signs = [

@@ -1,11 +1,9 @@
-"""The question and answer in one picture: both fall, as predicted, and which knob stops it."""
+"""The question and the answer in one picture: both fall, it was predicted, and which knob stops it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,24 +20,19 @@ from simgrad.worlds.tuning import recipe_for
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
 
-TITLE = "Both fall: foretold, and stopped"
+TITLE = "Both fall: predicted, and stopped"
 CAPTION = (
     "{pairs} preference pairs that share their last {suffix} tokens (world “suffix”), trained "
-    "together by DPO and "
-    "Adam, {count} seeds; bands are 95 %. (a) Mean Δ log π of chosen and rejected responses: both "
-    "fall. (b) Every "
-    "chosen response of every seed, with all weights λ of an SFT term as in (c): the run as "
-    "foretold by two big "
-    "steps, two passes of gradients before any training, against what {steps} steps did. (c) The "
-    "knob: the more an "
-    "SFT term adds to the pull on the chosen, d_w/d_l, the fewer chosen responses fall, as read "
-    "off the prediction "
+    "together by DPO and Adam, {count} seeds; bands are 95 %. (a) Mean Δ log π of chosen and "
+    "rejected responses: both fall. (b) Every chosen response of every seed, with all weights λ of "
+    "an SFT term as in (c): the run as predicted by two big steps, two passes of gradients before "
+    "any training, against what {steps} steps did. (c) The knob: the more an SFT term adds to the "
+    "pull on the chosen, d_w/d_l, the fewer chosen responses fall, as read off the prediction "
     "before any run (line: mean of the seeds, which are the thin lines; dots: measured mean)."
 )
 BEARS_ON = (
     "Both central results, gradient entanglement (Yuan et al., arXiv 2410.13828) and likelihood "
-    "displacement (Razin "
-    "et al., arXiv 2410.08847), as the question that practitioners ask."
+    "displacement (Razin et al., arXiv 2410.08847), as the question that practitioners ask."
 )
 
 
@@ -78,15 +71,14 @@ class Result:
 def compute(config: Config) -> Result:
     """Predict, then train, for every weight and seed."""
     world = Suffix(n_pairs=config.pairs)
-    apply, thetas = world.policies(config.seeds)
+    policies = world.each_policy(config.seeds)
     batches = [padded(world.pairs(seed, config.suffix)) for seed in config.seeds]
     paths, predicted, measured, steps = [], [], [], np.zeros(0, int)
     for weight in config.weights:
         objective: Objective = DPO() + weight * SFT() if weight else DPO()
         recipe = recipe_for(objective, "adam", config.learning_rate, config.steps)
         says, does = [], []
-        for i, batch in enumerate(batches):
-            theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
+        for (apply, theta), batch in zip(policies, batches, strict=True):
             says.append(
                 PREDICTORS["two big steps"](Setting(apply, theta, batch, recipe)).astype(float)
             )
@@ -142,7 +134,7 @@ def _prediction(axis: Axes, result: Result) -> None:
         va="top",
         fontsize=7,
     )
-    axis.set(xlabel="predicted Δ log π (nats)", ylabel="measured (nats)", title="foretold")
+    axis.set(xlabel="predicted Δ log π (nats)", ylabel="measured (nats)", title="predicted")
 
 
 def _knob(axis: Axes, result: Result) -> None:

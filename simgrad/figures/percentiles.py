@@ -1,22 +1,18 @@
-"""Which score foretells who falls: one pair alone against a real, joint run."""
+"""Which score predicts who falls: one pair alone against a real, joint run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from simgrad.drawing.draw import band, direct_labels, panel_letters
+from simgrad.drawing.draw import band, direct_labels, dots, panel_letters
 from simgrad.drawing.style import GUIDE, OTHERS
 from simgrad.dynamics.agreement import percentile_means, spearman
 from simgrad.experiments.comparison import compare
-from simgrad.experiments.findings import interval
 from simgrad.typing import Float
 from simgrad.worlds.percentiles import Percentiles
 
@@ -25,20 +21,16 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Which score predicts displacement"
 CAPTION = (
     "World “percentiles”: {n_pairs} pairs of varied kinds and lengths. (a) Rank correlation of "
-    "each prediction with "
-    "the measured Δ log π of the chosen responses (1: perfect), when each pair is trained alone by "
-    "SGD and when all "
-    "are trained together by SGD or Adam; means with 95 % over {count} seeds. (b), (c) Mean Δ log "
-    "π of the eighth "
-    "of the pairs around five percentiles of a score, those said to fall most on the right. In "
-    "joint runs the exact "
-    "gaps of a pair alone still rank fairly, CHES hardly; scores that see all pairs come near the "
-    "rerun."
+    "each prediction with the measured Δ log π of the chosen responses (1: perfect), when each "
+    "pair is trained alone by SGD and when all are trained together by SGD or Adam; means with 95 "
+    "% over {count} seeds. (b), (c) Mean Δ log π of the eighth of the pairs around five "
+    "percentiles of a score, those said to fall most on the right. In joint runs the exact gaps of "
+    "a pair alone still rank fairly, CHES hardly; scores that see all pairs come near the rerun."
 )
 BEARS_ON = (
     "The percentile test of CHES (Razin et al., arXiv 2410.08847, Sec. 5), repeated with exact "
-    "gradients and in "
-    "joint training, where CHES does not order the pairs and the directional score does."
+    "gradients and in joint training, where CHES does not order the pairs and the directional "
+    "score does."
 )
 
 
@@ -76,11 +68,10 @@ class Result:
 def compute(config: Config) -> Result:
     """Train, predict, compare, for every seed."""
     world = Percentiles(n_pairs=config.n_pairs)
-    apply, thetas = world.policies(config.seeds)
     correlation: dict[str, list] = {}
     windows: dict[str, list] = {}
-    for i, seed in enumerate(config.seeds):
-        theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
+    policies = world.each_policy(config.seeds)
+    for (apply, theta), seed in zip(policies, config.seeds, strict=True):
         for label, setting in world.settings(apply, theta, seed).items():
             found = compare(setting, config.predictors)
             guesses = found.predicted
@@ -102,11 +93,8 @@ def compute(config: Config) -> Result:
     )
 
 
-_MARKS = (
-    ("alone, SGD", "o", "#000000"),
-    ("together, SGD", "s", OTHERS[0]),
-    ("together, Adam", "D", OTHERS[1]),
-)
+_MARKS = (("o", "#000000"), ("s", OTHERS[0]), ("D", OTHERS[1]))
+"""Marker and colour of each setting."""
 
 
 def plot(result: Result) -> Figure:
@@ -125,36 +113,15 @@ def plot(result: Result) -> Figure:
 
 def _correlations(axis: Axes, result: Result) -> None:
     names = list(result.predictors)
-    for k, (setting, marker, colour) in enumerate(_MARKS[: len(result.settings)]):
-        for height, name in enumerate(reversed(names)):
-            found = interval(result.correlation[k, names.index(name)])
-            place = height + 0.22 * (1 - k)
-            axis.plot(
-                [max(found.low, -1), min(found.high, 1)], [place, place], color=colour, lw=0.8
-            )
-            axis.plot(
-                found.mean,
-                place,
-                marker,
-                color=colour,
-                ms=3.2,
-                label=setting if height == 0 else None,
-            )
+    for k, (setting, (marker, colour)) in enumerate(zip(result.settings, _MARKS, strict=False)):
+        runs = result.correlation[k].T
+        dots(axis, names, runs, colour, setting, shift=0.22 * (k - 1), marker=marker)
     axis.axvline(0, color=GUIDE, lw=0.7)
-    axis.set_yticks(range(len(names)), list(reversed(names)))
-    axis.set(
-        xlim=(-1.02, 1.04), ylim=(-0.6, len(names) - 0.3), xlabel="Spearman with measured Δ log π"
-    )
+    axis.set(xlim=(-1.02, 1.04), xlabel="Spearman with measured Δ log π")
     axis.set_title("predictions")
     for height in range(len(names) - 1):
         axis.axhline(height + 0.5, color="#EEEEEE", lw=0.5, zorder=0)
-    handles = [
-        Line2D([], [], marker=m, color=c, ls="", ms=3.5, label=s)
-        for s, m, c in _MARKS[: len(result.settings)]
-    ]
-    axis.legend(
-        handles=handles, loc="lower left", handletextpad=0.1, fontsize=6.5, borderaxespad=0.2
-    )
+    axis.legend(loc="lower left", handletextpad=0.1, fontsize=6.5, borderaxespad=0.2)
 
 
 def _percentiles(axis: Axes, result: Result, setting: int) -> None:

@@ -27,19 +27,15 @@ TITLE = "Predicted against measured"
 
 CAPTION = (
     "One SGD step of DPO on a single pair, in float64. Top: first-order prediction of Δ log π "
-    "against the measured "
-    "change, chosen and rejected, for {pairs} random pairs at {rates} learning rates; points leave "
-    "the diagonal as "
-    "the step grows. Bottom: remainder |measured − predicted| (median and quartiles over pairs). A "
-    "slope of 2 says "
-    "that the prediction holds every first-order term; the number is the fitted slope over rates "
-    "where it is below "
-    "1 % of the change, with its standard error over pairs."
+    "against the measured change, chosen and rejected, for {pairs} random pairs at {rates} "
+    "learning rates; points leave the diagonal as the step grows. Bottom: remainder |measured − "
+    "predicted| (median and quartiles over pairs). A slope of 2 says that the prediction holds "
+    "every first-order term; the number is the fitted slope over rates where it is below 1 % of "
+    "the change, with its standard error over pairs."
 )
 BEARS_ON = (
     "Gradient entanglement (Yuan et al., arXiv 2410.13828, Sec. 3): Δ log π_w = η (d_w‖g_w‖² − "
-    "d_l⟨g_w,g_l⟩) + "
-    "O(η²), and likewise for the rejected."
+    "d_l⟨g_w,g_l⟩) + O(η²), and likewise for the rejected."
 )
 
 

@@ -17,34 +17,30 @@ from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED
 from simgrad.pairs import Pair, padded
 from simgrad.theory import pair_kernel
 from simgrad.typing import Float, Int
-from simgrad.worlds import get
+from simgrad.worlds.percentiles import Percentiles
+from simgrad.worlds.refusals import Refusals
 from simgrad.worlds.suffix import Suffix
+from simgrad.worlds.verdicts import Verdicts
+from simgrad.worlds.world import World
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
 
 TITLE = "Regimes, pairs and objectives"
 CAPTION = (
     "(a) Where pairs of four worlds stand before training (each its own first order): for d_w = "
-    "d_l the chosen "
-    "rises where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner product are "
-    "ideal for all d_w, "
-    "d_l > 0 and counted in the legend. An objective with another ratio r = d_w/d_l moves the "
-    "corner along the "
-    "hyperbola xy = 1 to (r, 1/r). (b) r of every objective that treats pairs one by one, at its "
-    "defaults, as the "
-    "margin m grows, half of it by a rising chosen and half by a falling rejected (responses of "
-    "{tokens} tokens "
-    "that start at −{start:g} nats); a line ends where d_w or d_l is no longer positive; the black "
-    "line are those "
-    "with r = 1 for as long as both are. (c) Share of each world's pairs that are ideal at a given "
-    "r: between the "
-    "two conditions of (a)."
+    "d_l the chosen rises where x ≤ 1, the rejected falls where y ≤ 1; pairs with a negative inner "
+    "product are ideal for all d_w, d_l > 0 and counted in the legend. An objective with another "
+    "ratio r = d_w/d_l moves the corner along the hyperbola xy = 1 to (r, 1/r). (b) r of every "
+    "objective that treats pairs one by one, at its defaults, as the margin m grows, half of it by "
+    "a rising chosen and half by a falling rejected (responses of {tokens} tokens that start at "
+    "−{start:g} nats); a line ends where d_w or d_l is no longer positive; the black line are "
+    "those with r = 1 for as long as both are. (c) Share of each world's pairs that are ideal at a "
+    "given r: between the two conditions of (a)."
 )
 BEARS_ON = (
     "The gradient condition of Yuan et al. (arXiv 2410.13828, Sec. 3) and the disentanglement band "
-    "of Chen et al. "
-    "(arXiv 2604.18239): which objective keeps which pair ideal is a question of one number, "
-    "d_w/d_l."
+    "of Chen et al. (arXiv 2604.18239): which objective keeps which pair ideal is a question of "
+    "one number, d_w/d_l."
 )
 
 
@@ -82,12 +78,13 @@ class Result:
     ratio: Float[np.ndarray, "O X"]
 
 
-def _pairs(config: Config) -> dict[str, tuple[str, list[Pair]]]:
-    suffix = get("suffix")
-    assert isinstance(suffix, Suffix)
-    sets = {f"suffix, L = {n}": ("suffix", suffix.pairs(config.seed, n)) for n in config.suffixes}
-    for name in ("verdicts", "refusals", "percentiles"):
-        sets[name] = (name, get(name).pairs(config.seed))
+def _pairs(config: Config) -> dict[str, tuple[World, list[Pair]]]:
+    suffix = Suffix()
+    sets: dict[str, tuple[World, list[Pair]]] = {
+        f"suffix, L = {n}": (suffix, suffix.pairs(config.seed, n)) for n in config.suffixes
+    }
+    for world in (Verdicts(), Refusals(), Percentiles()):
+        sets[world.name] = (world, world.pairs(config.seed))
     return sets
 
 
@@ -96,8 +93,7 @@ def compute(config: Config) -> Result:
     owner, x, y = [], [], []
     sets = _pairs(config)
     for i, (world, pairs) in enumerate(sets.values()):
-        apply, thetas = get(world).policies([config.seed])
-        theta = jax.tree.map(lambda t: jnp.asarray(t[0]), thetas)
+        ((apply, theta),) = world.each_policy([config.seed])
         kernel = pair_kernel(apply, theta, padded(pairs[: config.pairs]))
         x += [np.asarray(kernel.inner / kernel.sq_chosen, float)]
         y += [np.asarray(kernel.inner / kernel.sq_rejected, float)]

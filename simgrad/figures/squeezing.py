@@ -11,31 +11,27 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import band, direct_labels, panel_letters
 from simgrad.drawing.style import GUIDE, OTHERS, size
+from simgrad.experiments import squeezing
+from simgrad.experiments.squeezing import FIRST
 from simgrad.typing import Float
-from simgrad.worlds.squeezing import FIRST, Squeezing
+from simgrad.worlds.squeezing import Squeezing
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
 
 TITLE = "Squeezing"
 CAPTION = (
     "World “squeezing”, float64, 95 % over {count} seeds. Logits z drawn from N(0, peak²) over 50 "
-    "tokens; 20 steps "
-    "push the least likely token down. (a) Probability of the likeliest token before and after: "
-    "the peakier the "
-    "start, the more of the freed mass it takes; a uniform start (peak 0) is the null. (b) How "
-    "many of the 49 other "
-    "tokens rise. (c) Linear-softmax model fine-tuned first on what the axis says, then pushed for "
-    "20 steps: Δ log "
-    "π of tokens that are in no pair. After fine-tuning on the rejected too (“chosen, rejected”) "
-    "they fall less "
-    "than after the chosen alone, but after an equally flat start that never saw it (“chosen, "
-    "third”) they fall no "
-    "more."
+    "tokens; 20 steps push the least likely token down. (a) Probability of the likeliest token "
+    "before and after: the peakier the start, the more of the freed mass it takes; a uniform start "
+    "(peak 0) is the null. (b) How many of the 49 other tokens rise. (c) Linear-softmax model "
+    "fine-tuned first on what the axis says, then pushed for 20 steps: Δ log π of tokens that are "
+    "in no pair. After fine-tuning on the rejected too (“chosen, rejected”) they fall less than "
+    "after the chosen alone, but after an equally flat start that never saw it (“chosen, third”) "
+    "they fall no more."
 )
 BEARS_ON = (
     "Ren & Sutherland (arXiv 2407.10490, Sec. 4): the squeezing effect, and their fix of "
-    "fine-tuning on both "
-    "responses first, against a control for the flatness of the start."
+    "fine-tuning on both responses first, against a control for the flatness of the start."
 )
 
 
@@ -70,7 +66,7 @@ class Result:
 def compute(config: Config) -> Result:
     """The world's experiment."""
     world = Squeezing(peaks=config.peaks, draws=config.draws)
-    found = world.experiment(config.seeds)
+    found = squeezing.run(world, config.seeds)
     squeeze, extend = found["squeeze"], found["extend"]
     rows = [squeeze.where(pushed="least likely", peak=peak) for peak in config.peaks]
     top_before, top_after, rise = (

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import inspect
 import json
 import math
-import re
+import sys
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import simgrad
-from simgrad.store import cache_folder, digest, load_arrays, provenance, save_arrays
+from simgrad.store import cache_folder, code, digest, identity, load_arrays, save_arrays
+from simgrad.worlds.world import pretrained_anew
 
 __all__ = ["NotDrawn", "computed", "plain", "to_json"]
 
@@ -29,47 +29,45 @@ def computed(
 ) -> Any:
     """``compute(config)``, taken from the cache where the same was computed before.
 
-    The key holds the configuration, ``inputs`` (what was read from files), versions and device, the
-    source of the library below the figures, and that of the figure's module, with those whose
-    functions it takes, up to ``def plot``: redrawing, and other words, are free.
+    Its name holds the configuration, ``inputs`` (what was read from files), the code that computes,
+    versions and device. Drawing and words are free: of the figure's module, only what stands before
+    ``plot`` counts, without its caption. ``fresh`` computes again, policies of worlds included.
     ``result`` is a dataclass of arrays and plain values.
     """
     name = compute.__module__.rpartition(".")[2]
-    path = cache_folder() / "figures" / f"{name}-{_key(compute, result, config, inputs)}.npz"
+    made_by = identity(
+        __name__, config=config, inputs=inputs, computation=_code(compute.__module__)
+    )
+    path = cache_folder() / "figures" / f"{name}-{digest(made_by)}.npz"
     if path.exists() and not fresh:
         arrays, values = load_arrays(path)
         return result(**arrays, **{name: _tuples(value) for name, value in values.items()})
-    found = compute(config)
+    with pretrained_anew() if fresh else contextlib.nullcontext():
+        found = compute(config)
     fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     save_arrays(path, arrays, {name: value for name, value in fields.items() if name not in arrays})
     return found
 
 
-def _key(compute: Callable[[Any], Any], result: type, config: Any, inputs: tuple[Any, ...]) -> str:
-    package = Path(simgrad.__file__).parent
-    above = {package / "cli", package / "figures"}
-    sources = [
-        p.read_text(encoding="utf-8")
-        for p in sorted(package.rglob("*.py"))
-        if not above & set(p.parents)
-    ]
-    modules = [inspect.getmodule(thing) for thing in (compute, result)]
-    modules += [
-        inspect.getmodule(f) for m in modules for f in vars(m).values() if inspect.isfunction(f)
-    ]
-    files = sorted(
-        {str(m.__file__) for m in modules if m is not None and "simgrad.figures" in m.__name__}
-    )
-    own = [Path(file).read_text(encoding="utf-8").partition("\ndef plot(")[0] for file in files]
-    own = [_CAPTIONS.sub("", text) for text in own]
-    where = {name: value for name, value in provenance().items() if name != "git_revision"}
-    versions = [metadata.version(package) for package in ("jaxlib", "numpy", "optax", "scipy")]
-    return digest(config, list(inputs), where, versions, own, sources)
+_WORDS = {"TITLE", "CAPTION", "BEARS_ON", "__all__"}
 
 
-_CAPTIONS = re.compile(r"^(TITLE|CAPTION|BEARS_ON) = (\(.*?^\)|.*?$)", re.MULTILINE | re.DOTALL)
-"""Words about a figure, which do not change its numbers."""
+def _code(module: str) -> str:
+    """Name of what a figure's module computes: its code before ``plot``, and all that it imports."""
+    found = []
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "plot":
+            break
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in _WORDS:
+            continue
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("simgrad."):
+            name = str(node.module)
+            if name.startswith(("simgrad.drawing", __name__)):
+                continue
+            found.append(_code(name) if name.startswith("simgrad.figures") else code(name))
+        found.append(ast.dump(node))
+    return digest(found)
 
 
 def _tuples(value: Any) -> Any:

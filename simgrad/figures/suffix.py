@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import band, direct_labels, panel_letters
 from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
+from simgrad.experiments import suffix
 from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
 
@@ -19,21 +20,16 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "A shared ending drags the chosen response down"
 CAPTION = (
     "World “suffix”: 32 pairs that differ in one word and share the L tokens after it, trained "
-    "together by DPO and "
-    "Adam; bands are 95 % over {count} seeds. (a) The cosine of the pair's gradients grows with L. "
-    "(b) The longer "
-    "the ending, the further the chosen falls, although the one word that was preferred rises: "
-    "what falls is the "
-    "shared ending. (c) Share of pairs whose chosen falls: measured; as the kernel of the whole "
-    "batch says before "
-    "training (first step of Adam); and as each pair's own condition says, which misses it, "
-    "because here pairs are "
-    "dragged down by each other."
+    "together by DPO and Adam; bands are 95 % over {count} seeds. (a) The cosine of the pair's "
+    "gradients grows with L. (b) The longer the ending, the further the chosen falls, although the "
+    "one word that was preferred rises: what falls is the shared ending. (c) Share of pairs whose "
+    "chosen falls: measured; as the kernel of the whole batch says before training (first step of "
+    "Adam); and as each pair's own condition says, which misses it, because here pairs are dragged "
+    "down by each other."
 )
 BEARS_ON = (
     "The 1t, short-suffix and long-suffix settings of Yuan et al. (arXiv 2410.13828), and that the "
-    "condition of a "
-    "pair alone is not that of a batch."
+    "condition of a pair alone is not that of a batch."
 )
 
 
@@ -66,7 +62,7 @@ class Result:
 
 def compute(config: Config) -> Result:
     """The world's experiment."""
-    found = Suffix(lengths=config.lengths).experiment(config.seeds)
+    found = suffix.run(Suffix(lengths=config.lengths), config.seeds)
     measured, predicted = found["lengths"], found["predictions"]
 
     def column(table, name: str) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,23 +25,17 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Which tokens are entangled"
 CAPTION = (
     "⟨∇log π(chosen token i), ∇log π(rejected token j)⟩ of two pairs before training. (a) World "
-    "“suffix”: one word "
-    "differs, {suffix} tokens are shared. (b) World “percentiles”: a response and its edited copy. "
-    "Tokens from the "
-    "first difference to the last have coloured, bold names, shared ones grey. Blue: raising one "
-    "raises the other; "
-    "red: raising one lowers the other. Below: what one DPO step on this pair alone does to each "
-    "token of the "
-    "chosen (blue) and of the rejected (vermilion), to first order per unit learning rate. In (a) "
-    "the words that "
-    "differ repel each other and move apart while everything shared is dragged down; the diagonal "
-    "of (b) shows that "
-    "most of an edited copy is pulled as one."
+    "“suffix”: one word differs, {suffix} tokens are shared. (b) World “percentiles”: a response "
+    "and its edited copy. Tokens from the first difference to the last have coloured, bold names, "
+    "shared ones grey. Blue: raising one raises the other; red: raising one lowers the other. "
+    "Below: what one DPO step on this pair alone does to each token of the chosen (blue) and of "
+    "the rejected (vermilion), to first order per unit learning rate. In (a) the words that differ "
+    "repel each other and move apart while everything shared is dragged down; the diagonal of (b) "
+    "shows that most of an edited copy is pulled as one."
 )
 BEARS_ON = (
     "Yuan et al. (arXiv 2410.13828, Sec. 4): the inner product of a pair is the sum over this "
-    "matrix, positive on "
-    "shared and negative on contrastive tokens."
+    "matrix, positive on shared and negative on contrastive tokens."
 )
 
 
@@ -92,8 +85,7 @@ def compute(config: Config) -> Result:
     )
     found: dict[str, list] = {name: [] for name in ("w", "l", "sw", "sl", "k", "d", "c")}
     for world, pair in cases:
-        apply, thetas = world.policies([config.seed])
-        theta = jax.tree.map(lambda x: jnp.asarray(x[0]), thetas)
+        ((apply, theta),) = world.each_policy([config.seed])
         batch = padded([pair])
         kernel = token_kernel(apply, theta, batch)[0]
         logp = responses(apply, theta, batch).logp

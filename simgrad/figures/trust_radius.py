@@ -28,21 +28,17 @@ __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"
 TITLE = "Trust radius"
 CAPTION = (
     "{pairs} pairs of the world “percentiles”, DPO by SGD on all of them, float64; errors are "
-    "‖predicted − "
-    "measured‖ / ‖measured‖ over all responses. (a) One step, first and second order: sizes are "
-    "lost well before η* "
-    "= ‖first‖/‖second‖ (dashed). (b) Signs last longer: share of responses that go the other way "
-    "than the first "
-    "order says. (c) Runs of {steps} steps, by how far they move the response that moves most: "
-    "{steps} first-order "
-    "steps with the force of the start; the kernel flow, frozen at the start; the same read off at "
-    "the predicted "
-    "parameters (“ray”); and refreshed every {refresh} steps."
+    "‖predicted − measured‖ / ‖measured‖ over all responses. (a) One step, first and second order: "
+    "sizes are lost well before η* = ‖first‖/‖second‖ (dashed). (b) Signs last longer: share of "
+    "responses that go the other way than the first order says. (c) Runs of {steps} steps, by how "
+    "far they move the response that moves most: {steps} first-order steps with the force of the "
+    "start; the kernel flow, frozen at the start; the same read off at the predicted parameters "
+    "(“ray”); and refreshed every {refresh} steps."
 )
 BEARS_ON = (
     "First-order statements (Yuan et al., arXiv 2410.13828; Razin et al., arXiv 2410.08847) and "
-    "kernel (NTK) "
-    "dynamics (Jacot et al., arXiv 1806.07572) are limits of small steps; this is how small."
+    "kernel (NTK) dynamics (Jacot et al., arXiv 1806.07572) are limits of small steps; this is how "
+    "small."
 )
 
 

@@ -12,29 +12,25 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import mass_bars, panel_letters
 from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
+from simgrad.experiments.verdicts import SGD_RATE, outcome
 from simgrad.typing import Float
-from simgrad.worlds.verdicts import NEGATIVE, POSITIVE, SGD_RATE, Verdicts
+from simgrad.worlds.verdicts import NEGATIVE, POSITIVE, Verdicts
 
 __all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
 
 TITLE = "Where the mass goes"
 CAPTION = (
     "World “verdicts”: DPO on one prompt, one-word answers on a scale from refusal to assent. Top: "
-    "probability of "
-    "every answer before (grey) and after (chosen blue, rejected vermilion, others green), means "
-    "with 95 % over "
-    "{count} seeds. Bottom: change of each other answer against ⟨W_z, W₊ − W₋⟩ before training, "
-    "one point an answer "
-    "and seed. Preferring No to Never hands the mass to Yes, the answer furthest along W₊ − W₋, "
-    "when Adam trains "
-    "everything; not for Yes over Never; and not under SGD."
+    "probability of every answer before (grey) and after (chosen blue, rejected vermilion, others "
+    "green), means with 95 % over {count} seeds. Bottom: change of each other answer against ⟨W_z, "
+    "W₊ − W₋⟩ before training, one point an answer and seed. Preferring No to Never hands the mass "
+    "to Yes, the answer furthest along W₊ − W₋, when Adam trains everything; not for Yes over "
+    "Never; and not under SGD."
 )
 BEARS_ON = (
     "Razin et al. (arXiv 2410.08847, Secs. 3 and 4): catastrophic likelihood displacement, and "
-    "mass that flows "
-    "along the projection on W₊ − W₋. That the optimizer decides whether it happens here is this "
-    "figure's own "
-    "finding."
+    "mass that flows along the projection on W₊ − W₋. That the optimizer decides whether it "
+    "happens here is this figure's own finding."
 )
 
 
@@ -73,7 +69,7 @@ def compute(config: Config) -> Result:
         ("No ≻ Never, SGD", ("No", "Never"), sgd),
     )
     answers = slice(world.first_answer, world.first_answer + 12)
-    found = [world.outcome(config.seeds, *pair, **changes) for _, pair, changes in cases]
+    found = [outcome(world, config.seeds, *pair, **changes) for _, pair, changes in cases]
     parts = [
         np.stack([getattr(o, name)[:, answers] for o in found]).astype(float)
         for name in ("before", "after", "direction")

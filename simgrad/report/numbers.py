@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from simgrad.bridge.engine.columns import PER_RATE, RISKS, score_columns
 from simgrad.bridge.engine.table import ScoreTable
 from simgrad.dynamics.agreement import partial_spearman, spearman
+from simgrad.errors import InputError
 from simgrad.report.remedies import (
     Filtered,
     ObjectiveFate,
@@ -40,21 +42,10 @@ __all__ = [
     "scores",
 ]
 
-SOURCES = (
-    "source",
-    "behavior",
-    "subset",
-    "category",
-    "dataset",
-    "domain",
-    "task",
-    "type",
-    "topic",
-    "split",
-)
+SOURCES = tuple("source behavior subset category dataset domain task type topic split".split())
 """Fields of a row that may say where it comes from, the first that tells rows apart is taken."""
 _PARTIAL = 8  # pairs: with fewer, three lengths explain nearly everything
-_NEEDED = "index n_prompt n_chosen n_rejected logp_chosen logp_rejected ches ln_ches d_chosen d_rejected".split()
+_NEEDED = [column.name for column in score_columns(gradients=False)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +180,7 @@ def report_numbers(
     For data sources it also needs the rows that the table was made from.
 
     Raises:
-        ValueError: a table of another kind, or fewer rows than the table speaks of.
+        InputError: a table of another kind, or fewer rows than the table speaks of.
     """
     require_score_table(table)
     gradients, found = "regime" in table, scores(table)
@@ -206,7 +197,7 @@ def report_numbers(
         falling=(int((known < 0).sum()), *_wilson(int((known < 0).sum()), len(known))),
         finite=len(known),
         map=regime_map(table) if usable else None,
-        associations=associations(table) if len(table) > 2 else (),
+        associations=associations(table, found) if len(table) > 2 else (),
         source_field=source_field,
         sources=sources,
         objectives=objective_fates(table) if usable else (),
@@ -221,21 +212,21 @@ def read_score_table(path: str | Path) -> ScoreTable:
 
     Raises:
         FileNotFoundError: no such file, or a run that is not finished.
-        ValueError: a file of another kind.
+        InputError: a file of another kind.
     """
     path = Path(path)
-    journal = path.with_name(f"{path.name}.partial.jsonl")
-    if not path.exists() and journal.exists():
+    begun = path.with_name(f"{path.name}.partial.npz")
+    if not path.exists() and begun.exists():
         raise FileNotFoundError(
-            f"{path} is not finished ({journal} is there): run the same simgrad score to its end"
+            f"{path} is not finished ({begun} is there): run the same simgrad score to its end"
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     table = ScoreTable.load(path)
     try:
         require_score_table(table)
-    except ValueError as error:
-        raise ValueError(f"{path} is {error}") from None
+    except InputError as error:
+        raise InputError(f"{path} is {error}") from None
     return table
 
 
@@ -243,12 +234,12 @@ def require_score_table(table: ScoreTable) -> None:
     """Refuse tables that :func:`simgrad.score` did not make.
 
     Raises:
-        ValueError: names what is missing.
+        InputError: names what is missing.
     """
     missing = [name for name in _NEEDED if name not in table]
-    missing += [name for name in ("run", "counts") if name not in table.metadata]
+    missing += [name for name in ("run", "identity", "counts") if name not in table.metadata]
     if missing:
-        raise ValueError(f"not a table of simgrad score: it has no {', '.join(missing)}")
+        raise InputError(f"not a table of simgrad score: it has no {', '.join(missing)}")
 
 
 def _risks(table: ScoreTable, found: Sequence[Score]) -> list[tuple[str, str, np.ndarray]]:
@@ -267,29 +258,18 @@ def unit_of(table: ScoreTable) -> str:
 
 
 def scores(table: ScoreTable) -> tuple[Score, ...]:
-    """The table's scores, with ⟨g_w,g_l⟩ - ‖g_w‖² where there are gradients."""
-    unit = unit_of(table)
-    inner = "nats per unit learning rate, d = 1"
-    known = (
-        ("ches", "CHES", "", 1),
-        ("ln_ches", "length-normalised CHES", "", 1),
-        ("last_hidden_inner", "last hidden states' inner product", "", 1),
-        ("embedding_cosine", "cosine of response embeddings", "", 1),
-        ("edit_distance", "edit distance, normalised", "", -1),
-        ("head_gap", "head gap", inner, 1),
-        ("gap", "full gap ⟨g_w,g_l⟩ − ‖g_w‖²", inner, 1),
-        ("grad_cosine", "cosine of gradients", "", 1),
-        ("predicted_dlogp_chosen", "predicted Δ log π(chosen)", unit, -1),
-        ("predicted_dlogp_rejected", "predicted Δ log π(rejected)", unit, -1),
-    )
-    columns = dict(table.columns)
-    if "grad_inner" in table:
-        columns["gap"] = table["grad_inner"] - table["grad_sq_chosen"]
-    return tuple(
-        Score(name, label, unit, np.asarray(columns[name], float), risk)
-        for name, label, unit, risk in known
-        if name in columns
-    )
+    """What may tell whether the chosen falls: columns of the table, and what follows from two."""
+    found = []
+    for c in RISKS:
+        if c.needs == "table" and c.of is not None and "grad_inner" in table:
+            values = c.of(table)
+        elif c.name in table:
+            values = table[c.name]
+        else:
+            continue
+        unit = unit_of(table) if c.unit == PER_RATE else c.unit
+        found.append(Score(c.name, c.label, unit, np.asarray(values, float), c.risk))
+    return tuple(found)
 
 
 def regime_map(table: ScoreTable) -> RegimeMap:
@@ -308,15 +288,15 @@ def regime_map(table: ScoreTable) -> RegimeMap:
     )
 
 
-def associations(table: ScoreTable) -> tuple[Association, ...]:
+def associations(table: ScoreTable, found: Sequence[Score]) -> tuple[Association, ...]:
     """Rank correlations of every score with lengths and with the predicted change."""
+    every = []
     lengths = np.stack([table[f"n_{part}"] for part in ("prompt", "chosen", "rejected")], 1).astype(
         float
     )
     columns = [*lengths.T, lengths[:, 1] - lengths[:, 2]]
     change = table.columns.get("predicted_dlogp_chosen")
-    found = []
-    for score in scores(table):
+    for score in found:
         use = np.isfinite(score.values) & (True if change is None else np.isfinite(change))
         x, given, moved, partial = score.values[use], lengths[use], float("nan"), float("nan")
         if len(x) < 3:
@@ -326,12 +306,12 @@ def associations(table: ScoreTable) -> tuple[Association, ...]:
             partial = partial_spearman(x, change[use], given) if len(x) >= _PARTIAL else partial
         prompt, chosen, rejected, difference = (spearman(x, c[use]) for c in columns)
         pairs = int(use.sum())
-        found.append(
+        every.append(
             Association(
                 score.name, score.label, prompt, chosen, rejected, difference, moved, partial, pairs
             )
         )
-    return tuple(found)
+    return tuple(every)
 
 
 def by_source(
@@ -340,10 +320,10 @@ def by_source(
     """Share of falling pairs by value of the first :data:`SOURCES` field that tells rows apart.
 
     Raises:
-        ValueError: fewer rows than the table speaks of.
+        InputError: fewer rows than the table speaks of.
     """
     if len(table) and table["index"].max() >= len(rows):
-        raise ValueError(
+        raise InputError(
             f"the table speaks of row {table['index'].max()}, but there are {len(rows)} rows"
         )
     change = table["predicted_dlogp_chosen"]

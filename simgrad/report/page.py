@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from simgrad.bridge import Encoded, Policy, ScoreTable
 from simgrad.drawing.style import paper_style
+from simgrad.errors import InputError
 from simgrad.report import charts
 from simgrad.report.numbers import (
     ReportNumbers,
@@ -37,7 +38,7 @@ from simgrad.report.words import (
     objectives_sentence,
     strength_sentence,
 )
-from simgrad.store import provenance
+from simgrad.store import provenance, write
 
 __all__ = ["WrittenReport", "write_report"]
 
@@ -97,16 +98,16 @@ def write_report(
     what differs.
 
     Raises:
-        ValueError: no score table; no ``path`` for a table that is not a file; ``worst`` below 0.
+        InputError: no score table; no ``path`` for a table that is not a file; ``worst`` below 0.
         FileNotFoundError: no such table.
     """
     if worst < 0:
-        raise ValueError(f"worst={worst}: a number of pairs, 0 or more")
+        raise InputError(f"worst={worst}: a number of pairs, 0 or more")
     if not isinstance(table, ScoreTable):
         path = Path(table).with_suffix(".report.html") if path is None else path
         table = read_score_table(table)
     if path is None:
-        raise ValueError("path: where to write the page of a table that was not read from a file")
+        raise InputError("path: where to write the page of a table that was not read from a file")
     path = Path(path)
     require_score_table(table)
     scored = find_scored(
@@ -140,15 +141,13 @@ def write_report(
             written=json.dumps(provenance(), indent=1, sort_keys=True),
         )
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="replace")
+    write(path, text.encode(errors="replace"))
     return WrittenReport(path, images, numbers, scored.problems)
 
 
 def _images(numbers: ReportNumbers, folder: Path) -> tuple[Path, ...]:
     if not numbers.summary.scored:
         return ()
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     with paper_style():
         figures: dict[str, Figure] = {"distributions": charts.distributions(numbers.scores)}
@@ -161,7 +160,7 @@ def _images(numbers: ReportNumbers, folder: Path) -> tuple[Path, ...]:
             figure.savefig(memory, format="png", dpi=220, metadata={"Title": name})
             plt.close(figure)
             written.append(folder / f"{name}.png")
-            written[-1].write_bytes(memory.getvalue())
+            write(written[-1], memory.getvalue())
     return tuple(written)
 
 

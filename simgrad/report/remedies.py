@@ -21,7 +21,16 @@ from simgrad.theory import PairKernel, Regime, compare_objectives, regime
 from simgrad.theory.mitigation import Calibrated, PairwiseNormalized, Projected, keep_lowest
 from simgrad.typing import Array, Float, Int
 
-__all__ = ["Filtered", "ObjectiveFate", "Strength", "filtered", "objective_fates", "strength"]
+__all__ = [
+    "Filtered",
+    "Needed",
+    "ObjectiveFate",
+    "Strength",
+    "filtered",
+    "needed",
+    "objective_fates",
+    "strength",
+]
 
 FRACTIONS = (0.5, 0.25, 0.1)
 REMEDIES = {
@@ -62,8 +71,9 @@ class Strength:
         chosen_falls: share that loses its chosen response.
         rejected_rises: share whose rejected response rises.
         best: the m nearest 1 (in logarithms) of those with the largest ideal share.
-        pull: d_w, where it is positive and the same for all pairs, else None. An SFT term of weight
-            λ on the summed log-prob multiplies by 1 + λ/d_w; DPO-Shift's λ is 1/m.
+        pull: median and 90th percentile of d_w, where it is positive for all pairs, else None. An
+            SFT term on the summed log-prob multiplies d_w/d_l of a pair by m with the weight
+            λ = (m - 1) d_w; a push on the rejected of 1/m does so for all pairs.
     """
 
     multiplier: Float[np.ndarray, " M"]
@@ -71,12 +81,55 @@ class Strength:
     chosen_falls: Float[np.ndarray, " M"]
     rejected_rises: Float[np.ndarray, " M"]
     best: float
-    pull: float | None
+    pull: tuple[float, float] | None
 
     def at(self, multiplier: float) -> tuple[float, float, float]:
         """Shares (ideal, chosen falls, rejected rises) at the grid's nearest multiplier."""
         k = int(np.abs(np.log(self.multiplier / multiplier)).argmin())
         return float(self.ideal[k]), float(self.chosen_falls[k]), float(self.rejected_rises[k])
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What keeps a falling chosen response from falling: (at the median, for 90 %) of falling pairs.
+
+    The chosen of a pair does not fall where d_w ‖g_w‖² ≥ d_l ⟨g_w,g_l⟩. With ρ = ⟨g_w,g_l⟩/‖g_w‖²:
+
+    Attributes:
+        ratio: the least d_w/d_l, which is ρ.
+        sft: the least weight λ of an SFT term on the summed log-prob of the chosen, which adds λ to
+            d_w: λ = ρ d_l - d_w.
+        shift: the largest factor on the push d_l: d_w / (ρ d_l). From DPO, where d_w = d_l, this is
+            DPO-Shift's λ. It is not positive where no factor is enough, because d_w ≤ 0.
+
+    Source: Yuan et al., arXiv 2410.13828, Sec. 3, solved for each remedy.
+    """
+
+    ratio: tuple[float, float]
+    sft: tuple[float, float]
+    shift: tuple[float, float]
+
+
+def needed(table: ScoreTable) -> Needed | None:
+    """What the falling pairs of a score table need; None where the chosen of none falls."""
+    column = _finite(table)
+    d_w, d_l, square = column["d_chosen"], column["d_rejected"], column["grad_sq_chosen"]
+    falls = d_w * square - d_l * column["grad_inner"] < 0
+    if not falls.any():
+        return None
+    d_w, d_l = d_w[falls], d_l[falls]
+    ratio = column["grad_inner"][falls] / square[falls]
+    against = ratio * d_l  # what d_w has to make up for
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = np.where(against > 0, d_w / against, -np.inf)
+
+    # quantiles of pairs that are there: what is said then holds, also where some are infinite
+    def least(values: np.ndarray) -> tuple[float, float]:
+        half, most = np.quantile(values, [0.5, 0.9], method="higher")
+        return float(half), float(most)
+
+    half, most = np.quantile(shift, [0.5, 0.1], method="lower")
+    return Needed(least(ratio), least(against - d_w), (float(half), float(most)))
 
 
 @dataclass(frozen=True)
@@ -177,10 +230,9 @@ def strength(table: ScoreTable) -> Strength | None:
     ideal = (~falls & ~rises).mean(1)
     top = np.flatnonzero(ideal == ideal.max())
     best = float(grid[top[np.abs(np.log(grid[top])).argmin()]])
-    same = len(d_w) and d_w[0] > 0 and np.ptp(d_w) <= 1e-5 * d_w[0]
-    return Strength(
-        grid, ideal, falls.mean(1), rises.mean(1), best, float(d_w[0]) if same else None
-    )
+    low, high = (float(np.quantile(d_w, q)) for q in (0.5, 0.9))
+    pull = (low, high) if d_w.min() > 0 else None
+    return Strength(grid, ideal, falls.mean(1), rises.mean(1), best, pull)
 
 
 def filtered(

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from simgrad.bridge.checkpoints.policy import Policy, load
-from simgrad.bridge.engine.fingerprint import fingerprint
+from simgrad.bridge.engine.run import policy_parts
 from simgrad.bridge.engine.table import ScoreTable
-from simgrad.bridge.preferences.inputs import data_fingerprint, encoded_for
-from simgrad.bridge.preferences.rows import Encoded, read_rows
+from simgrad.bridge.preferences.encoding import Encoded
+from simgrad.bridge.preferences.inputs import encoded_for
+from simgrad.bridge.preferences.rows import read_rows
 from simgrad.pairs import Pair
+from simgrad.store import differences
 
 __all__ = ["Scored", "find_scored"]
 
@@ -24,7 +26,8 @@ class Scored:
     Attributes:
         rows: rows of the data, as many as the table speaks of; None if not found or of another
             kind.
-        policy: the model, with the weights that scored; None if not found, or not wanted.
+        policy: the model that scored: its configuration, weights and tokenizer; None if not found,
+            or not wanted.
         pairs: row number to its token ids, those that were scored; None unless policy and data are
             certain.
         problems: what is missing or differs, one sentence each.
@@ -44,7 +47,7 @@ def find_scored(
     revision: str | None = None,
     model: bool = True,
 ) -> Scored:
-    """Load the model and data of a :func:`simgrad.score` table and check its fingerprints.
+    """Load the model and read the data of a score table, and hold them against its identity.
 
     Nothing is raised for what is missing or differs: it is left out, and ``problems`` names it.
 
@@ -56,7 +59,8 @@ def find_scored(
         model: whether to load it. Without, token ids are unknown, and the rows are taken on trust.
     """
     problems: list[str] = []
-    run, source, counts = (table.metadata.get(key, {}) for key in ("run", "source", "counts"))
+    kinds = ("run", "identity", "source", "counts")
+    run, identity, source, counts = (table.metadata.get(key, {}) for key in kinds)
     pairs = _rows(data, source, counts["scored"] + counts["skipped"], problems)
     rows = (
         pairs
@@ -65,7 +69,7 @@ def find_scored(
     )
     if not model:
         return Scored(rows, None, None, tuple(problems))
-    policy = _policy(policy, run, revision, problems)
+    policy = _policy(policy, run, identity, revision, problems)
     if policy is None or pairs is None:
         return Scored(rows, policy, None, tuple(problems))
     try:
@@ -74,7 +78,7 @@ def find_scored(
     except ValueError as error:
         problems.append(f"The data do not go with the model: {error}.")
         return Scored(None, policy, None, tuple(problems))
-    if (found := data_fingerprint(encoded)) != run["data"]:
+    if encoded.digest() != identity["data"]:
         name = (
             source.get("data")
             if data is None
@@ -83,9 +87,8 @@ def find_scored(
             else "given"
         )
         problems.append(
-            f"The data ({name}) are not those that were scored: token ids differ (fingerprint "
-            f"{found}, scored "
-            f"{run['data']}). Name the scored ones with --data."
+            f"The data ({name}) are not those that were scored: token ids differ. Name the scored "
+            "ones with --data."
         )
         return Scored(None, policy, None, tuple(problems))
     return Scored(
@@ -123,6 +126,7 @@ def _rows(data: Any, source: Mapping[str, Any], count: int, problems: list[str])
 def _policy(
     policy: Policy | str | Path | None,
     run: Mapping[str, Any],
+    identity: Mapping[str, str],
     revision: str | None,
     problems: list[str],
 ) -> Policy | None:
@@ -134,11 +138,13 @@ def _policy(
                 f"The model cannot be loaded: {str(error).rstrip('.')}. Name it with --model."
             )
             return None
-    if fingerprint(policy.theta) != run["weights"]:
+    now = policy_parts(policy)
+    parts = {name.partition(".")[0] for name in now}
+    scored = {k: v for k, v in identity.items() if k.partition(".")[0] in parts}
+    if differ := differences(scored, now):
         problems.append(
-            f"The model ({policy.name}, {policy.config.dtype}) has not the weights that scored "
-            f"({run['model']}, "
-            f"{run['dtype']}): name the scored one with --model."
+            f"The model ({policy.name}, {policy.config.dtype}) is not the one that scored ("
+            f"{differ}): name the scored one with --model."
         )
         return None
     return policy

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simgrad.bridge.engine.table import ScoreTable
+from simgrad.report.remedies import Needed, needed
 from simgrad.theory import Regime
 
 __all__ = ["Summary", "summarise"]
@@ -25,8 +26,7 @@ class Summary:
         regimes: label to number of pairs (empty without gradients).
         order: the column that ranks the worst pairs, and its direction in words.
         worst: positions in the table of the worst pairs, worst first.
-        ratio: the least d_w/d_l that keeps the chosen from falling, ⟨g_w,g_l⟩/‖g_w‖², at the median
-            and at the 90th percentile of the pairs where it falls now (None where none falls).
+        needed: what keeps the falling chosen responses from falling (None where none falls).
         advice: sentences.
     """
 
@@ -37,7 +37,7 @@ class Summary:
     regimes: Mapping[str, int]
     order: str
     worst: np.ndarray
-    ratio: tuple[float, float] | None
+    needed: Needed | None
     advice: tuple[str, ...]
 
 
@@ -51,7 +51,7 @@ def summarise(table: ScoreTable, worst: int = 5) -> Summary:
     exact = "predicted_dlogp_chosen" in table
     key = table["predicted_dlogp_chosen"] if exact else -table["ches"]
     regimes = {r.label: int((table["regime"] == r.label).sum()) for r in Regime} if exact else {}
-    ratio = _ratio(table) if exact and len(table) else None
+    need = needed(table) if exact and len(table) else None
     return Summary(
         scored=len(table),
         skipped=dict(sorted(reasons.items(), key=lambda item: -item[1])),
@@ -60,20 +60,12 @@ def summarise(table: ScoreTable, worst: int = 5) -> Summary:
         regimes=regimes,
         order="lowest predicted change of log π(chosen)" if exact else "highest CHES",
         worst=np.argsort(key, kind="stable")[:worst],
-        ratio=ratio,
-        advice=_advice(table, ratio, exact),
+        needed=need,
+        advice=_advice(table, need, exact),
     )
 
 
-def _ratio(table: ScoreTable) -> tuple[float, float] | None:
-    falling = table["predicted_dlogp_chosen"] < 0
-    if not falling.any():
-        return None
-    need = table["grad_inner"][falling] / table["grad_sq_chosen"][falling]
-    return float(np.median(need)), float(np.quantile(need, 0.9))
-
-
-def _advice(table: ScoreTable, ratio: tuple[float, float] | None, exact: bool) -> tuple[str, ...]:
+def _advice(table: ScoreTable, need: Needed | None, exact: bool) -> tuple[str, ...]:
     if not len(table):
         return ("No pair could be scored: see the reasons above.",)
     if not exact:
@@ -84,22 +76,28 @@ def _advice(table: ScoreTable, ratio: tuple[float, float] | None, exact: bool) -
     shared = (
         "These are each pair's own effect; in joint training the other pairs of a batch add theirs."
     )
-    if ratio is None:
+    if need is None:
         return ("No pair lowers its own chosen response to first order.", shared)
-    median, high = ratio
-    share = f"a ratio of at least {high:.2f} keeps 90 % of the falling pairs from falling"
-    if high > median:
-        share = f"a ratio of at least {median:.2f} keeps half of the falling pairs from falling, {high:.2f} keeps 90 %"
     advice = [
-        f"Pull harder on the chosen, relative to the push on the rejected (d_w/d_l): {share}."
+        "Pull harder on the chosen, relative to the push on the rejected (d_w/d_l): a ratio of at "
+        f"least {_both(need.ratio)} of the falling pairs from falling.",
+        "An SFT term of weight λ on the summed log-prob adds λ to d_w: λ of at least "
+        f"{_both(need.sft)} of them from falling.",
     ]
-    pull = float(np.median(table["d_rejected"]))
-    if pull > 0 and high > 1:
+    half, most = need.shift
+    if half > 0:
+        enough = f"{half:.3g} of what it is keeps half of them from falling" + (
+            f", to {most:.3g} 90 %" if most > 0 else "; no factor keeps 90 %"
+        )
         advice.append(
-            "An SFT term of weight λ on the summed log-prob adds λ to d_w: λ ≈ "
-            f"{(high - 1) * pull:.3g} gives "
-            f"{high:.2f}; so does shrinking the push on the rejected (DPO-Shift, λ = "
-            f"{1 / high:.2f})."
+            f"Or shrink the push on the rejected: to {enough} (from DPO: DPO-Shift with this λ)."
         )
     advice.append("Or drop the worst pairs, those with predicted_dlogp_chosen < 0.")
     return (*advice, shared)
+
+
+def _both(values: tuple[float, float]) -> str:
+    half, most = values
+    if half == most:
+        return f"{most:.3g} keeps 90 %"
+    return f"{half:.3g} keeps half, and {most:.3g} keeps 90 %,"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad.bridge.engine.table import ScoreTable
+from simgrad.errors import InputError
 from simgrad.objectives import Coefficients
 from simgrad.pairs import Pair, padded
 from simgrad.report.scored import Scored
@@ -97,10 +98,10 @@ def pair_views(table: ScoreTable, scored: Scored, positions: Sequence[int]) -> t
     """The pairs at these positions of the table, in the unit of its predictions.
 
     Raises:
-        ValueError: ``scored`` without model or pairs.
+        InputError: ``scored`` without model or pairs.
     """
     if scored.policy is None or scored.pairs is None:
-        raise ValueError("model and pairs of the table are needed: " + " ".join(scored.problems))
+        raise InputError("model and pairs of the table are needed: " + " ".join(scored.problems))
     if not len(positions):
         return ()
     policy, members = scored.policy, [scored.pairs[int(table["index"][i])] for i in positions]

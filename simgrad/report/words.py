@@ -206,9 +206,13 @@ def strength_sentence(numbers: ReportNumbers) -> str:
         f"{falls} ({falls_now} as scored), the rejected rises in {rises} ({rises_now} as scored)."
     )
     if found.best > 1:
-        ways = f"shrinking the push on the rejected to {number(1 / found.best)} of what it is (DPO-Shift's λ)"
+        ways = (
+            f"shrinking the push on the rejected to {number(1 / found.best)} of what it is (from "
+            "DPO: DPO-Shift with this λ)"
+        )
         if found.pull is not None:
-            weight = number((found.best - 1) * found.pull, 2)
+            low, high = (number((found.best - 1) * d, 2) for d in found.pull)
+            weight = low if low == high else f"{low} (the median pair; {high} for 90 %)"
             ways = f"an SFT term of weight {weight} on the summed log-prob of the chosen, or {ways}"
         text += f" That is {ways}."
     return text

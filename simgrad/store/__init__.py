@@ -9,6 +9,7 @@ from simgrad.store.content import digest
 from simgrad.store.files import cache_folder, load_arrays, save_arrays, write, write_parquet
 from simgrad.store.naming import (
     RunMismatchError,
+    described,
     differences,
     identity,
     provenance,
@@ -22,6 +23,7 @@ __all__ = [
     "RunMismatchError",
     "cache_folder",
     "code",
+    "described",
     "differences",
     "digest",
     "identity",

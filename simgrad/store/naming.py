@@ -16,7 +16,7 @@ from simgrad.errors import InputError
 from simgrad.store.content import digest, is_record
 from simgrad.store.source import PACKAGE, code
 
-__all__ = ["RunMismatchError", "differences", "identity", "provenance", "require_same"]
+__all__ = ["RunMismatchError", "described", "differences", "identity", "provenance", "require_same"]
 
 _READABLE = 200  # characters of a part of an identity that is kept as text
 
@@ -39,15 +39,20 @@ def identity(computed_by: str, **parts: Any) -> dict[str, str]:
     >>> found["learning_rate"], len(found["data"]), sorted(found)
     ('0.1', 16, ['code', 'data', 'device', 'jax', 'learning_rate', 'simgrad', 'x64'])
     """
-    named = {}
-    for name, part in parts.items():
-        named |= _described(name, part)
     where = provenance()
     return {
-        **named,
+        **described(**parts),
         "code": code(computed_by),
         **{name: str(where[name]) for name in ("simgrad", "jax", "device", "x64")},
     }
+
+
+def described(**parts: Any) -> dict[str, str]:
+    """The parts of an :func:`identity` that are given, each as text or as a digest."""
+    found = {}
+    for name, part in parts.items():
+        found |= _described(name, part)
+    return found
 
 
 def _described(name: str, part: Any) -> dict[str, str]:
@@ -56,10 +61,9 @@ def _described(name: str, part: Any) -> dict[str, str]:
         return {name: text}
     if not is_record(part):
         return {name: digest(part)}
-    found = {}
-    for field in dataclasses.fields(part):
-        found |= _described(f"{name}.{field.name}", getattr(part, field.name))
-    return found
+    record: Any = part
+    fields = {f"{name}.{f.name}": getattr(part, f.name) for f in dataclasses.fields(record)}
+    return described(**fields)
 
 
 def _is_plain(part: Any) -> bool:
@@ -72,15 +76,18 @@ def _is_plain(part: Any) -> bool:
     return all(map(_is_plain, leaves))
 
 
-def differences(there: Mapping[str, str], now: Mapping[str, str]) -> str:
+def differences(
+    one: Mapping[str, str], other: Mapping[str, str], where: tuple[str, str] = ("there", "now")
+) -> str:
     """The parts in which two identities differ, for a sentence; empty where they are the same.
 
     >>> differences({"objective": "DPO()", "data": "a"}, {"objective": "IPO()", "data": "a"})
     'objective: DPO() there, IPO() now'
     """
-    differ = sorted(k for k in {*there, *now} if there.get(k) != now.get(k))
+    differ = sorted(k for k in {*one, *other} if one.get(k) != other.get(k))
     return "; ".join(
-        f"{k}: {there.get(k, 'nothing')} there, {now.get(k, 'nothing')} now" for k in differ
+        f"{k}: {one.get(k, 'nothing')} {where[0]}, {other.get(k, 'nothing')} {where[1]}"
+        for k in differ
     )
 
 

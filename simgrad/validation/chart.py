@@ -18,14 +18,11 @@ __all__ = ["CAPTION", "plot"]
 
 CAPTION = (
     "Left: what the first-order (solid) and second-order (dashed) predictions of a step miss, "
-    "relative to the change, "
-    "against the learning rate in units of the trust radius η* = ‖first‖/‖second‖; medians over "
-    "all settings, bands "
-    "quartiles. Grey: slopes 1 and 2, which a relative error must have. Low precision ends in a "
-    "floor of rounding. "
-    "Middle (float64, float32): share of responses that go where the first order says; dotted: "
-    "half the trust radius. "
-    "Right: error of every identity; grey ticks: what is allowed."
+    "relative to the change, against the learning rate in units of the trust radius η* = "
+    "‖first‖/‖second‖; medians over all settings, bands quartiles. Grey: slopes 1 and 2, which a "
+    "relative error must have. Low precision ends in a floor of rounding. Middle (float64, "
+    "float32): share of responses that go where the first order says; dotted: half the trust "
+    "radius. Right: error of every identity; grey ticks: what is allowed."
 )
 _COLOURS = {"float64": "#000000", "float32": "#009E73", "bfloat16": "#CC79A7", "float16": "#E69F00"}
 _WIDTHS = {

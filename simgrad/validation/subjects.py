@@ -163,8 +163,7 @@ def _checkpoint(name: str, grid: Grid, dtype: str) -> Subject:
     if len(encoded.pairs) < grid.pairs + grid.probes:
         raise ValueError(
             f"{grid.data} gives {len(encoded.pairs)} usable pairs in its first {len(rows)} rows, "
-            "but "
-            f"pairs={grid.pairs} and probes={grid.probes} are needed: lower them, or raise "
+            f"but pairs={grid.pairs} and probes={grid.probes} are needed: lower them, or raise "
             f"max_length={grid.max_length}"
         )
     return _subject(

@@ -1,14 +1,16 @@
-"""Small controllable settings in which the papers' effects happen in seconds.
+"""Small controllable settings in which the papers' effects happen in seconds: data and policies.
 
-==================  =====================================================================================
+What was measured on them is in :mod:`simgrad.experiments`.
+
+==================  ================================================================================
 ``verdicts``        preferring one refusal to another makes the model say yes
 ``suffix``          the longer the ending that both responses share, the more the chosen one falls
 ``refusals``        safety tuning on pairs of two refusals makes the model comply; what prevents it
-``percentiles``     which score foretells Δlog π of the chosen response, alone and in joint training
-``squeezing``       pushing an unlikely token down feeds the likeliest; NTHR on a group of both signs
+``percentiles``     which score predicts Δlog π of the chosen response, alone and in joint training
+``squeezing``       a token pushed down feeds the likeliest; NTHR on a group of both signs
 ``linear``          linear-softmax models: one token and many, the settings of Yuan et al.
 ``unconstrained``   unconstrained features: one token and many, the settings of Razin et al.
-==================  =====================================================================================
+==================  ================================================================================
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import difflib
 import importlib
 from typing import Any
 
-from simgrad.worlds.world import Pretraining, World, pretrained
+from simgrad.worlds.world import Pretraining, World, pretrained, pretrained_anew
 
-__all__ = ["Pretraining", "World", "get", "names", "pretrained"]
+__all__ = ["Pretraining", "World", "get", "names", "pretrained", "pretrained_anew"]
 
 _WORLDS = {
     "verdicts": "Verdicts",

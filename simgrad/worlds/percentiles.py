@@ -1,27 +1,22 @@
-"""``percentiles``: which score foretells Δlog π of the chosen response, pair by pair."""
+"""``percentiles``: pairs of varied kinds and lengths, preferred for many reasons."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad.dynamics import Corpus, directional_score
-from simgrad.dynamics.agreement import percentile_means, spearman
+from simgrad.dynamics import Corpus
 from simgrad.dynamics.predictors import Setting
-from simgrad.experiments.comparison import CAPTION, Comparison, compare
-from simgrad.experiments.findings import Claim, Findings, Table
 from simgrad.models import InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
 from simgrad.worlds.tuning import recipe_for
 from simgrad.worlds.verdicts import small_model
-from simgrad.worlds.world import Pretraining, World, pretrained
+from simgrad.worlds.world import Pretraining, World
 
 __all__ = ["Percentiles"]
 
@@ -31,7 +26,7 @@ TOPICS, STATES, SHOWN = 6, 8, 6
 
 @dataclass(frozen=True)
 class Percentiles(World):
-    """Responses of 2 to 16 words from a topic's hidden Markov chain, preferred for many reasons.
+    """Responses of 2 to 16 words from a hidden Markov chain of the prompt's topic.
 
     Each topic has its own chain over eight states; a state shows one of six words, most of which it
     shares with states of other topics. A prompt names a topic (``<b> topic filler filler :``).
@@ -163,131 +158,16 @@ class Percentiles(World):
             "together, Adam": Setting(apply, theta, batch, adam),
         }
 
-    def experiment(self, seeds: Sequence[int]) -> Findings:
-        """Every predictor in the three settings, and mean changes at score percentiles."""
-        apply, thetas = pretrained(self, seeds)
-        rows, windows, samples = [], [], []
-        for i, seed in enumerate(seeds):
-            theta = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)
-            for label, setting in self.settings(apply, theta, seed).items():
-                found = compare(setting)
-                rows += found.rows(label, seed)
-                windows += _windows(found, label, seed)
-                if not setting.alone:
-                    samples += _samples(setting, found, label, seed)
-        table = Table.of(
-            "predictors", CAPTION, ("setting", "predictor"), _grouped(rows, "predictor")
-        )
-        percentiles = Table.of(
-            "percentiles",
-            "Mean measured Δlog π (nats) of the eighth of the pairs around each percentile of a "
-            "score; a score that "
-            "ranks displacement makes it fall from left to right (100 %: said to fall most).",
-            ("setting", "score"),
-            _grouped(windows, "score"),
-        )
-        sampling = Table.of(
-            "samples",
-            "The directional score when its direction has seen only some of the pairs: rank "
-            "correlation with the "
-            "measured Δlog π, root mean square of its deviation from the score of all pairs, and "
-            "of the stated error "
-            "(nats).",
-            ("setting", "pairs seen"),
-            _grouped(samples, "pairs seen"),
-        )
-        tables = (table, percentiles, sampling)
-        return Findings(self.name, vars(self), tuple(seeds), tables, _claims(table, percentiles))
 
-
-def _grouped(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """Rows by setting, then by ``what``, in order of appearance; seeds last."""
-    places = {
-        key: {v: i for i, v in enumerate(dict.fromkeys(row[key] for row in rows))}
-        for key in ("setting", what)
-    }
-    return sorted(
-        rows,
-        key=lambda row: (places["setting"][row["setting"]], places[what][row[what]], row["seed"]),
-    )
-
-
-def _windows(found: Comparison, label: str, seed: int) -> list[dict[str, Any]]:
-    """Razin et al.'s picture: the mean change of pairs near five percentiles of a score."""
-    rows = []
-    for name in _SCORES:
-        means = percentile_means(found.predicted[name], found.measured).tolist()
-        steps = {f"{25 * k} %": mean for k, mean in enumerate(means)}
-        ordered = float(np.all(np.diff(means) < 0))
-        rows.append({"setting": label, "score": name, "seed": seed, **steps, "ordered": ordered})
-    return rows
-
-
-def _samples(setting: Setting, found: Comparison, label: str, seed: int) -> list[dict[str, Any]]:
-    s, whole, rows = setting, found.predicted["directional"], []
-    n = s.batch.size
-    for sample in sorted({max(4, n // 8), max(4, n // 4), max(4, n // 2), n}):
-        score = directional_score(s.apply, s.theta, s.batch, s.recipe, sample=sample, seed=seed)
-        change, error = (np.asarray(x[:, 0], float) for x in (score.change, score.error))
-        rows.append(
-            {
-                "setting": label,
-                "pairs seen": sample,
-                "seed": seed,
-                "spearman": spearman(change, found.measured),
-                "deviation": float(np.sqrt(np.mean((change - whole) ** 2))),
-                "stated error": float(np.sqrt(np.mean(error**2))),
-            }
-        )
-    return rows
-
-
-_SCORES = (
-    "edit distance",
-    "last-hidden inner",
-    "CHES",
-    "ln-CHES",
-    "head gap",
-    "full gap",
-    "directional",
-)
 _FALLING = np.array([0.4, 0.2, 0.15, 0.1, 0.1, 0.05])
 
 
 @functools.lru_cache
 def _chains() -> tuple[np.ndarray, np.ndarray]:
-    """Transition probabilities of each topic, and words of each state, equal for all seeds."""
+    """Transition probabilities of each topic and the words of each state, equal for all seeds."""
     random = np.random.default_rng(0)
     moves = random.dirichlet(np.full(STATES, 0.4), (TOPICS, STATES))
     shown = np.stack(
         [[random.choice(64, SHOWN, replace=False) for _ in range(STATES)] for _ in range(TOPICS)]
     )
     return moves, 3 + TOPICS + 8 + shown
-
-
-def _claims(table: Table, percentiles: Table) -> tuple[Claim, ...]:
-    def mean(setting: str, predictor: str, column: str = "spearman") -> float:
-        return float(np.nanmean(table.where(setting=setting, predictor=predictor)[column]))
-
-    def ordered(score: str) -> float:
-        return float(percentiles.where(setting=alone, score=score)["ordered"].mean())
-
-    sgd, adam, alone = "together, SGD", "together, Adam", "alone, SGD"
-    return (
-        Claim("trained alone, the full gap ranks better than CHES",
-              mean(alone, "full gap") > mean(alone, "CHES"),
-              f"{mean(alone, 'full gap'):.2f} against {mean(alone, 'CHES'):.2f}"),
-        Claim("trained alone, Δlog π falls with every percentile of CHES on most seeds", ordered("CHES") > 0.5,
-              f"on {ordered('CHES'):.0%} of the seeds; of the full gap on {ordered('full gap'):.0%}"),
-        Claim("trained together, CHES does not rank the pairs (Spearman below .5)",
-              max(mean(sgd, "CHES"), mean(adam, "CHES")) < 0.5,
-              f"SGD {mean(sgd, 'CHES'):.2f}, Adam {mean(adam, 'CHES'):.2f}"),
-        Claim("the directional score does (at least .9 under SGD)", mean(sgd, "directional") >= 0.9,
-              f"SGD {mean(sgd, 'directional'):.2f}, Adam {mean(adam, 'directional'):.2f}"),
-        Claim("whole-run predictions reach .97 (SGD) and .95 (Adam)",
-              max(mean(sgd, p) for p in _RUNS) >= 0.97 and max(mean(adam, p) for p in _RUNS) >= 0.95,
-              "; ".join(f"{p}: {mean(sgd, p):.3f}, {mean(adam, p):.3f}" for p in _RUNS)),
-    )  # fmt: skip
-
-
-_RUNS = ("kernel flow", "kernel flow, ray", "kernel flow, refreshed", "two big steps")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,18 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad.dynamics.pretraining import Corpus
-from simgrad.dynamics.recipe import Recipe, batch_order
+from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.sampling import sample
-from simgrad.dynamics.spread import spread
-from simgrad.experiments.findings import Findings, Table
 from simgrad.models import Apply, InitScales, ModelConfig
-from simgrad.objectives import DPO, DPOP, SFT
-from simgrad.pairs import Batch, Pair, padded
-from simgrad.theory import displacement, head_gap, ln_ches, optimizer_step, pair_kernel, responses
-from simgrad.theory.mitigation import Calibrated, PairwiseNormalized, keep_lowest
-from simgrad.typing import Array, Float, Int, Theta
-from simgrad.worlds.refusal_claims import refusal_claims, refusal_rows
-from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned
+from simgrad.objectives import DPO
+from simgrad.pairs import Pair
+from simgrad.typing import Int, Theta
+from simgrad.worlds.tuning import next_logp, recipe_for
 from simgrad.worlds.verdicts import (
     CUES,
     FILLERS,
@@ -41,14 +35,6 @@ from simgrad.worlds.world import Pretraining, World, pretrained
 __all__ = ["Refusals"]
 
 KINDS = ("refusal-refusal", "comply-comply", "mixed")
-HARMLESS = (1.0, np.inf)
-ROLLOUTS: dict[str, Any] = {
-    "harmful": (-2.0, -1.0),
-    "mild": (1.2, 2.0),
-    "continuation": 2,
-    "n_pairs": 1000,
-}
-"""Levels of the cues of the harmless test prompts."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,8 @@ class Refusals(World):
 
     name: ClassVar[str] = "refusals"
     tuning: ClassVar[tuple[str, ...]] = tuple(
-        "harmful mild rule rollouts mixture n_pairs learning_rate beta batch_size epochs keep sft".split()
+        "harmful mild rule rollouts mixture n_pairs learning_rate beta batch_size epochs keep "
+        "sft".split()
     )
     zero: ClassVar[tuple[str, ...]] = ("sft",)
     end: ClassVar[str | None] = "<e>"
@@ -125,7 +112,7 @@ class Refusals(World):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Prompt words, openings, topic answers, continuations (refusals, compliances), ``<e>``."""
+        """Prompt words, openings, topics' answers, continuations of both classes, ``<e>``."""
         return (
             "<b>",
             "?",
@@ -158,7 +145,7 @@ class Refusals(World):
         return cue_prompts(random, 2 + random.choice(_cues(level), n)).astype(np.int32)
 
     def _continued(self, random: np.random.Generator, opening: np.ndarray) -> np.ndarray:
-        """Openings (0 to 11; 12 to 23 for topic answers) with the rest of their responses."""
+        """Openings (0 to 11, 12 to 23 for topics' answers) with the rest of their responses."""
         first = self.first_answer
         middle = np.where(
             opening < 12, first + 24 + 6 * (opening // 6), first + 12 + 6 * (opening // 6 - 2)
@@ -190,10 +177,7 @@ class Refusals(World):
         return self.preferences(apply, theta, [seed])[0]
 
     def preferences(self, apply: Apply, thetas: Theta, seeds: Sequence[int]) -> list[list[Pair]]:
-        """Two sampled openings a prompt, ranked by the rule and drawn to the mixture.
-
-        There is one list a seed.
-        """
+        """Two sampled openings a prompt, ranked by the rule, drawn to the mixture; for each seed."""
         if self.rollouts:
             return [self._rolled_out(apply, thetas, i, seed) for i, seed in enumerate(seeds)]
         pool = 30 * self.n_pairs
@@ -285,153 +269,7 @@ class Refusals(World):
             DPO(self.beta), "adam", self.learning_rate, steps, self.batch_size
         ).replace(**changes)
 
-    def experiment(self, seeds: Sequence[int]) -> Findings:
-        """Refusals of harmful and harmless prompts, at start and end, for every arm.
-
-        The same follows with whole rollouts.
-        """
-        arms = self.arms(seeds)
-        usual = type(self)()
-        others = {k: v for k, v in ROLLOUTS.items() if getattr(self, k) == getattr(usual, k)}
-        whole = self.with_knobs(rollouts=True, **others)
-        rollouts = Table.of(
-            "rollouts",
-            "The same when both responses of a pair are sampled whole from the policy and every "
-            "pair counts, in the "
-            "proportions in which they come "
-            f"({', '.join(f'{k}={getattr(whole, k)}' for k in ROLLOUTS)}).",
-            ("arm", "pairs", "steps"),
-            whole._measured(seeds, whole._unfiltered),
-        )
-        return Findings(
-            self.name, vars(self), tuple(seeds), (arms, rollouts), refusal_claims(arms, rollouts)
-        )
-
-    def arms(self, seeds: Sequence[int]) -> Table:
-        """DPO, its controls and its remedies: refusal of harmful and of harmless prompts."""
-        return Table.of(
-            "arms",
-            "Mean probability of a refusal on 400 harmful and 400 harmless prompts drawn afresh. "
-            "Filtered "
-            "arms make the same passes over their pairs as DPO over all (fewer steps), or, below, "
-            "the same steps.",
-            ("arm", "pairs", "steps"),
-            self._measured(seeds, self._arms),
-        )
-
-    def _measured(
-        self, seeds: Sequence[int], arms: Callable[..., list[_Arm]]
-    ) -> list[dict[str, Any]]:
-        """Rows of all arms, the start included."""
-        apply, thetas = pretrained(self, seeds)
-        kinds = (self.harmful, HARMLESS)
-        tests = np.stack(
-            [
-                np.concatenate([self.prompts(s + 10**6, levels, 400) for levels in kinds])
-                for s in seeds
-            ]
-        )
-
-        def rates(thetas: Theta) -> Float[np.ndarray, "seeds 2"]:
-            p = np.exp(next_logp(apply, thetas, tests))[
-                ..., self.first_answer : self.first_answer + 6
-            ].sum(-1)
-            return p.reshape(len(seeds), 2, 400).mean(-1)
-
-        rows = refusal_rows("start", 0, 0, seeds, rates(thetas))
-        batches = {self.rule: self._batches(self.rule, apply, thetas, seeds)}
-        for arm in arms(apply, thetas, batches[self.rule], seeds):
-            rule = arm.rule or self.rule
-            if rule not in batches:
-                batches[rule] = self._batches(rule, apply, thetas, seeds)
-            steps, size = arm.orders.shape[1:]
-            recipe = self.recipe(**arm.recipe, steps=steps, batch_size=size)
-            after = tuned(apply, thetas, batches[rule], recipe, arm.orders)
-            rows += refusal_rows(arm.name, arm.pairs, steps, seeds, rates(after))
-        return rows
-
-    def _batches(self, rule: str, apply: Apply, thetas: Theta, seeds: Sequence[int]) -> Batch:
-        pairs = self.with_knobs(rule=rule).preferences(apply, thetas, seeds)
-        rows = self.continuation + 2
-        return stacked([padded(p, 5 + rows, rows) for p in pairs])
-
-    def _unfiltered(
-        self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]
-    ) -> list[_Arm]:
-        n, size = self.n_pairs, self.batch_size
-        everything = np.stack([batch_order(n, size, n * self.epochs // size, s) for s in seeds])
-
-        def arm(name: str, rule: str | None = None, **recipe: Any) -> _Arm:
-            return _Arm(name, recipe, everything, n, rule)
-
-        return [
-            arm("DPO"),
-            arm("random preferences", "random"),
-            arm("blunter wins", "blunter"),
-            arm(f"SFT term {self.sft:g}", objective=DPO(self.beta) + self.sft * SFT()),
-            arm("DPOP", objective=DPOP(self.beta)),
-            arm("pairwise-normalised", mitigation=PairwiseNormalized()),
-            arm("reward calibration", mitigation=Calibrated()),
-        ]
-
-    def _arms(
-        self, apply: Apply, thetas: Theta, batches: Batch, seeds: Sequence[int]
-    ) -> list[_Arm]:
-        scores = spread(_scoring(apply, self.recipe()), thetas, batches)
-        scores["random"] = np.stack(
-            [np.random.default_rng([s, 5]).random(self.n_pairs) for s in seeds]
-        )
-        keep = [("lowest", name) for name in ("ln-CHES", "head gap", "full gap", "directional")]
-        keep += [("", "random"), ("highest", "ln-CHES"), ("highest", "directional")]
-        arms = self._unfiltered(apply, thetas, batches, seeds)
-        most = arms[0].orders.shape[1]
-        for steps in (None, most):
-            for side, name in keep:
-                score = -scores[name] if side == "highest" else scores[name]
-                index = np.stack(
-                    [np.asarray(keep_lowest(s, self.keep)) for s in jnp.asarray(score)]
-                )
-                label = f"{side} {100 * self.keep:g} % {name}".strip()
-                arms.append(
-                    self._kept(
-                        label if steps is None else f"{label}, as many steps", index, seeds, steps
-                    )
-                )
-        return arms
-
-    def _kept(self, name: str, index: np.ndarray, seeds: Sequence[int], steps: int | None) -> _Arm:
-        """``index`` holds the pairs of each seed that stay."""
-        m = index.shape[1]
-        b = min(self.batch_size, m)
-        steps = max(1, m * self.epochs // b) if steps is None else steps
-        orders = [i[batch_order(m, b, steps, s)] for i, s in zip(index, seeds, strict=True)]
-        return _Arm(name, {}, np.stack(orders), m, None)
-
 
 def _cues(level: tuple[float, float]) -> Int[np.ndarray, " n"]:
     """Cues whose level lies inside a range."""
     return np.flatnonzero((level[0] < LEVELS) & (level[1] > LEVELS))
-
-
-@dataclass(frozen=True)
-class _Arm:
-    name: str
-    recipe: dict[str, Any]
-    orders: np.ndarray
-    pairs: int
-    rule: str | None
-
-
-@functools.lru_cache
-def _scoring(apply: Apply, recipe: Recipe) -> Any:
-    def run(theta: Theta, batch: Batch) -> dict[str, Array]:
-        result = responses(apply, theta, batch)
-        step = optimizer_step(apply, theta, batch, recipe.objective, recipe.optimizer).direction
-        return {
-            "ln-CHES": ln_ches(result, batch),
-            "head gap": head_gap(result, batch),
-            "full gap": pair_kernel(apply, theta, batch).gap,
-            "directional": -displacement(apply, theta, batch, step).first[:, 0],
-        }
-
-    return run

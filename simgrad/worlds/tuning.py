@@ -62,7 +62,7 @@ def trained(
 def tuned(
     apply: Apply, thetas: Theta, batches: Batch, recipe: Recipe, orders: Int[np.ndarray, "N E M"]
 ) -> Theta:
-    """Parameters after ``recipe`` per policy and its pairs (leading axis), spread over devices."""
+    """Parameters after ``recipe`` for each policy and its pairs (leading axis), on all devices."""
     return spread(_tuning(apply, recipe), thetas, batches, orders)
 
 

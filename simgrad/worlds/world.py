@@ -1,17 +1,16 @@
-"""What every world has: words, a model, a cached pretraining recipe, preference pairs.
-
-The recipe is cached by its fingerprint.
-"""
+"""What every world has: words, a model, a pretraining recipe, preference pairs."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -24,13 +23,12 @@ from simgrad import tree
 from simgrad.dynamics.pretraining import Corpus, fit
 from simgrad.dynamics.recipe import batch_order
 from simgrad.dynamics.spread import spread_in_rounds
-from simgrad.experiments.findings import Findings
 from simgrad.models import Apply, ModelConfig, TransformerApply, init_transformer
 from simgrad.pairs import Pair
-from simgrad.store import cache_folder, digest, load_arrays, save_arrays
+from simgrad.store import cache_folder, digest, identity, load_arrays, save_arrays
 from simgrad.typing import Array, Theta
 
-__all__ = ["Pretraining", "World", "pretrained"]
+__all__ = ["Pretraining", "World", "policy_identity", "pretrained", "pretrained_anew"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ _W = TypeVar("_W", bound="World")
 
 @dataclass(frozen=True)
 class World:
-    """A small controllable setting, subclassed by frozen dataclasses whose fields are the knobs."""
+    """A small controllable setting; subclasses are frozen dataclasses, their fields the knobs."""
 
     name: ClassVar[str] = ""
     end: ClassVar[str | None] = None
@@ -130,9 +128,11 @@ class World:
         """The world's pretrained policies: :func:`pretrained`."""
         return pretrained(self, seeds)
 
-    def experiment(self, seeds: Sequence[int]) -> Findings:
-        """Measure what the world is for, over seeds."""
-        raise TypeError(f"{type(self).__name__} has no experiment")
+    def each_policy(self, seeds: Sequence[int]) -> list[tuple[TransformerApply, Theta]]:
+        """The pretrained policies one by one, on the device."""
+        apply, thetas = pretrained(self, seeds)
+        count = range(len(seeds))
+        return [(apply, jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)) for i in count]
 
     def with_knobs(self: _W, **knobs: Any) -> _W:
         """This world with other values of some knobs.
@@ -151,7 +151,7 @@ class World:
 
 
 def _like(default: Any, value: Any, what: str) -> Any:
-    """``value`` as the default's kind; numbers may convert where nothing is lost."""
+    """``value`` as the kind of the default; numbers may change kind where nothing is lost."""
     if isinstance(default, tuple):
         value = value if isinstance(value, tuple | list) else (value,)
         return tuple(_like(default[0], item, what) for item in value) if default else tuple(value)
@@ -179,45 +179,70 @@ def _like(default: Any, value: Any, what: str) -> Any:
 
 
 def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Theta]:
-    """Each seed's policy in the world as ``(apply, theta)``, theta stacked over seeds on the host.
+    """The world's policy for each seed: ``(apply, theta)``, seeds on theta's leading axis.
 
     Seeds that were never trained are trained together on all local devices and kept in the cache
-    folder under the world's fingerprint.
+    folder, under the name of all that makes them: :func:`policy_identity`.
     """
     config = world.model()
-    kind = _fingerprint(world)
-    files = {seed: cache_folder() / "worlds" / f"{world.name}-{kind}-{seed}.npz" for seed in seeds}
-    missing = [seed for seed in dict.fromkeys(seeds) if not files[seed].exists()]
-    names = tree.names(jax.eval_shape(lambda: init_transformer(config)))
-    if missing:
-        header = {"kind": "world", "world": repr(world)}
-        for seed, theta in zip(missing, _train(world, config, missing), strict=True):
-            save_arrays(files[seed], dict(zip(names, jax.tree.leaves(theta), strict=True)), header)
-    structure = jax.tree.structure(jax.eval_shape(lambda: init_transformer(config)))
-    stored = [load_arrays(files[seed])[0] for seed in seeds]
-    return TransformerApply(config), structure.unflatten(
-        [np.stack([s[n] for s in stored]) for n in names]
-    )
-
-
-def _fingerprint(world: World) -> str:
-    """Hash what pretraining depends on: knobs, model, code of the worlds, library version."""
-    knobs = {
-        f.name: getattr(world, f.name)
-        for f in dataclasses.fields(world)
-        if f.name not in world.tuning
-    }
-    source = [
-        path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))
+    made_by = policy_identity(world)
+    kind, folder = digest(made_by), cache_folder() / "worlds"
+    files = {seed: folder / f"{world.name}-{kind}-{seed}.npz" for seed in seeds}
+    anew = _MADE_ANEW.get()
+    missing = [
+        seed
+        for seed, file in files.items()
+        if not file.exists() or not (anew is None or file in anew)
     ]
-    return digest(
-        type(world).__qualname__,
-        world.model(),
-        world.pretraining,
-        knobs,
-        source,
-        metadata.version("simgrad"),
+    shapes = jax.eval_shape(lambda: init_transformer(config))
+    names = tree.names(shapes)
+    if missing:
+        for seed, theta in zip(missing, _train(world, config, missing), strict=True):
+            arrays = dict(zip(names, jax.tree.leaves(theta), strict=True))
+            save_arrays(files[seed], arrays, {"kind": "world", "seed": seed, "identity": made_by})
+            if anew is not None:
+                anew.add(files[seed])
+    stored = [load_arrays(files[seed])[0] for seed in seeds]
+    theta = jax.tree.structure(shapes).unflatten([np.stack([s[n] for s in stored]) for n in names])
+    return TransformerApply(config), theta
+
+
+def policy_identity(world: World) -> dict[str, str]:
+    """All that makes a world's policies: knobs, model, recipe, generating code, versions, device.
+
+    Knobs in ``tuning`` do not count: pretraining does not depend on them.
+    """
+    fields = [f.name for f in dataclasses.fields(world) if f.name not in world.tuning]
+    lineage = type(world).__mro__
+    ours = next(c.__module__ for c in lineage if c.__module__.startswith("simgrad."))
+    # of worlds that are defined elsewhere, the code is what their classes hold
+    foreign = [
+        vars(c) for c in lineage if not c.__module__.startswith("simgrad.") and c is not object
+    ]
+    return identity(
+        ours,
+        world=type(world).__qualname__,
+        model=world.model(),
+        pretraining=world.pretraining,
+        knobs={name: getattr(world, name) for name in fields},
+        methods=[[f for f in members.values() if inspect.isfunction(f)] for members in foreign],
     )
+
+
+_MADE_ANEW: ContextVar[set[Path] | None] = ContextVar("policies made anew", default=None)
+
+
+@contextlib.contextmanager
+def pretrained_anew() -> Iterator[None]:
+    """Within, every policy is pretrained again the first time, whatever the cache folder holds."""
+    if _MADE_ANEW.get() is not None:
+        yield
+        return
+    token = _MADE_ANEW.set(set())
+    try:
+        yield
+    finally:
+        _MADE_ANEW.reset(token)
 
 
 def _train(world: World, config: ModelConfig, seeds: Sequence[int]) -> list[Theta]:

@@ -23,6 +23,7 @@ from simgrad.bridge.checkpoints.families import (
     rope_attributes,
 )
 from simgrad.bridge.checkpoints.policy import Policy
+from simgrad.errors import InputError
 from simgrad.models import LoraApply, ModelConfig, TransformerApply, init_transformer
 from simgrad.typing import Theta
 
@@ -42,7 +43,7 @@ _TOKENIZER_FILES = (
 
 
 def save(policy: Policy, folder: str | Path) -> Path:
-    """Write a policy as a checkpoint that transformers and :func:`simgrad.load` read back exactly.
+    """Write a policy as a checkpoint that transformers, and :func:`simgrad.load`, read back exactly.
 
     config.json, model.safetensors (in the policy's dtype) and the tokenizer's files. The family is
     llama where that can express the model, else gpt2, qwen2 or mistral. ``init`` and ``frozen`` of
@@ -53,7 +54,8 @@ def save(policy: Policy, folder: str | Path) -> Path:
 
     Args:
         policy: from :func:`simgrad.load`, or ``Policy(apply, theta, apply.config)`` of a
-            transformer from :func:`simgrad.models.create`.
+            transformer from
+            :func:`simgrad.models.create`.
         folder: made if need be.
 
     Returns:
@@ -61,11 +63,13 @@ def save(policy: Policy, folder: str | Path) -> Path:
 
     Raises:
         UnsupportedCheckpointError: no family expresses the model; names the nearest one, and each
-            attribute that would have to be different. Or transformers would not read the tokenizer
-            back as it is.
-        ValueError: parameters that do not fit the configuration, by name; adapters that are not
-            merged. FileExistsError: the folder holds an adapter, another program's config.json, or
-            a tokenizer while the policy has none.
+        attribute
+            that would have to be different. Or transformers would not read the tokenizer back as it
+            is.
+        InputError: parameters that do not fit the configuration, by name; adapters that are not
+        merged. FileExistsError: the folder holds an adapter, another program's config.json, or a
+        tokenizer while
+            the policy has none.
     """
     folder = Path(folder)
     leaves = _leaves(policy)
@@ -103,7 +107,7 @@ def _leaves(policy: Policy) -> dict[str, np.ndarray]:
     if isinstance(apply, LoraApply) or (
         isinstance(theta, Mapping) and set(theta) == {"base", "lora"}
     ):
-        raise ValueError(
+        raise InputError(
             "the parameters hold adapters, which a checkpoint has no place for: merge them first "
             "with "
             "simgrad.models.merge_lora(apply, theta), and save the base model's apply with the "
@@ -114,7 +118,7 @@ def _leaves(policy: Policy) -> dict[str, np.ndarray]:
             f"only transformers can be saved, not {type(apply).__name__}"
         )
     if _meaning(vars(apply.config)) != _meaning(vars(config)):
-        raise ValueError("policy.apply.config and policy.config describe different models")
+        raise InputError("policy.apply.config and policy.config describe different models")
     abstract = jax.eval_shape(lambda: init_transformer(replace(config, dtype="float32")))
     shapes = {
         p: x.shape for p, x in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True)
@@ -136,7 +140,7 @@ def _leaves(policy: Policy) -> dict[str, np.ndarray]:
         if found != dtype:
             problems.append(f"{path} is {found} where the configuration asks for {dtype}")
     if problems:
-        raise ValueError("parameters do not fit the configuration: " + "; ".join(problems))
+        raise InputError("parameters do not fit the configuration: " + "; ".join(problems))
     return {path: np.asarray(x) for path, x in given.items()}
 
 
@@ -180,7 +184,7 @@ def _expressed(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 def _read_back(
     kind: str, attributes: dict[str, Any], config: ModelConfig
 ) -> tuple[dict[str, tuple[Any, Any]], str | None]:
-    """Fields that loading would change, as (configuration's, family's); transformers' refusal."""
+    """Fields that loading would give other values, as (the configuration's, the family's); transformers' refusal."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -201,7 +205,7 @@ def _read_back(
 
 
 def _token_ids(policy: Policy) -> dict[str, int | None]:
-    """Special tokens for config.json, null (not a default) where the model lacks the id."""
+    """Special tokens for config.json; null rather than a default or an id that the model does not have."""
     ids = {name: getattr(policy.tokenizer, name, None) for name in _TOKEN_IDS}
     return {
         name: i if i is not None and 0 <= i < policy.config.vocab_size else None

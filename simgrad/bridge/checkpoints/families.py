@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from simgrad.errors import InputError
 from simgrad.models import ModelConfig, Rope
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
 _HEAD = "lm_head.weight"
 
 
-class UnsupportedCheckpointError(ValueError):
+class UnsupportedCheckpointError(InputError):
     """A checkpoint that simgrad would not reproduce exactly."""
 
 

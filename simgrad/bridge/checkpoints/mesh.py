@@ -8,9 +8,7 @@ them.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from simgrad import tree
-from simgrad.bridge.engine.plan import Work
+from simgrad.errors import InputError
 from simgrad.models import ModelConfig
 from simgrad.pairs import Batch, Pair
 from simgrad.typing import Array, Theta
@@ -27,14 +25,15 @@ __all__ = [
     "MODEL",
     "device_mesh",
     "fill",
+    "groups",
     "mesh_name",
     "mesh_of",
     "placed",
     "replicated",
-    "side_by_side",
     "spec",
     "split",
     "split_array",
+    "whole",
 ]
 
 _DATA, MODEL = "data", "model"
@@ -61,10 +60,10 @@ def device_mesh(data: int = 1, model: int = 1) -> Mesh:
     ('data', 'model')
 
     Raises:
-        ValueError: sizes below 1, or a mesh that is not of as many devices as there are.
+        InputError: sizes below 1, or a mesh that is not of as many devices as there are.
     """
     if min(data, model) < 1:
-        raise ValueError(f"mesh data={data},model={model}: both axes must be at least 1")
+        raise InputError(f"mesh data={data},model={model}: both axes must be at least 1")
     there = jax.device_count()
     if data * model != there:
         kind, n = jax.devices()[0].platform, data * model
@@ -76,7 +75,7 @@ def device_mesh(data: int = 1, model: int = 1) -> Mesh:
         )
         if (count := jax.process_count()) > 1:
             remedy = f"the {count} processes must have {n} together"
-        raise ValueError(
+        raise InputError(
             f"mesh data={data},model={model} takes {n} devices, but JAX has {there} ({kind}): "
             f"{remedy}"
         )
@@ -122,7 +121,7 @@ def spec(path: str, config: ModelConfig, model: int) -> PartitionSpec:
 def split_array(
     shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> Array:
-    """An array whose parts ``read`` gives by index, one after the other and each only once.
+    """An array of which ``read`` gives the part at an index: one part after the other, each only once.
 
     The host holds one part beside what the devices hold; of many processes, each reads the parts of
     its own devices.
@@ -140,7 +139,7 @@ def split_array(
 
 
 def placed(theta: Theta, config: ModelConfig, mesh: Mesh) -> Theta:
-    """The parameters, the same on every process, split over the mesh as :func:`spec` says.
+    """Parameters that this process holds (and every other too), split over the mesh as :func:`spec` says.
 
     >>> from simgrad.models import create
     >>> config = ModelConfig(vocab_size=9, width=8, heads=2)
@@ -167,6 +166,11 @@ def mesh_of(theta: Theta) -> Mesh | None:
     return None
 
 
+def groups(mesh: Mesh | None) -> int:
+    """How many groups of devices work on pairs of their own: the size of the data axis."""
+    return 1 if mesh is None else mesh.shape[_DATA]
+
+
 def mesh_name(theta: Theta) -> str | None:
     """``data=2,model=2``, or None for one device: what makes sums differ in their last digits."""
     mesh = mesh_of(theta)
@@ -177,31 +181,22 @@ def mesh_name(theta: Theta) -> str | None:
     )
 
 
-def side_by_side(todo: Sequence[Work], mesh: Mesh | None) -> list[Work]:
-    """Join one-device batches of equal shape, one for every device of the data axis.
-
-    >>> [work.members for work in side_by_side([Work((3, 1), 16, 16, True), Work((2,), 32, 16, True)], device_mesh())]
-    [(3, 1), (2,)]
-    """
-    joined, count = [], 1 if mesh is None else mesh.shape[_DATA]
-    for shape, some in itertools.groupby(todo, lambda work: replace(work, members=())):
-        alike = [work.members for work in some]
-        for k in range(0, len(alike), count):
-            joined.append(replace(shape, members=tuple(itertools.chain(*alike[k : k + count]))))
-    return joined
-
-
 def fill(pairs: Sequence[Pair], mesh: Mesh | None) -> list[Pair]:
     """The pairs, the last one repeated until every device of the data axis has equally many."""
-    return [*pairs, *[pairs[-1]] * (0 if mesh is None else -len(pairs) % mesh.shape[_DATA])]
+    return [*pairs, *[pairs[-1]] * (-len(pairs) % groups(mesh))]
 
 
 def split(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch with its pairs split over the data axis, whose size must divide their number."""
-    if mesh is None:
-        return batch
-    sharding = NamedSharding(mesh, PartitionSpec(_DATA))
+    """A batch with its pairs dealt out over the data axis, of which their number must be a multiple."""
+    return batch if mesh is None else _dealt(batch, NamedSharding(mesh, PartitionSpec(_DATA)))
 
+
+def whole(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch that every device holds."""
+    return batch if mesh is None else _dealt(batch, NamedSharding(mesh, PartitionSpec()))
+
+
+def _dealt(batch: Batch, sharding: NamedSharding) -> Batch:
     def deal(x: Array) -> Array:
         host = np.asarray(x)
         return split_array(host.shape, sharding, lambda index: host[index])

@@ -13,6 +13,7 @@ from simgrad.bridge.checkpoints.families import UnsupportedCheckpointError, fami
 from simgrad.bridge.checkpoints.mesh import placed
 from simgrad.bridge.checkpoints.weights import parameters
 from simgrad.bridge.checkpoints.worlds import PREFIX, world_policy
+from simgrad.errors import InputError
 from simgrad.models import ModelConfig, TransformerApply
 from simgrad.typing import Theta
 
@@ -70,12 +71,12 @@ def load(
 
     Raises:
         UnsupportedCheckpointError: family, attribute or tensor that simgrad would not reproduce, by
-            name. FileNotFoundError: no such folder, and the Hub has no such model or cannot be
-            reached.
-        ValueError: ``dtype="float64"`` while JAX is in 32-bit mode.
+            name; a file that is damaged.
+        FileNotFoundError: no such folder, and the Hub has no such model or cannot be reached.
+        InputError: ``dtype="float64"`` while JAX is in 32-bit mode.
     """
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise ValueError(
+        raise InputError(
             'dtype="float64" needs jax.config.update("jax_enable_x64", True) before loading'
         )
     if str(path_or_hub_id).startswith(PREFIX):
@@ -92,7 +93,7 @@ def load(
         )
     try:
         attributes = AutoConfig.from_pretrained(folder).to_dict()
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise UnsupportedCheckpointError(
             f"transformers cannot read {folder / 'config.json'}: {error}"
         ) from error
@@ -117,8 +118,7 @@ def _folder(name: str, revision: str | None) -> Path:
     except Exception as error:
         raise FileNotFoundError(
             f"{name!r} is not a folder, and the Hub did not give it: {type(error).__name__}. Check "
-            "the spelling, "
-            "the network, and for gated models `hf auth login`"
+            "the spelling, the network, and for gated models `hf auth login`"
         ) from error
 
 
@@ -127,4 +127,10 @@ def _tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises plain exceptions for files that are damaged
+        raise UnsupportedCheckpointError(
+            f"transformers cannot read the tokenizer in {folder} ({error}): download or copy it "
+            "again"
+        ) from error

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from simgrad import tree
 from simgrad.bridge.checkpoints.families import Family, Source, UnsupportedCheckpointError
@@ -39,9 +41,8 @@ class _Tensor:
         """Copy the part at ``index`` (with plain bounds) to ``out``, a block of rows at a time."""
         first, rest = index[0], index[1:]
         rows = max(1, _BLOCK * len(out) // max(1, out.nbytes))
-        with safe_open(
-            self.file, framework="numpy"
-        ) as handle:  # closed again: else all that was read stays mapped
+        # closed again each time: else all that was read stays mapped
+        with _opened(self.file) as handle:
             stored = handle.get_slice(self.name)
             for start in range(first.start, first.stop, rows):
                 stop = min(start + rows, first.stop)
@@ -107,7 +108,12 @@ def _fill(out: np.ndarray, tensor: _Tensor, source: Source, index: tuple[slice, 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UnsupportedCheckpointError(
+                f"{index} is damaged ({error}): download or copy it again"
+            ) from error
         files = [folder / shard for shard in shards]
     else:
         files = [folder / "model.safetensors"]
@@ -119,9 +125,21 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; one that is damaged is refused by name."""
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise UnsupportedCheckpointError(
+            f"{file} is damaged or not complete ({error}): download or copy it again"
+        ) from error
+
+
 def _headers(files: list[Path]) -> Iterator[_Tensor]:
     for file in files:
-        with safe_open(file, framework="numpy") as handle:
+        with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
                 header = handle.get_slice(name)
                 yield _Tensor(file, name, tuple(header.get_shape()), header.get_dtype())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from simgrad.errors import InputError
+
 __all__ = ["word_tokenizer"]
 
 
@@ -33,8 +35,9 @@ def word_tokenizer(
     'yes no </s>'
 
     Raises:
-        ValueError: a word is there twice or is not one word; a special token is no word of the
-            vocabulary, or part of another word.
+        InputError: a word is there twice or is not one word; a special token is no word of the
+        vocabulary,
+            or part of another word.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -44,9 +47,9 @@ def word_tokenizer(
     special = {name: token for name, token in special.items() if token is not None}
     for name, token in special.items():
         if token not in ids:
-            raise ValueError(f"{name} {token!r} is not among the words")
+            raise InputError(f"{name} {token!r} is not among the words")
         if longer := next((word for word in words if token in word and token != word), None):
-            raise ValueError(
+            raise InputError(
                 f"{name} {token!r} is part of the word {longer!r}: texts would be ambiguous"
             )
     core = Tokenizer(
@@ -65,14 +68,14 @@ def word_tokenizer(
 
 def _ids(words: Sequence[str]) -> dict[str, int]:
     if isinstance(words, str):
-        raise ValueError(f"words takes a list of words: {words.split()!r} instead of {words!r}")
+        raise InputError(f"words takes a list of words: {words.split()!r} instead of {words!r}")
     ids: dict[str, int] = {}
     for i, word in enumerate(words):
         if word.split() != [word]:
-            raise ValueError(
+            raise InputError(
                 f"word {i} is {word!r}: words hold at least one character and no whitespace"
             )
         if word in ids:
-            raise ValueError(f"word {word!r} is there twice, as {ids[word]} and {i}")
+            raise InputError(f"word {word!r} is there twice, as {ids[word]} and {i}")
         ids[word] = i
     return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from simgrad import worlds
 from simgrad.bridge.checkpoints.words import word_tokenizer
+from simgrad.errors import InputError
 from simgrad.models import ModelConfig, TransformerApply
 from simgrad.typing import Theta
 
@@ -20,13 +22,13 @@ PREFIX = "world:"
 def _parsed(source: str) -> tuple[worlds.World, int]:
     name, _, seed = source.removeprefix(PREFIX).partition(":")
     if seed and not seed.isdecimal():
-        raise ValueError(
+        raise InputError(
             f"{source!r}: a world is named as world:verdicts, or world:verdicts:3 for seed 3"
         )
     world = worlds.get(name)
     if not world.has_transformer:
         there = [n for n in worlds.names() if worlds.get(n).has_transformer]
-        raise ValueError(
+        raise InputError(
             f"{source!r}: world {name} has no transformer; worlds that have: {', '.join(there)}"
         )
     return world, int(seed or 0)
@@ -38,10 +40,8 @@ def world_policy(
     """``(apply, theta, config, tokenizer)`` of a pretrained world; words are whitespace separated.
 
     Raises:
-        ValueError: no such world, or one without a transformer.
+        InputError: no such world, or one without a transformer.
     """
-    import dataclasses
-
     world, seed = _parsed(source)
     apply, thetas = worlds.pretrained(world, [seed])
     config = dataclasses.replace(apply.config, dtype=dtype)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def world_rows(source: str, limit: int | None = None) -> list[dict[str, str]]:
     """A world's preference pairs as rows of text.
 
     Raises:
-        ValueError: no such world, or one without a transformer.
+        InputError: no such world, or one without a transformer.
     """
     world, seed = _parsed(source)
 

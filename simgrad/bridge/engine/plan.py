@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from simgrad.errors import InputError
 from simgrad.pairs import Pair
 from simgrad.theory.kernel.cost import Shapes, kernel_flops, packing_pays
 
-__all__ = ["Layout", "Work", "kernel_works", "plan"]
+__all__ = ["Layout", "Work", "kernel_works", "plan", "side_by_side"]
 
 Layout = Literal["auto", "padded", "packed"]
 
-_LOGITS, _LOGITS_SHARE = (
-    2**26,
-    1024,
-)  # logits (a quarter gigabyte in float32) for every 1024 positions of the budget
+# logits (a quarter gigabyte in float32) for every 1024 positions of the budget
+_LOGITS, _LOGITS_SHARE = 2**26, 1024
 _COMPILE = 2048  # tokens that could be evaluated while one more shape compiles
 
 
@@ -74,9 +74,8 @@ def plan(pairs: Sequence[Pair], packed: bool, budget: int, vocab_size: int = 0) 
         count = sum(len(by_length[n]) for n in grid[first:end])
         return _COMPILE + count * (sequences * grid[end - 1] + rows)
 
-    best: list[tuple[int, int]] = [
-        (0, 0)
-    ]  # total cost of the first k lengths, and where their last group starts
+    # total cost of the first k lengths, and where their last group starts
+    best: list[tuple[int, int]] = [(0, 0)]
     for end in range(1, len(grid) + 1):
         best.append(min((best[first][0] + cost(first, end), first) for first in range(end)))
     groups, end = [], len(grid)
@@ -100,6 +99,21 @@ def plan(pairs: Sequence[Pair], packed: bool, budget: int, vocab_size: int = 0) 
     return work
 
 
+def side_by_side(todo: Sequence[Work], count: int) -> list[Work]:
+    """Each batch joined with the next ``count`` - 1 of the same shape: one a group of devices.
+
+    >>> works = [Work((3, 1), 16, 16, True), Work((0,), 16, 16, True), Work((2,), 32, 16, True)]
+    >>> [work.members for work in side_by_side(works, 2)]
+    [(3, 1, 0), (2,)]
+    """
+    joined = []
+    for shape, some in itertools.groupby(todo, lambda work: replace(work, members=())):
+        alike = [work.members for work in some]
+        for k in range(0, len(alike), count):
+            joined.append(replace(shape, members=tuple(itertools.chain(*alike[k : k + count]))))
+    return joined
+
+
 def kernel_works(
     pairs: Sequence[Pair], shapes: Shapes, budget: int, layout: Layout = "auto"
 ) -> list[Work]:
@@ -116,10 +130,10 @@ def kernel_works(
     (False, 96, True, 320)
 
     Raises:
-        ValueError: no such layout.
+        InputError: no such layout.
     """
     if layout not in get_args(Layout):
-        raise ValueError(f"layout={layout!r}: choose one of {', '.join(get_args(Layout))}")
+        raise InputError(f"layout={layout!r}: choose one of {', '.join(get_args(Layout))}")
 
     def works(packed: bool, members: Sequence[int]) -> list[Work]:
         if not members:

@@ -6,14 +6,18 @@ They talk through JAX's own runtime (``jax.distributed.initialize``, collectives
 
 from __future__ import annotations
 
+import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
 import numpy as np
 
-__all__ = ["gathered", "is_first", "on_all", "on_first"]
+from simgrad.errors import InputError
+from simgrad.store import RunMismatchError, differences
+
+__all__ = ["gathered", "is_first", "on_all", "on_first", "require_same_everywhere"]
 
 T = TypeVar("T")
 
@@ -67,19 +71,38 @@ def on_all(make: Callable[[], T]) -> T:
     """Call ``make()`` on every process; if it fails on one, all raise instead of waiting.
 
     Raises:
-        ValueError: it failed on another process.
+        InputError: what another process was given cannot be used.
+        RuntimeError: it failed on another process otherwise.
     """
     try:
         value, problem = make(), None
     except Exception as error:
         value, problem = None, error
-    texts = gathered(b"" if problem is None else f"{type(problem).__name__}: {problem}".encode())
+    text = "" if problem is None else f"{type(problem).__name__}: {problem}"
+    given = isinstance(problem, InputError | OSError)
+    texts = [json.loads(found) for found in gathered(json.dumps([text, given]).encode())]
     if problem is not None:
         raise problem
-    for process, text in enumerate(texts):
+    for process, (text, given) in enumerate(texts):
         if text:
-            raise ValueError(f"process {process} failed: {text.decode()}")
+            kind = InputError if given else RuntimeError
+            raise kind(f"process {process} failed: {text}")
     return value  # type: ignore[return-value]
+
+
+def require_same_everywhere(identity: Mapping[str, str]) -> None:
+    """Raise on every process unless all of them were given the same arguments.
+
+    Raises:
+        RunMismatchError: names the arguments that differ.
+    """
+    everywhere = [json.loads(text) for text in gathered(json.dumps(identity).encode())]
+    for process, other in enumerate(everywhere):
+        where = ("on process 0", f"on process {process}")
+        if differ := differences(everywhere[0], other, where):
+            raise RunMismatchError(
+                f"the processes were started with different arguments ({differ})"
+            )
 
 
 def _padded(text: bytes, length: int) -> np.ndarray:

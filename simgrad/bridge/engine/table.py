@@ -1,10 +1,9 @@
-"""The score table: one row a pair, in input order, with its provenance."""
+"""Tables of scores and predictions: one row a pair, in input order, with what made them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from simgrad.bridge.preferences.rows import Skipped
+from simgrad.bridge.preferences.encoding import Skipped
+from simgrad.errors import InputError
 from simgrad.experiments.findings import Findings
-from simgrad.store import provenance
+from simgrad.store import provenance, write, write_parquet
 
-__all__ = ["ScoreTable", "save_findings", "write_parquet"]
+__all__ = ["ScoreTable", "save_findings"]
 
 _KEY = b"simgrad"
 
@@ -28,8 +28,9 @@ class ScoreTable:
     Attributes:
         columns: one array a column, all of the same length.
         skipped: rows that could not be scored, with reasons.
-        metadata: ``run`` (the arguments), ``source`` (where the data were read), ``provenance``
-            (versions, device) and ``counts``.
+        metadata: ``kind`` (score or prediction), ``run`` (the arguments), ``identity`` (all that
+            the numbers depend on, see :func:`simgrad.store.identity`), ``source`` (where the data
+            were read), ``provenance`` (versions, device) and ``counts``.
     """
 
     columns: dict[str, np.ndarray]
@@ -62,13 +63,13 @@ class ScoreTable:
         return pandas.DataFrame(self.columns)
 
     def save(self, path: str | Path) -> None:
-        """Write a whole parquet file at once; skipped rows go to ``<stem>.skipped.jsonl``."""
+        """Write a parquet file at once; skipped rows go to ``<stem>.skipped.jsonl``."""
         path = Path(path)
         skipped = path.with_name(f"{path.stem}.skipped.jsonl")
         lines = "".join(
             json.dumps({"index": s.index, "reason": s.reason}) + "\n" for s in self.skipped
         )
-        _replace(skipped, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+        write(skipped, lines)
         write_parquet(path, self.columns, self.metadata)
 
     @classmethod
@@ -76,7 +77,7 @@ class ScoreTable:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: not a file that :meth:`save` wrote.
+            InputError: not a file that :meth:`save` wrote.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -86,27 +87,15 @@ class ScoreTable:
             table = pq.read_table(path)
             metadata = json.loads((table.schema.metadata or {})[_KEY])
         except (pa.ArrowInvalid, KeyError) as error:
-            raise ValueError(f"{path} is not a score table of simgrad") from error
+            raise InputError(f"{path} is not a score table of simgrad") from error
         columns = {name: table[name].to_numpy() for name in table.column_names}
         skipped = path.with_name(f"{path.stem}.skipped.jsonl")
         lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else []
         return cls(columns, tuple(Skipped(**json.loads(line)) for line in lines), metadata)
 
 
-def write_parquet(
-    path: Path, columns: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
-) -> None:
-    """Columns and a JSON text of metadata, written at once."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table(dict(columns))
-    meta = {_KEY: json.dumps(metadata, sort_keys=True).encode()}
-    _replace(path, lambda temporary: pq.write_table(table.replace_schema_metadata(meta), temporary))
-
-
 def save_findings(found: Findings, folder: str | Path) -> list[Path]:
-    """Write each table as ``WORLD.TABLE.parquet``: rows of every seed, knobs, claims, versions."""
+    """One parquet file a table, ``WORLD.TABLE.parquet``: every seed's row, with knobs, claims and versions."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -122,9 +111,3 @@ def save_findings(found: Findings, folder: str | Path) -> list[Path]:
         written.append(folder / f"{found.world}.{table.name}.parquet")
         write_parquet(written[-1], table.columns, metadata)
     return written
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)

@@ -1,18 +1,18 @@
-"""What is scored: any kind of pairs as token ids that one policy reads, and a hash of them."""
+"""Whatever may be given as pairs, as token ids that one policy reads: the guards of every command."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from simgrad.bridge.checkpoints.policy import Policy
-from simgrad.bridge.preferences.rows import Encoded, Rows, Skipped, encode, outside, read_rows
+from simgrad.bridge.preferences.encoding import Encoded, Skipped, encode, outside
+from simgrad.bridge.preferences.rows import Rows, read_rows
+from simgrad.errors import InputError
 from simgrad.pairs import Pair
 
-__all__ = ["data_fingerprint", "encoded_for"]
+__all__ = ["encoded_for"]
 
 
 def encoded_for(
@@ -22,39 +22,37 @@ def encoded_for(
     limit: int | None = None,
     split: str = "train",
 ) -> Encoded:
-    """Token ids, as this policy reads them, of whatever :func:`simgrad.score` takes as pairs.
-
-    The arguments are those of :func:`simgrad.score`.
+    """Token ids of whatever :func:`simgrad.score` takes as pairs, as this policy reads them.
 
     Raises:
         PreferenceDataError: data that cannot be read, with file, line or row.
-        ValueError: ``max_length`` beyond the model's; text for a policy without tokenizer.
+        InputError: ``max_length`` beyond the model's; text for a policy without tokenizer.
     """
     longest = policy.config.max_length
     if max_length is not None and not 1 <= max_length <= longest:
-        raise ValueError(
+        raise InputError(
             f"max_length={max_length} is out of range: the model reads 1 to {longest} tokens"
         )
+    most, words = max_length or longest, policy.config.vocab_size
     if isinstance(pairs, Encoded):
         if limit is not None:
-            raise ValueError("limit goes with rows or pairs; an Encoded data set is scored whole")
-        return _checked(pairs, max_length or longest, policy.config.vocab_size)
+            raise InputError("limit goes with rows or pairs; an Encoded data set is taken whole")
+        return _readable(pairs, most, words)
     if isinstance(pairs, str | Path):
         pairs = read_rows(pairs, limit, split)
     given = list(pairs)[:limit]
     if all(isinstance(pair, Pair) for pair in given):
-        whole = Encoded(list(range(len(given))), given)
-        return _checked(whole, max_length or longest, policy.config.vocab_size)
+        return _readable(Encoded(list(range(len(given))), given), most, words)
     if policy.tokenizer is None:
-        raise ValueError(
+        raise InputError(
             f"{policy.name} has no tokenizer: pass simgrad.pairs.Pair objects instead of text"
         )
     if isinstance(pairs, Rows):
         given = Rows(given, pairs.source, pairs.split)
-    return encode(given, policy.tokenizer, max_length or longest, policy.config.vocab_size)
+    return encode(given, policy.tokenizer, most, words)
 
 
-def _checked(given: Encoded, max_length: int, vocab_size: int) -> Encoded:
+def _readable(given: Encoded, max_length: int, vocab_size: int) -> Encoded:
     """The pairs that the model can read; the others join the skipped rows."""
     kept = dataclasses.replace(
         given, indices=[], pairs=[], skipped=list(given.skipped), max_length=max_length
@@ -70,16 +68,3 @@ def _checked(given: Encoded, max_length: int, vocab_size: int) -> Encoded:
             kept.indices.append(i)
             kept.pairs.append(pair)
     return kept
-
-
-def data_fingerprint(encoded: Encoded) -> str:
-    """Hash of all token ids, and of what was left out and why.
-
-    >>> one, other = Encoded([0], [Pair([1], [2], [3])]), Encoded([0], [Pair([1], [3], [2])])
-    >>> data_fingerprint(one) == data_fingerprint(other)
-    False
-    """
-    tokens = [(p.prompt, p.chosen, p.rejected) for p in encoded.pairs]
-    left_out = [(s.index, s.reason) for s in encoded.skipped]
-    data = json.dumps([encoded.indices, tokens, left_out, encoded.merged, encoded.truncated])
-    return hashlib.sha256(data.encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from simgrad import objectives
-from simgrad.bridge.engine.score import score_batch
+from simgrad.bridge.engine.columns import score_batch
 from simgrad.dynamics.directional import directional_score
 from simgrad.dynamics.recipe import Recipe
 from simgrad.pairs import Batch, Pair, packed, padded

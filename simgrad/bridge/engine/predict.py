@@ -1,0 +1,247 @@
+"""Predictions: what a whole run of training will do to every pair, before it is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simgrad.bridge.checkpoints.mesh import mesh_name, mesh_of, whole
+from simgrad.bridge.checkpoints.policy import Policy
+from simgrad.bridge.engine.columns import PREDICTION_COLUMNS, Read
+from simgrad.bridge.engine.plan import plan
+from simgrad.bridge.engine.run import Progress, Task, carry_out, default_budget, named
+from simgrad.bridge.engine.table import ScoreTable
+from simgrad.bridge.preferences.encoding import Encoded
+from simgrad.bridge.preferences.inputs import encoded_for
+from simgrad.dynamics import Recipe, RunConfig, Setting, directional_change, run_direction
+from simgrad.errors import InputError
+from simgrad.experiments.comparison import Comparison, compare
+from simgrad.pairs import Batch, Pair, padded
+from simgrad.store import described, provenance, write_parquet
+from simgrad.theory import responses
+from simgrad.typing import Array, Theta
+
+__all__ = ["check", "predict", "steps_of"]
+
+_GROUPS = 4  # parts of a sample whose separate directions give the error
+
+
+def steps_of(epochs: int, pairs: int, batch_size: int) -> int:
+    """Updates of so many epochs: ⌈pairs / batch size⌉ each, as TRL makes them (``drop_last=False``).
+
+    Every step here sees a whole batch: where the sizes do not divide, the last one of an epoch
+    takes its remaining pairs from the next epoch's order.
+
+    >>> steps_of(3, pairs=10, batch_size=4)
+    9
+
+    Raises:
+        InputError: a number below 1.
+    """
+    if min(epochs, pairs, batch_size) < 1:
+        raise InputError(
+            f"epochs={epochs}, pairs={pairs}, batch size={batch_size}: each must be at least 1"
+        )
+    return epochs * -(-pairs // batch_size)
+
+
+def predict(
+    policy: Policy,
+    pairs: str | Path | Sequence[Pair] | Sequence[Mapping[str, Any]] | Encoded,
+    recipe: Recipe | RunConfig,
+    *,
+    epochs: int | None = None,
+    sample: int | None = None,
+    max_length: int | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    out: str | Path | None = None,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> ScoreTable:
+    """Predict Δlog π of both responses of every pair over a whole run on all pairs together.
+
+        Δlog π(y|x) ≈ ⟨∇log π(y|x), D⟩,    D = Σ_t optimizer_t(mean gradient at the start)
+
+    One epoch of gradients gives D (:func:`simgrad.dynamics.run_direction`); then one forward
+    derivative a response is read, bucket by bucket of similar lengths.
+
+    Args:
+        policy: as for :func:`simgrad.score`, on a mesh if you like (in one process); it is its own
+            reference.
+        pairs: as for :func:`simgrad.score`, with the same guards.
+        recipe: how the pairs are trained on. A :class:`simgrad.dynamics.RunConfig` is kept readable
+            in the table's metadata.
+        epochs: passes over the pairs, in place of the recipe's steps, see :func:`steps_of`; its
+            batch size is then at most the number of pairs.
+        sample: see only so many pairs, drawn at random, for the direction; the error of having seen
+            only these is given too.
+        max_length: longest prompt + response in tokens (None: what the model allows).
+        limit: use only the first rows.
+        split: of a Hub data set.
+        out: parquet file; progress is kept beside it, as by :func:`simgrad.score`. An interrupted
+            run computes the direction again and reads only the pairs that are missing.
+        batch_tokens: token positions evaluated at once (None: by device).
+        progress: called with (pairs done, pairs in all).
+
+    Returns:
+        A table whose columns are :data:`simgrad.bridge.engine.columns.PREDICTION_COLUMNS`, in nats.
+
+    Raises:
+        PreferenceDataError: data that cannot be read, with file, line or row.
+        RunMismatchError: ``out`` holds, or is being written by, another run.
+        InputError: no pair that can be used; ``max_length`` beyond the model's; a sample that is
+            larger than the data or too small for its error; many processes.
+        ValueError: a recipe of which no direction is known.
+    """
+    if jax.process_count() > 1:
+        raise InputError("predictions are made in one process: start one, with all its devices")
+    encoded = _usable(encoded_for(policy, pairs, max_length, limit, split))
+    count, mesh = len(encoded.pairs), mesh_of(policy.theta)
+    if sample is not None and not _GROUPS <= sample <= count:
+        raise InputError(
+            f"sample={sample} of {count} pairs in groups={_GROUPS}: groups <= sample <= pairs"
+        )
+    run = _for_epochs(recipe, epochs, count)
+    made = run if isinstance(run, Recipe) else run.recipe()
+    made.order(count)  # refuses a batch that the pairs cannot fill
+    settings = {"recipe": run, "sample": sample, "batch_tokens": batch_tokens}
+
+    @functools.cache
+    def directions() -> _Directions:
+        return _directions(policy, whole(padded(encoded.pairs), mesh), made, sample)
+
+    def numbers(batch: Batch) -> dict[str, Array]:
+        found = directions()
+
+        def change(direction: Theta) -> Array:
+            return directional_change(policy.apply, policy.theta, batch, direction, made.include)
+
+        moved = change(found.seen)
+        error = jnp.zeros_like(moved)
+        if found.parts:
+            error = jnp.stack([change(d) for d in found.parts]).std(0, ddof=1) * found.share
+        read = Read(_logp(policy.apply, policy.theta, batch), moved, error)
+        asked = [c for c in PREDICTION_COLUMNS if c.needs in ("forward", "direction")]
+        return {c.name: c.of(read) for c in asked if c.of is not None}
+
+    task = Task(
+        kind="prediction",
+        columns=PREDICTION_COLUMNS,
+        identity=named("simgrad.dynamics.directional", policy, encoded, **settings),
+        run={
+            **{k.removeprefix("recipe."): v for k, v in described(recipe=run).items()},
+            "sample": sample,
+            "model": policy.name,
+            "dtype": policy.config.dtype,
+            "mesh": mesh_name(policy.theta),
+        },
+        works=lambda: plan(
+            encoded.pairs, True, default_budget(batch_tokens), policy.config.vocab_size
+        ),
+        numbers=numbers,
+    )
+    return carry_out(task, policy, encoded, out, progress)
+
+
+def check(
+    policy: Policy,
+    pairs: str | Path | Sequence[Pair] | Sequence[Mapping[str, Any]] | Encoded,
+    recipe: Recipe | RunConfig,
+    *,
+    epochs: int | None = None,
+    max_length: int | None = None,
+    out: str | Path | None = None,
+) -> Comparison:
+    """Train as well, and hold every predictor against what happened.
+
+    Args:
+        policy: as for :func:`predict`.
+        pairs: likewise.
+        recipe: likewise.
+        epochs: likewise.
+        max_length: likewise.
+        out: parquet file of the measured and predicted Δlog π of every chosen response, in nats;
+            its metadata hold the agreement, the run's configuration and its identity.
+
+    Raises:
+        DivergedError: training does not stay finite.
+        InputError: fewer than two pairs.
+    """
+    encoded = _usable(encoded_for(policy, pairs, max_length))
+    if len(encoded.pairs) < 2:
+        raise InputError("pairs are compared with each other: at least two are needed")
+    run = _for_epochs(recipe, epochs, len(encoded.pairs))
+    made = run if isinstance(run, Recipe) else run.recipe()
+    found = compare(Setting(policy.apply, policy.theta, padded(encoded.pairs), made))
+    if out is not None:
+        columns = {
+            "index": np.asarray(encoded.indices),
+            "measured_dlogp_chosen": found.measured,
+            **found.predicted,
+        }
+        header = {
+            "kind": "check",
+            "run": described(recipe=run) | {"model": policy.name, "dtype": policy.config.dtype},
+            "identity": named("simgrad.experiments.comparison", policy, encoded, recipe=run),
+            "predictors": found.rows(f"{made.steps} steps"),
+            "provenance": provenance(),
+        }
+        write_parquet(out, columns, header)
+    return found
+
+
+def _usable(encoded: Encoded) -> Encoded:
+    if not encoded.pairs:
+        reason = encoded.skipped[0].reason if encoded.skipped else "there is none"
+        raise InputError(f"no row can be used; the first: {reason}")
+    return encoded
+
+
+def _for_epochs(recipe: Recipe | RunConfig, epochs: int | None, pairs: int) -> Recipe | RunConfig:
+    if epochs is None:
+        return recipe
+    size = min(recipe.batch_size or pairs, pairs)
+    return dataclasses.replace(recipe, steps=steps_of(epochs, pairs, size), batch_size=size)
+
+
+class _Directions(NamedTuple):
+    """Where a run goes: as seen, by parts of the sample, and what their spread counts for."""
+
+    seen: Theta
+    parts: list[Theta]
+    share: float
+
+
+def _directions(policy: Policy, batch: Batch, recipe: Recipe, sample: int | None) -> _Directions:
+    """The direction of a run; from a sample, also of its parts, whose spread is the error.
+
+    The error is their standard deviation over √groups, times √(1 - sample/pairs). Under Adam the
+    parts' own moments make this an estimate.
+    """
+
+    def seen(index: np.ndarray | slice) -> Theta:
+        some = batch.take(index)
+        size = None if recipe.batch_size is None else min(recipe.batch_size, some.size)
+        part = recipe.replace(batch_size=size)
+        return run_direction(policy.apply, policy.theta, some, part)
+
+    if sample is None or sample == batch.size:
+        return _Directions(seen(slice(None)), [], 0.0)
+    drawn = np.random.default_rng(0).permutation(batch.size)[:sample]
+    each = sample // _GROUPS
+    parts = [seen(drawn[k * each : (k + 1) * each]) for k in range(_GROUPS)]
+    share = float(np.sqrt((1 - sample / batch.size) / _GROUPS))
+    return _Directions(seen(drawn), parts, share)
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _logp(apply: Callable[..., Any], theta: Theta, batch: Batch) -> Array:
+    return responses(apply, theta, batch).logp
