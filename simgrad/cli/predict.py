@@ -73,8 +73,7 @@ class Predict:
         from simgrad.bridge import encode, load, read_rows
         from simgrad.bridge.engine.table import write_parquet
         from simgrad.dynamics import Setting, directional_score
-        from simgrad.pairs import in_chunks
-        from simgrad.pairs import padded
+        from simgrad.pairs import in_chunks, padded
         from simgrad.store import provenance
         from simgrad.theory import responses
 

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simgrad.dynamics.linearized import kernel_flow
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
 from simgrad.experiments.findings import Claim, Findings, Table, listing
 from simgrad.models import Apply, ContextApply
 from simgrad.pairs import Pair, padded
-from simgrad.theory import Group, group_kernel, head_kernel, kernel_flow, linear_softmax, responses
+from simgrad.theory import head_kernel, responses
+from simgrad.theory.closed_forms import linear_softmax
+from simgrad.theory.groups import Group, group_kernel
 from simgrad.typing import Array, Theta
 from simgrad.worlds.linear import FROZEN, Linear
 from simgrad.worlds.tuning import stacked, trained

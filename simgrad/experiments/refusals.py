@@ -16,17 +16,8 @@ from simgrad.experiments.findings import Claim, Findings, Table, interval
 from simgrad.models import Apply
 from simgrad.objectives import DPO, DPOP, SFT
 from simgrad.pairs import Batch, padded
-from simgrad.theory import (
-    Calibrated,
-    PairwiseNormalized,
-    displacement,
-    head_gap,
-    keep_lowest,
-    ln_ches,
-    optimizer_step,
-    pair_kernel,
-    responses,
-)
+from simgrad.theory import displacement, head_gap, ln_ches, optimizer_step, pair_kernel, responses
+from simgrad.theory.mitigation import Calibrated, PairwiseNormalized, keep_lowest
 from simgrad.typing import Array, Float, Theta
 from simgrad.worlds.refusals import Refusals
 from simgrad.worlds.tuning import next_logp, stacked, tuned

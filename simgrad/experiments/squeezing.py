@@ -17,7 +17,8 @@ from simgrad.experiments.findings import Claim, Findings, Table
 from simgrad.models import linear_softmax
 from simgrad.objectives import DPO, SFT, Objective
 from simgrad.pairs import Pair, padded
-from simgrad.theory import Group, group_advantages, gwhes, learning_dynamics, nthr
+from simgrad.theory.closed_forms import learning_dynamics
+from simgrad.theory.groups import Group, group_advantages, gwhes, nthr
 from simgrad.typing import Array, Theta
 from simgrad.worlds.squeezing import Squeezing
 from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned

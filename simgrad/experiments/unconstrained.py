@@ -19,7 +19,8 @@ from simgrad.experiments.findings import Claim, Findings, Table, listing
 from simgrad.models import Apply, ContextApply
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
-from simgrad.theory import ches, head_gap, ln_ches, responses, unconstrained
+from simgrad.theory import ches, head_gap, ln_ches, responses
+from simgrad.theory.closed_forms import unconstrained
 from simgrad.typing import Array, Theta
 from simgrad.worlds.tuning import recipe_for, trained
 from simgrad.worlds.unconstrained import RESPONSES, Unconstrained

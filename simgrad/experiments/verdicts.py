@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from simgrad.experiments.findings import Claim, Findings, Table
+from simgrad.models import only
 from simgrad.pairs import padded
 from simgrad.typing import Float
 from simgrad.worlds.tuning import next_logp, stacked, tuned
@@ -45,14 +46,23 @@ def run(world: Verdicts, seeds: Sequence[int]) -> Findings:
 
 
 def outcome(
-    world: Verdicts, seeds: Sequence[int], chosen: str, rejected: str, **changes: Any
+    world: Verdicts,
+    seeds: Sequence[int],
+    chosen: str,
+    rejected: str,
+    train: Sequence[str] = (),
+    **changes: Any,
 ) -> Outcome:
-    """Next-token probabilities before and after tuning on one pair, and theory's direction."""
+    """Next-token probabilities before and after tuning on one pair, and theory's direction.
+
+    ``train`` names the parameters that are trained (:func:`simgrad.models.only`), ``changes``
+    fields of the recipe.
+    """
     recipe, pair = world.recipe(**changes), world.pair(chosen, rejected)
     apply, thetas = pretrained(world, seeds)
     batch, n = padded([pair]), len(seeds)
     orders = np.zeros((n, recipe.steps, 1), np.int32)
-    after = tuned(apply, thetas, stacked([batch] * n), recipe, orders)
+    after = tuned(only(apply, *train), thetas, stacked([batch] * n), recipe, orders)
     prompts = np.tile(np.array(pair.prompt, np.int32), (n, 1, 1))
     p, q = (np.exp(next_logp(apply, t, prompts)[:, 0]) for t in (thetas, after))
     w, l = pair.chosen[0], pair.rejected[0]  # noqa: E741
@@ -166,8 +176,8 @@ def _knobs(world: Verdicts) -> list[Any]:
         turned("F(Yes) = 1", frequency_yes=1.0),
         turned("overlap τ = .3", overlap=0.3),
         turned("overlap τ = 1", overlap=1.0),
-        turned("unembedding frozen", {"include": BODY}),
+        turned("unembedding frozen", {"train": BODY}),
         turned("SGD", sgd),
-        turned("SGD, unembedding frozen", {**sgd, "include": BODY}),
+        turned("SGD, unembedding frozen", {**sgd, "train": BODY}),
         turned("three times as long", steps=3 * world.steps),
     ]

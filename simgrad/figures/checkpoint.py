@@ -161,7 +161,7 @@ def compute(config: Config) -> Result:
         directional_score(policy.apply, policy.theta, batch, recipe).change[:, 0], float
     )
     measured = np.asarray(
-        train(policy.apply, policy.theta, batch, recipe).trace.change[-1, :, 0], float
+        train(policy.apply, policy.theta, batch, recipe).trajectory.change[-1, :, 0], float
     )
     ches, inner = (np.asarray(table[name], float) for name in ("ches", "grad_inner"))
     worst = np.argsort(predicted, kind="stable")[: config.worst]

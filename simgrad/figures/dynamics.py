@@ -80,9 +80,9 @@ def compute(config: Config) -> Result:
         recipe = recipe_for(objectives.get(name), "adam", config.learning_rate, config.steps)
         runs = []
         for (apply, theta), batch in zip(policies, batches, strict=True):
-            trace = train(apply, theta, batch, recipe, record=config.record).trace
-            steps = np.asarray(trace.steps)
-            runs.append(np.asarray(trace.change.mean(1), float))
+            seen = train(apply, theta, batch, recipe, record=config.record).trajectory
+            steps = np.asarray(seen.steps)
+            runs.append(np.asarray(seen.change.mean(1), float))
         change.append(runs)
     return Result(config.objectives, steps, np.array(change))
 

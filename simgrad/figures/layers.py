@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import panel_letters
 from simgrad.drawing.style import CHOSEN, GUIDE, size
-from simgrad.pairs import in_chunks
-from simgrad.pairs import Batch, padded
+from simgrad.pairs import Batch, in_chunks, padded
 from simgrad.theory.kernel import by_layer, by_matrix, pair_kernel_blocks
 from simgrad.typing import Float
 from simgrad.worlds.percentiles import Percentiles

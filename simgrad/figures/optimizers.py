@@ -104,16 +104,14 @@ def _seed(
     gradient = loss_gradient(apply, theta, batch, DPO())
     scale = preconditioning.adam(optax.adam(1.0).init(theta), gradient).scale
     logp = responses(apply, theta, batch).logp
-    pull = (
-        np.asarray(DPO().signed_coefficients(logp, logp, batch.lengths), float).ravel() / batch.size
-    )
+    force = np.asarray(DPO().force(logp, logp, batch.lengths), float).ravel() / batch.size
     order = np.arange(2 * batch.size).reshape(-1, 2).T.ravel()
     sgd, adam = (
         np.asarray(entanglement_kernel(apply, theta, batch, scale=s), float) for s in (None, scale)
     )
-    change = np.asarray(train(apply, theta, batch, recipe).trace.change[-1], float).ravel()[order]
+    change = np.asarray(train(apply, theta, batch, recipe).trajectory.change[-1], float).ravel()[order]
     square = np.ix_(order, order)
-    return sgd[square], adam[square], [(kernel @ pull)[order] for kernel in (sgd, adam)], change
+    return sgd[square], adam[square], [(kernel @ force)[order] for kernel in (sgd, adam)], change
 
 
 def plot(result: Result) -> Figure:

@@ -82,11 +82,11 @@ def compute(config: Config) -> Result:
             says.append(
                 PREDICTORS["two big steps"](Setting(apply, theta, batch, recipe)).astype(float)
             )
-            trace = train(apply, theta, batch, recipe, record=1 if not weight else None).trace
-            does.append(np.asarray(trace.change[-1], float))
+            seen = train(apply, theta, batch, recipe, record=1 if not weight else None).trajectory
+            does.append(np.asarray(seen.change[-1], float))
             if not weight:
-                steps = np.asarray(trace.steps)
-                paths.append(np.asarray(trace.change.mean(1), float))
+                steps = np.asarray(seen.steps)
+                paths.append(np.asarray(seen.change.mean(1), float))
         predicted.append(says)
         measured.append(does)
     return Result(

@@ -14,10 +14,16 @@ from matplotlib.figure import Figure
 
 from simgrad import objectives
 from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
-from simgrad.models import Apply, ModelConfig, create, linear_softmax, unconstrained_features
-from simgrad.objectives import Coefficients, Objective
+from simgrad.models import (
+    Apply,
+    ModelConfig,
+    bind,
+    create,
+    linear_softmax,
+    unconstrained_features,
+)
+from simgrad.objectives import Objective
 from simgrad.pairs import Batch, Pair, padded
-from GONE import log_probs
 from simgrad.theory import first_order, loss_gradient, pair_kernel
 from simgrad.typing import Array, Float, Theta
 
@@ -105,15 +111,15 @@ def _steps(
     apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates: Array
 ) -> tuple[Array, Array]:
     """Predicted and measured change of one pair at every rate: arrays (E, 2)."""
-    logp, trained = log_probs(apply, theta, batch)
-    start = logp(trained)
-    pull = objective.signed_coefficients(start, start, batch.lengths)
-    change = first_order(pair_kernel(apply, theta, batch), Coefficients(pull[:, 0], -pull[:, 1]))
-    predicted = rates[:, None] * jnp.concatenate([change.chosen, change.rejected])[None]
+    model = bind(apply, theta)
+    start = model.logp(model.trained, batch)
+    force = objective.force(start, start, batch.lengths)
+    predicted = rates[:, None] * first_order(pair_kernel(apply, theta, batch), force)
     gradient = loss_gradient(apply, theta, batch, objective)
 
     def measure(rate: Array) -> Array:
-        return (logp(jax.tree.map(lambda t, g: t - rate * g, trained, gradient)) - start)[0]
+        moved = jax.tree.map(lambda t, g: t - rate * g, model.trained, gradient)
+        return (model.logp(moved, batch) - start)[0]
 
     return predicted, jax.lax.map(measure, rates)
 

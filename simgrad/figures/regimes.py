@@ -112,11 +112,10 @@ def _ratio(objective: objectives.Objective, margins: np.ndarray, config: Config)
     half = jnp.asarray(margins) / 2
     reference = jnp.full((len(margins), 2), -config.start)
     lengths = jnp.full((len(margins), 2), config.tokens)
-    pull = np.asarray(
-        objective.signed_coefficients(reference + jnp.stack([half, -half], -1), reference, lengths)
-    )
+    logp = reference + jnp.stack([half, -half], -1)
+    d_w, minus_d_l = np.asarray(objective.force(logp, reference, lengths)).T
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((pull[:, 0] > 0) & (pull[:, 1] < 0), pull[:, 0] / -pull[:, 1], np.nan)
+        return np.where((d_w > 0) & (minus_d_l < 0), -d_w / minus_d_l, np.nan)
 
 
 _COLOURS = ("#9ECAE1", "#4292C6", "#084594", OTHERS[0], OTHERS[1], OTHERS[2])

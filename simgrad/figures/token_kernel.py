@@ -89,7 +89,7 @@ def compute(config: Config) -> Result:
         batch = padded([pair])
         kernel = token_kernel(apply, theta, batch)[0]
         logp = responses(apply, theta, batch).logp
-        pull = DPO().signed_coefficients(logp, logp, batch.lengths)[0]
+        force = DPO().force(logp, logp, batch.lengths)[0]
         n, m = len(pair.chosen), len(pair.rejected)
         alone = np.asarray(contrastive_mask(batch))[0] == 0
         found["w"].append(tuple(world.words[t] for t in pair.chosen))
@@ -97,7 +97,7 @@ def compute(config: Config) -> Result:
         found["sw"].append(tuple(map(bool, alone[0, :n])))
         found["sl"].append(tuple(map(bool, alone[1, :m])))
         found["k"].append(np.asarray(kernel[0, :n, 1, :m], float))
-        found["d"].append(np.asarray(jnp.einsum("sitj,t->si", kernel, pull), float))
+        found["d"].append(np.asarray(jnp.einsum("sitj,t->si", kernel, force), float))
         whole = np.asarray(kernel.sum((1, 3)), float)
         found["c"].append(whole[0, 1] / np.sqrt(whole[0, 0] * whole[1, 1]))
     return Result(

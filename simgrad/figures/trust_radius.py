@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from simgrad.drawing.draw import direct_labels, panel_letters
 from simgrad.drawing.style import GUIDE, OTHERS, size
+from simgrad.dynamics.linearized import kernel_flow, linearized_run
 from simgrad.models import Apply
 from simgrad.objectives import DPO
 from simgrad.pairs import Batch, padded
-from simgrad.dynamics.linearized import kernel_flow, linearized_run
 from simgrad.theory import displacement, entanglement_kernel, loss_gradient, responses
 from simgrad.typing import Array, Float, Theta
 from simgrad.worlds.percentiles import Percentiles
@@ -173,7 +173,7 @@ def _runs(
             read="ray",
             state=state(theta),
         )
-        return found.logp[-1]
+        return found.trajectory.logp[-1]
 
     return np.stack(
         [np.asarray(x - start) for x in (flow.logp[-1], run(None), run(config.refresh))]

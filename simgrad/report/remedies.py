@@ -16,8 +16,7 @@ import numpy as np
 
 from simgrad import objectives
 from simgrad.bridge.engine.table import ScoreTable
-from simgrad.objectives import Coefficients
-from simgrad.theory import PairKernel, Regime, compare_objectives, regime
+from simgrad.theory import PairKernel, Regime, compare_objectives, first_order, regime
 from simgrad.theory.mitigation import Calibrated, PairwiseNormalized, Projected, keep_lowest
 from simgrad.typing import Array, Float, Int
 
@@ -33,7 +32,7 @@ __all__ = [
 ]
 
 FRACTIONS = (0.5, 0.25, 0.1)
-REMEDIES = {
+MITIGATIONS = {
     "as scored + pairwise normalisation": PairwiseNormalized(),
     "as scored + calibration": Calibrated(),
     "as scored + projection": Projected(),
@@ -183,16 +182,15 @@ def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
         candidates = [objectives.get(name) for name in names]
         fates = compare_objectives(kernel, logp, logp, lengths, candidates)
         found = {
-            n: (fates[o].coefficients, fates[o].regime)
-            for n, o in zip(names, candidates, strict=True)
+            n: (fates[o].force, fates[o].regime) for n, o in zip(names, candidates, strict=True)
         }
-        scored = Coefficients(jnp.asarray(column["d_chosen"]), jnp.asarray(column["d_rejected"]))
-        for name, remedy in REMEDIES.items():
-            changed = remedy(scored, kernel)
-            found[name] = changed, regime(kernel, changed)
+        scored = jnp.stack([jnp.asarray(column["d_chosen"]), -jnp.asarray(column["d_rejected"])], -1)
+        for name, mitigation in MITIGATIONS.items():
+            force, _ = mitigation.update(scored, mitigation.init(), kernel)
+            found[name] = force, regime(first_order(kernel, force))
         groups: dict[tuple[bool, bytes], list[str]] = {}
         for name, (_, labels) in found.items():
-            groups.setdefault((name in REMEDIES, np.asarray(labels).tobytes()), []).append(name)
+            groups.setdefault((name in MITIGATIONS, np.asarray(labels).tobytes()), []).append(name)
         fates = [
             _fate(tuple(members), found[members[0]][1], [found[m][0] for m in members])
             for members in groups.values()
@@ -201,16 +199,16 @@ def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
 
 
 def _fate(
-    names: tuple[str, ...], labels: Int[Array, " B"], members: Sequence[Coefficients]
+    names: tuple[str, ...], labels: Int[Array, " B"], forces: Sequence[Array]
 ) -> ObjectiveFate:
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.concatenate([np.asarray(d.chosen) / np.asarray(d.rejected) for d in members])
+        ratios = np.concatenate([np.asarray(-c[:, 0]) / np.asarray(c[:, 1]) for c in forces])
     ratios = ratios[~np.isnan(ratios)]
     bounds = (
         (float(ratios.min()), float(ratios.max())) if len(ratios) else (float("nan"), float("nan"))
     )
     counts = np.bincount(np.asarray(labels), minlength=len(Regime))
-    down = max(int((d.chosen < 0).sum()) for d in members)
+    down = max(int((c[:, 0] < 0).sum()) for c in forces)
     return ObjectiveFate(names, bounds, down, {r.label: int(counts[r]) for r in Regime})
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from simgrad.bridge.engine.table import ScoreTable
 from simgrad.errors import InputError
-from simgrad.objectives import Coefficients
 from simgrad.pairs import Pair, padded
 from simgrad.report.scored import Scored
 from simgrad.theory.kernel import token_changes
@@ -110,11 +109,10 @@ def pair_views(table: ScoreTable, scored: Scored, positions: Sequence[int]) -> t
     longest = max(max(len(p.chosen), len(p.rejected)) for p in members)
     batch = padded(members, *(-(-n // 32) * 32 for n in (total, longest)))
     wide = "float64" if policy.config.dtype == "float64" else "float32"
-    pulls = Coefficients(
-        *(jnp.asarray(table[f"d_{side}"][list(positions)], wide) for side in ("chosen", "rejected"))
-    )
+    d_w, d_l = (table[f"d_{side}"][list(positions)] for side in ("chosen", "rejected"))
+    force = jnp.asarray(np.stack([d_w, -d_l], -1), wide)
     rate = table.metadata["run"]["learning_rate"]
-    changes = token_changes(policy.apply, policy.theta, batch, pulls)
+    changes = token_changes(policy.apply, policy.theta, batch, force)
     changes = np.asarray(jax.device_get(changes), np.float64) * (1.0 if rate is None else rate)
     masks = np.asarray(contrastive_mask(batch)) > 0
     return tuple(

@@ -13,10 +13,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simgrad import objectives
 from simgrad.dynamics import Recipe, train
-from simgrad.models import TappedApply
-from simgrad.objectives import Coefficients
 from simgrad.dynamics.linearized import linearized_run
-from simgrad.theory import PairKernel, displacement, entanglement_kernel, loss_gradient, optimizer_step, own_steps, pair_kernel, token_kernel
+from simgrad.models import TappedApply
+from simgrad.theory import (
+    PairKernel,
+    displacement,
+    entanglement_kernel,
+    loss_gradient,
+    optimizer_step,
+    own_steps,
+    pair_kernel,
+    token_kernel,
+)
 from simgrad.theory.kernel.pair import Method
 from simgrad.validation.cells import Base, first_update, step_of
 from simgrad.validation.checks import Check, gap
@@ -119,7 +127,7 @@ def routes(
     change = displacement(s.apply, s.theta, pair, step)
     yield check(
         "own steps are steps on one pair",
-        own_steps(s.apply, s.theta, pair, Coefficients(force[:1, 0], -force[:1, 1])),
+        own_steps(s.apply, s.theta, pair, force[:1]),
         change,
     )
     rate = jnp.asarray(0.1 / float(jnp.abs(change.first).max()))
@@ -183,7 +191,7 @@ def runs(
             s.apply, s.theta, s.batch.take(order[0]), loss, recipe.optimizer
         ).direction
         one = _joined([difference(s.apply, s.theta, p, step, jnp.asarray(1.0)) for p in trained])
-        error = gap(run.trace.change[1], one)
+        error = gap(run.trajectory.change[1], one)
         yield _check(
             "routes", f"training takes the predicted first step ({name})", base, where, error, limit
         )
@@ -197,8 +205,8 @@ def runs(
             order=order,
             refresh=1,
             read="ray",
-        ).logp
-        error = gap(same[-1] - same[0], run.trace.change[-1])
+        ).trajectory
+        error = gap(same.change[-1], run.trajectory.change[-1])
         yield _check(
             "routes",
             f"linearised anew at every step it is the run ({name})",

@@ -14,11 +14,11 @@ from jax.flatten_util import ravel_pytree
 from scipy import stats
 
 from simgrad import objectives, tree
-from simgrad.objectives import Coefficients
+from simgrad.models import bind
 from simgrad.pairs import Batch
 from simgrad.theory import PairKernel, displacement, first_order, pair_kernel, regime, responses
+from simgrad.theory.optimizers import updated
 from simgrad.theory.prediction import StepChange
-from simgrad.theory.prediction.steps import updated
 from simgrad.typing import Array, Float, Theta
 from simgrad.validation.checks import gap
 from simgrad.validation.grid import Grid, optimizer
@@ -80,16 +80,13 @@ def _forces(
     losses = {name: objectives.get(name) for name in names}
 
     def one(loss: objectives.Objective, *x: Array) -> Array:
-        return loss.signed_coefficients(*(y[None] for y in x))[0]
+        return loss.force(*(y[None] for y in x))[0]
 
     alone = {
         n: jax.vmap(functools.partial(one, loss))(logp, reference, lengths)
         for n, loss in losses.items()
     }
-    together = {
-        n: loss.signed_coefficients(logp, reference, lengths) / len(logp)
-        for n, loss in losses.items()
-    }
+    together = {n: loss.force(logp, reference, lengths) / len(logp) for n, loss in losses.items()}
     return alone, together
 
 
@@ -211,7 +208,7 @@ def alone(
     exact = (
         None if reference is base else _first_alone(reference, force.astype(reference.logp.dtype))
     )
-    regimes = np.asarray(regime(base.kernel, Coefficients(force[:, 0], -force[:, 1])))
+    regimes = np.asarray(regime(first_order(base.kernel, force)))
     where = {**where, "kind": "alone", "objective": objective, "optimizer": "sgd"}
     return _judged(base, where, first, _predicted(base, rays)[1], rays, regimes, grid, exact)
 
@@ -247,18 +244,18 @@ def first_update(base: Base, objective: str, name: str) -> Theta:
 
 def _step(base: Base, force: Array, name: str, settled: bool = True) -> Theta:
     s = base.subject
-    trained, _ = tree.partition(s.theta, None, s.apply.frozen)
+    trained = bind(s.apply, s.theta).trained
 
-    def gradient(pull: Array) -> Array:
+    def gradient(force: Array) -> Array:
         return _minus_sum(
             [
                 pulled(s.apply, s.theta, pair, f[None])
-                for pair, f in zip(base.every, pull, strict=False)
+                for pair, f in zip(base.every, force, strict=False)
             ]
         )
 
     forces = (0.7 * force, jnp.roll(force, 1, 0), force) if settled else (force,)
-    return _whole(_last_update(name, [gradient(pull) for pull in forces], _flat(trained)), trained)
+    return _whole(_last_update(name, [gradient(f) for f in forces], _flat(trained)), trained)
 
 
 @jax.jit
@@ -292,14 +289,12 @@ def _last_update(
 
 
 def _first_alone(base: Base, force: Array) -> np.ndarray:
-    change = first_order(base.kernel, Coefficients(force[:, 0], -force[:, 1]))
-    return np.stack([np.asarray(change.chosen, float), np.asarray(change.rejected, float)], -1)
+    return np.asarray(first_order(base.kernel, force), float)
 
 
 def regimes_of(change: np.ndarray) -> np.ndarray:
     """Values of :class:`simgrad.theory.Regime` of measured or predicted changes (…, 2)."""
-    falls, rises = change[..., 0] < 0, change[..., 1] > 0
-    return np.where(falls, np.where(rises, 3, 1), np.where(rises, 2, 0))
+    return np.asarray(regime(jnp.asarray(change)))
 
 
 def _judged(

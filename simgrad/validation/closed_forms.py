@@ -14,15 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad import tree
-from simgrad.models import Apply, linear_softmax, unconstrained_features
-from simgrad.objectives import Coefficients
+from simgrad.models import Apply, bind, linear_softmax, unconstrained_features
 from simgrad.pairs import Pair, padded
-from simgrad.theory import PairKernel, Regime, band, ches, first_order, head_kernel, ideal_range, regime, responses, token_kernel
+from simgrad.theory import (
+    PairKernel,
+    Regime,
+    band,
+    ches,
+    first_order,
+    head_kernel,
+    ideal_range,
+    regime,
+    responses,
+    token_kernel,
+)
 from simgrad.theory.closed_forms import learning_dynamics, unconstrained
+from simgrad.theory.closed_forms import linear_softmax as linear
 from simgrad.theory.kernel import jacobian
 from simgrad.theory.mitigation import Calibrated, PairwiseNormalized
-from simgrad.theory.closed_forms import linear_softmax as linear
 from simgrad.typing import Array, Theta
 from simgrad.validation.checks import Check, gap
 from simgrad.validation.subjects import VOCAB, random_pairs
@@ -224,18 +233,19 @@ def _dynamics(random: np.random.Generator, seed: int) -> Found:
     residual, z = (jnp.asarray(random.normal(size=VOCAB)) for _ in range(2))
 
     def decomposed(apply: Apply, theta: Theta) -> dict[str, Both]:
-        trained, rest = tree.partition(theta, None, apply.frozen)
+        model = bind(apply, theta)
 
         def logits(t: Theta, tokens: Array) -> Array:
-            return apply(tree.combine(t, rest), tokens[None]).logits[0, -1]
+            return apply(model.whole(t), tokens[None]).logits[0, -1]
 
-        step = jax.vjp(lambda t: logits(t, seen), trained)[1](residual)[0]
-        exact = jax.jvp(lambda t: -jax.nn.log_softmax(logits(t, other)), (trained,), (step,))[1]
+        step = jax.vjp(lambda t: logits(t, seen), model.trained)[1](residual)[0]
+        fall = lambda t: -jax.nn.log_softmax(logits(t, other))  # noqa: E731
+        exact = jax.jvp(fall, (model.trained,), (step,))[1]
         parts = learning_dynamics.decompose(apply, theta, other, seen, residual)
         h, elsewhere = (apply(theta, x[None]).hidden[0, -1] for x in (seen, other))
         own = learning_dynamics.logit_kernel(apply, theta, seen, seen)
         closed = learning_dynamics.linear_softmax_logit_kernel(h, h, VOCAB)
-        if not apply.frozen:
+        if not apply.trainable:  # the features too
             closed = learning_dynamics.unconstrained_logit_kernel(
                 theta["unembedding"]["table"], h, h, True
             )
@@ -269,13 +279,13 @@ def _dynamics(random: np.random.Generator, seed: int) -> Found:
 
 
 def _geometry(random: np.random.Generator, seed: int) -> Found:
-    """Regimes, bands and remedies on random gradients."""
+    """Regimes, bands and mitigations on random gradients."""
     g = jnp.asarray(random.normal(size=(2, 200, 3)) * random.lognormal(size=(2, 200, 1)))
-    d = Coefficients(*jnp.asarray(random.lognormal(size=(2, 200))))
+    force = jnp.asarray(random.lognormal(size=(200, 2)) * np.array([1.0, -1.0]))
 
-    def several(g: Array, d: Coefficients) -> dict[str, Both]:
+    def several(g: Array, force: Array) -> dict[str, Both]:
         kernel = PairKernel(*((g[a] * g[b]).sum(-1) for a, b in ((0, 0), (0, 1), (1, 1))))
-        step = d.chosen[:, None] * g[0] - d.rejected[:, None] * g[1]
+        step = force[:, :1] * g[0] + force[:, 1:] * g[1]
         falls, rises = (g[0] * step).sum(-1) < 0, (g[1] * step).sum(-1) > 0
         ideal = ~falls & ~rises
         signs = jnp.where(
@@ -283,23 +293,23 @@ def _geometry(random: np.random.Generator, seed: int) -> Found:
             jnp.where(rises, int(Regime.REVERSED), int(Regime.BOTH_FALL)),
             jnp.where(rises, int(Regime.BOTH_RISE), int(Regime.IDEAL)),
         )
-        ratio, limits = d.chosen / d.rejected, ideal_range(kernel)
-        centred = band(kernel, Calibrated()(d, kernel))
-        one = jnp.ones_like(d.chosen)
-        normalised = first_order(kernel, PairwiseNormalized()(Coefficients(one, one), kernel))
+        ratio, limits = -force[:, 0] / force[:, 1], ideal_range(kernel)
+        centred = band(kernel, Calibrated().changed(force, kernel))
+        equal = jnp.broadcast_to(jnp.asarray([[1.0, -1.0]]), force.shape)
+        normalised = first_order(kernel, PairwiseNormalized().changed(equal, kernel))
         norms = jnp.linalg.norm(g, axis=-1)
         return {
-            "regimes are the signs of both changes": (regime(kernel, d), signs),
-            "the band is the ideal regime": (band(kernel, d).inside, ideal),
+            "regimes are the signs of both changes": (regime(first_order(kernel, force)), signs),
+            "the band is the ideal regime": (band(kernel, force).inside, ideal),
             "the ideal range of d_w/d_l is the ideal regime": (
                 (ratio >= limits.lower) & (ratio <= limits.upper),
                 ideal,
             ),
             "calibration moves r to r*": (centred.log_ratio, centred.centre),
             "pairwise-normalised: ±‖g‖(1−cos)": (
-                jnp.stack([normalised.chosen, normalised.rejected]),
+                normalised.T,
                 norms * (1 - kernel.cosine)[None] * jnp.asarray([[1.0], [-1.0]]),
             ),
         }
 
-    yield from _compiled("geometry", several, g, d)
+    yield from _compiled("geometry", several, g, force)

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad import tree
-from simgrad.models import Apply
+from simgrad.models import Apply, bind
 from simgrad.pairs import Batch
-from GONE import log_probs
+from simgrad.theory.prediction import ascent
 from simgrad.typing import Array, Float, Theta
 
 __all__ = ["difference", "measured_along", "pulled"]
@@ -79,8 +79,8 @@ def measured_along(
     >>> bool(jnp.allclose(path, difference(apply, theta, batch, step, jnp.array(0.01)), atol=1e-5))
     True
     """
-    logp, trained = log_probs(apply, theta, batch)
-    return _path(logp, trained, step, rates)
+    model = bind(apply, theta)
+    return _path(lambda t: model.logp(t, batch), model.trained, step, rates)
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -88,13 +88,13 @@ def difference(
     apply: Apply, theta: Theta, batch: Batch, step: Theta, rate: Float[Array, ""]
 ) -> Float[Array, "B 2"]:
     """The plain difference log π(θ + ηv) - log π(θ)."""
-    logp, trained = log_probs(apply, theta, batch)
-    return logp(_moved(trained, step, rate)) - logp(trained)
+    model = bind(apply, theta)
+    moved = model.logp(_moved(model.trained, step, rate), batch)
+    return moved - model.logp(model.trained, batch)
 
 
 @functools.partial(jax.jit, static_argnames="apply")
-def pulled(apply: Apply, theta: Theta, batch: Batch, pull: Float[Array, "B 2"]) -> Theta:
-    """Σ_i pull_i g_i over both responses of all pairs: minus the loss gradient for these forces."""
-    logp, trained = log_probs(apply, theta, batch)
-    value, pullback = jax.vjp(logp, trained)
-    return pullback(pull.astype(value.dtype))[0]
+def pulled(apply: Apply, theta: Theta, batch: Batch, force: Float[Array, "B 2"]) -> Theta:
+    """Jᵀ c over both responses of all pairs: minus the loss gradient for this force."""
+    model = bind(apply, theta)
+    return ascent(model, model.trained, batch, force)

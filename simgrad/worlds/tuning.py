@@ -13,8 +13,8 @@ import optax
 from simgrad.dynamics import prompts
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread
-from simgrad.dynamics.training import advance, begin, prepare, whole_policy
-from simgrad.models import Apply
+from simgrad.dynamics.training import advance, begin, policy, prepare
+from simgrad.models import Apply, bind
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Float, Int, Theta
@@ -53,10 +53,10 @@ def trained(
     apply: Apply, recipe: Recipe, theta: Theta, batch: Batch, order: Array | None = None
 ) -> Theta:
     """Parameters after a run, a pure function to be mapped over runs; nan where it diverged."""
-    data, rest = prepare(apply, theta, batch, recipe)
+    data = prepare(apply, theta, batch, recipe)
     order = jnp.asarray(recipe.order(batch.size)) if order is None else order
-    state = advance(apply, rest, recipe, data, begin(apply, theta, recipe), order, recipe.steps)
-    return whole_policy(state.learned, rest)
+    state = advance(apply, theta, recipe, data, begin(apply, theta, recipe), order, recipe.steps)
+    return policy(bind(apply, theta), state.learned)
 
 
 def tuned(

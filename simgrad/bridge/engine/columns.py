@@ -14,23 +14,21 @@ from typing import Any, Literal, cast
 import jax
 
 from simgrad.models import Apply
-from simgrad.objectives import Coefficients, Objective
+from simgrad.objectives import Objective
 from simgrad.pairs import Batch
 from simgrad.theory import (
     PairKernel,
     Regime,
     Responses,
     ches,
-    embedding_cosine,
     first_order,
     head_gap,
-    kernel_and_responses,
-    last_hidden_inner,
     ln_ches,
-    normalized_edit_distance,
     regime,
     responses,
 )
+from simgrad.theory.kernel import kernel_and_responses
+from simgrad.theory.similarity import embedding_cosine, last_hidden_inner, normalized_edit_distance
 from simgrad.typing import Array, Float, Theta
 
 __all__ = [
@@ -57,14 +55,14 @@ class Evaluated:
     Attributes:
         batch: the pairs.
         responses: their log-probs and hidden states.
-        coefficients: d_w and d_l of each pair alone, the policy its own reference.
+        force: (d_w, -d_l) of each pair alone, the policy its own reference.
         kernel: their gradients' inner products (None: not asked for).
         learning_rate: η of the predicted change.
     """
 
     batch: Batch
     responses: Responses
-    coefficients: Coefficients
+    force: Float[Array, "B 2"]
     kernel: PairKernel | None
     learning_rate: float | Float[Array, ""]
 
@@ -74,11 +72,10 @@ class Evaluated:
         return self.responses.logp
 
     @property
-    def change(self) -> tuple[Array, Array]:
+    def change(self) -> Float[Array, "B 2"]:
         """First-order Δlog π of both responses after a step on the pair alone."""
         kernel = cast(PairKernel, self.kernel)  # only columns that need gradients ask
-        found = first_order(kernel, self.coefficients, self.learning_rate)
-        return found.chosen, found.rejected
+        return first_order(kernel, self.force, self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
     Column(
         "last_hidden_inner",
         "last hidden states' inner product",
-        "simgrad.theory.last_hidden_inner",
+        "simgrad.theory.similarity.last_hidden_inner",
         "forward",
         lambda e: last_hidden_inner(e.responses),
         risk=1,
@@ -177,7 +174,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
     Column(
         "edit_distance",
         "edit distance, normalised",
-        "simgrad.theory.normalized_edit_distance, of tokens",
+        "simgrad.theory.similarity.normalized_edit_distance, of tokens",
         "tokens",
         lambda pair: normalized_edit_distance(pair.chosen, pair.rejected),
         risk=-1,
@@ -185,7 +182,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
     Column(
         "embedding_cosine",
         "cosine of response embeddings",
-        "simgrad.theory.embedding_cosine",
+        "simgrad.theory.similarity.embedding_cosine",
         "forward",
         lambda e: embedding_cosine(e.responses, e.batch),
         risk=1,
@@ -234,14 +231,14 @@ SCORE_COLUMNS: tuple[Column, ...] = (
         "d_w",
         "the objective's pull on log π(chosen), for the pair alone, the policy its own reference",
         "forward",
-        lambda e: e.coefficients.chosen,
+        lambda e: e.force[:, 0],
     ),
     Column(
         "d_rejected",
         "d_l",
         "the objective's push on log π(rejected), likewise",
         "forward",
-        lambda e: e.coefficients.rejected,
+        lambda e: -e.force[:, 1],
     ),
     *(
         Column(
@@ -250,7 +247,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
             "first-order change after one SGD step on the pair alone, per unit learning rate "
             "unless one is given",
             "gradients",
-            lambda e, k=k: e.change[k],
+            lambda e, k=k: e.change[:, k],
             PER_RATE,
             risk=-1,
         )
@@ -261,7 +258,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
         "regime",
         "ideal, both_fall, both_rise or reversed",
         "gradients",
-        lambda e: regime(e.kernel, e.coefficients),
+        lambda e: regime(e.change),
         labels=tuple(r.label for r in Regime),
         show="s",
     ),
@@ -344,9 +341,9 @@ def score_batch(
     # one pair at a time, so that objectives which couple pairs see the batch that the columns
     # speak of
     def alone(logp: Array, lengths: Array) -> Array:
-        return objective.signed_coefficients(logp[None], logp[None], lengths[None])[0]
+        return objective.force(logp[None], logp[None], lengths[None])[0]
 
     force = jax.vmap(alone)(result.logp, batch.lengths)
-    found = Evaluated(batch, result, Coefficients(force[:, 0], -force[:, 1]), kernel, learning_rate)
+    found = Evaluated(batch, result, force, kernel, learning_rate)
     asked = score_columns(gradients)
     return {c.name: c.of(found) for c in asked if c.of and c.needs in ("forward", "gradients")}

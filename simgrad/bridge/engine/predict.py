@@ -122,7 +122,7 @@ def predict(
         found = directions()
 
         def change(direction: Theta) -> Array:
-            return directional_change(policy.apply, policy.theta, batch, direction, made.include)
+            return directional_change(policy.apply, policy.theta, batch, direction)
 
         moved = change(found.seen)
         error = jnp.zeros_like(moved)
