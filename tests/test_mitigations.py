@@ -8,7 +8,17 @@ from helpers import PAIRS, close, force, model
 
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
-from simgrad.theory import PairKernel, Regime, band, first_order, ideal_range, pair_kernel, regime, responses, token_kernel
+from simgrad.theory import (
+    PairKernel,
+    Regime,
+    band,
+    first_order,
+    ideal_range,
+    pair_kernel,
+    regime,
+    responses,
+    token_kernel,
+)
 from simgrad.theory.kernel import masked_kernel
 from simgrad.theory.mitigation import (
     Calibrated,

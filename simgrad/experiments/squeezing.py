@@ -57,12 +57,7 @@ def _squeeze(world: Squeezing, seeds: Sequence[int]) -> Table:
         token = z.argsort(-1, kind="stable")[:, PUSHED.index(pushed) * (world.vocabulary - 1) // 2]
         path = np.asarray(push(jnp.asarray(z), jnp.asarray(token), world.rate, world.steps))
         rows.append(
-            {
-                "pushed": pushed,
-                "peak": peak,
-                "seed": seed,
-                **_moved(path[:, 0], path[:, -1], token),
-            }
+            {"pushed": pushed, "peak": peak, "seed": seed, **_moved(path[:, 0], path[:, -1], token)}
         )
     return Table.of(
         "squeeze",

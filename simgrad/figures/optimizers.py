@@ -109,7 +109,9 @@ def _seed(
     sgd, adam = (
         np.asarray(entanglement_kernel(apply, theta, batch, scale=s), float) for s in (None, scale)
     )
-    change = np.asarray(train(apply, theta, batch, recipe).trajectory.change[-1], float).ravel()[order]
+    change = np.asarray(train(apply, theta, batch, recipe).trajectory.change[-1], float).ravel()[
+        order
+    ]
     square = np.ix_(order, order)
     return sgd[square], adam[square], [(kernel @ force)[order] for kernel in (sgd, adam)], change
 

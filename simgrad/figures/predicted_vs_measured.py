@@ -14,14 +14,7 @@ from matplotlib.figure import Figure
 
 from simgrad import objectives
 from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
-from simgrad.models import (
-    Apply,
-    ModelConfig,
-    bind,
-    create,
-    linear_softmax,
-    unconstrained_features,
-)
+from simgrad.models import Apply, ModelConfig, bind, create, linear_softmax, unconstrained_features
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch, Pair, padded
 from simgrad.theory import first_order, loss_gradient, pair_kernel

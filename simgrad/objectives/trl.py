@@ -67,11 +67,7 @@ TRL_LOSS_TYPES: dict[str, tuple[str, ...]] = {
 """Loss types of each trainer."""
 
 
-def from_trl(
-    loss_type: str | Sequence[str],
-    trainer: str = "dpo",
-    **config: Any,
-) -> Objective:
+def from_trl(loss_type: str | Sequence[str], trainer: str = "dpo", **config: Any) -> Objective:
     """The objective whose mean over a batch is the loss of a TRL trainer.
 
     >>> from_trl("sigmoid", beta=0.2)

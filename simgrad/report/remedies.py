@@ -184,7 +184,9 @@ def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
         found = {
             n: (fates[o].force, fates[o].regime) for n, o in zip(names, candidates, strict=True)
         }
-        scored = jnp.stack([jnp.asarray(column["d_chosen"]), -jnp.asarray(column["d_rejected"])], -1)
+        scored = jnp.stack(
+            [jnp.asarray(column["d_chosen"]), -jnp.asarray(column["d_rejected"])], -1
+        )
         for name, mitigation in MITIGATIONS.items():
             force, _ = mitigation.update(scored, mitigation.init(), kernel)
             found[name] = force, regime(first_order(kernel, force))

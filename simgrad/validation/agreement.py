@@ -126,9 +126,7 @@ def routes(
     step = pulled(s.apply, s.theta, pair, force[:1])
     change = displacement(s.apply, s.theta, pair, step)
     yield check(
-        "own steps are steps on one pair",
-        own_steps(s.apply, s.theta, pair, force[:1]),
-        change,
+        "own steps are steps on one pair", own_steps(s.apply, s.theta, pair, force[:1]), change
     )
     rate = jnp.asarray(0.1 / float(jnp.abs(change.first).max()))
     yield check(

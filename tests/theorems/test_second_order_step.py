@@ -18,7 +18,14 @@ from oracles import slope
 from simgrad.models import only
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
-from simgrad.theory import displacement, first_order, optimizer_step, own_steps, pair_kernel, responses
+from simgrad.theory import (
+    displacement,
+    first_order,
+    optimizer_step,
+    own_steps,
+    pair_kernel,
+    responses,
+)
 
 PROBES = [Pair([1, 5, 3], [9, 9], [7, 2, 3]), Pair([2], [11, 4], [1])]
 FACTORS = np.geomspace(1e-3, 1e-1, 5)

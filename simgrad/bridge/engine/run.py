@@ -13,14 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from simgrad.bridge.checkpoints.mesh import (
-    fill,
-    groups,
-    mesh_name,
-    mesh_of,
-    replicated,
-    split,
-)
+from simgrad.bridge.checkpoints.mesh import fill, groups, mesh_name, mesh_of, replicated, split
 from simgrad.bridge.checkpoints.policy import Policy
 from simgrad.bridge.engine.columns import Column
 from simgrad.bridge.engine.plan import Work, side_by_side
@@ -88,11 +81,7 @@ def default_budget(batch_tokens: int | None) -> int:
 
 
 def carry_out(
-    task: Task,
-    policy: Policy,
-    encoded: Encoded,
-    out: str | Path | None,
-    progress: Progress | None,
+    task: Task, policy: Policy, encoded: Encoded, out: str | Path | None, progress: Progress | None
 ) -> ScoreTable:
     """The table of a task, computed, continued, or found finished in ``out``.
 

@@ -51,11 +51,7 @@ class KernelPlan:
 
 
 def kernel_plan(
-    apply: Apply,
-    theta: Theta,
-    pairs: int,
-    others: int | None = None,
-    memory: int = MEMORY,
+    apply: Apply, theta: Theta, pairs: int, others: int | None = None, memory: int = MEMORY
 ) -> KernelPlan:
     """Largest chunk whose Jacobian rows fit in ``memory`` bytes, and what it costs.
 

@@ -17,13 +17,7 @@ import jax.numpy as jnp
 
 from simgrad import tree
 from simgrad.theory.kernel.cost import ghost_is_cheaper
-from simgrad.theory.kernel.gram import (
-    PairKernel,
-    chosen_and_rejected,
-    gradients,
-    row_inner,
-    sides,
-)
+from simgrad.theory.kernel.gram import PairKernel, chosen_and_rejected, gradients, row_inner, sides
 from simgrad.theory.kernel.signals import Gradient, Outer
 from simgrad.typing import Array, Float
 

@@ -31,11 +31,7 @@ TokenMethod = Literal["auto", "ghost", "columns"]
 
 
 def token_kernel(
-    apply: Apply,
-    theta: Theta,
-    batch: Batch,
-    method: TokenMethod = "auto",
-    memory: int = 2**31,
+    apply: Apply, theta: Theta, batch: Batch, method: TokenMethod = "auto", memory: int = 2**31
 ) -> Float[Array, "B 2 R 2 R"]:
     """⟨∇log π(token i), ∇log π(token j)⟩ for all response tokens of each pair; 0 where padded.
 
