@@ -187,7 +187,7 @@ def test_a_later_choice_replaces_names_and_adds_exclusions():
 def test_what_a_model_excludes_itself_stays_excluded():
     apply, theta = model("linear_softmax")
     assert trained(only(apply, "*/table"), theta) == ["unembedding/table"]
-    with pytest.raises(ValueError, match="no parameter is left to train by the patterns !features"):
+    with pytest.raises(ValueError, match="no parameter is left to train.*!features"):
         bind(only(apply, "features/*"), theta)
     lora, parameters = add_lora(*model("plain"), ["layers/mlp/up/kernel"], rank=2)
     name = "lora/layers/mlp/up/kernel"
@@ -237,5 +237,5 @@ def test_selections_that_mean_nothing_are_refused():
         ValueError, match=r"no parameter matches 'attn\*'; there are: embedding/table"
     ):
         bind(only(apply, "layers/*", "attn*"), theta)
-    with pytest.raises(ValueError, match="no parameter is left to train by the patterns !"):
+    with pytest.raises(ValueError, match=r"no parameter is left to train.*!\*"):
         bind(only(apply, "!*"), theta)

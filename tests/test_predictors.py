@@ -152,6 +152,12 @@ ADAMS = {
 }  # fmt: skip
 
 
+def clipped(gradient):
+    norm = np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(gradient)))
+    assert norm > CLIP
+    return jax.tree.map(lambda x: x * (CLIP / norm), gradient)
+
+
 def held(theta, gradients, decayed, others_decayed, others, steps):
     """Steps of Adam with moments held, written out; returns what θ moves by."""
     mean = jax.tree.map(lambda *gs: sum(gs) / len(gs), *gradients)
@@ -176,13 +182,9 @@ def test_adam_behind_clipping_and_a_warm_up_has_a_direction(name):
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), inner(theta))
     recipe = Recipe(DPO(), optimizer, steps=6, batch_size=2)
     plain = minibatch_gradients(apply, theta, recipe)
-    norms = [np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(g))) for g in plain]
-    assert min(norms) > CLIP
-    clipped = [
-        jax.tree.map(lambda x, n=n: x * (CLIP / n), g) for g, n in zip(plain, norms, strict=True)
-    ]
+    behind = [clipped(g) for g in plain]
     direction = run_direction(apply, theta, BATCH, recipe)
-    close(direction, held(theta, clipped, *rest, 6), scale=1e4)  # schedules are in float32
+    close(direction, held(theta, behind, *rest, 6), scale=1e4)  # schedules are in float32
     with pytest.raises(AssertionError):
         close(direction, held(theta, plain, *rest, 6), scale=1e8)
 
@@ -198,6 +200,32 @@ def test_which_second_moments_settle_does_not_depend_on_sizes(rate):
     for chain in (optax.radam(rate), optax.chain(clip, optax.radam(rate))):
         with pytest.raises(ValueError, match=r"known for SGD, momentum, Adam, AdamW and RMSProp"):
             run_direction(apply, theta, BATCH, Recipe(DPO(), chain, steps=1))
+
+
+def test_rmsprop_of_some_parameters_behind_clipping_has_a_direction():
+    apply, theta = model(KIND)
+    inner = groups(theta, optax.rmsprop(PEAK, eps=1e-6, eps_in_sqrt=False), optax.sgd(0.01))
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), inner)
+    recipe = Recipe(DPO(), optimizer, steps=3, batch_size=2)
+    parts = [clipped(g) for g in minibatch_gradients(apply, theta, recipe)]
+    mean = jax.tree.map(lambda *gs: sum(gs) / len(gs), *parts)
+    square = jax.tree.map(lambda *gs: sum(g**2 for g in gs) / len(gs), *parts)
+
+    def move(path, m, v):
+        if not is_decayed(path, m):
+            return -0.03 * m
+        # optax's second moment takes in the mean's square with weight 1 - decay
+        return -3 * PEAK * m / (jnp.sqrt(0.9 * v + 0.1 * m**2) + 1e-6)
+
+    found = run_direction(apply, theta, BATCH, recipe)
+    close(found, jax.tree.map_with_path(move, mean, square), scale=1e4)
+
+
+def test_rmsprop_behind_an_l2_term_is_refused():
+    apply, theta = model(KIND)
+    optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.rmsprop(1e-3))
+    with pytest.raises(ValueError, match=r"not known for RMSProp behind an L2 term"):
+        run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=1))
 
 
 @pytest.mark.parametrize("layout", [padded, packed])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from simgrad import tree
 from simgrad.dynamics.recipe import Recipe
 from simgrad.models import Apply, bind, responses
 from simgrad.models.likelihood import require_shape
@@ -147,41 +148,75 @@ def _met_by_moments(
     """The gradient as the optimizer's moments see it: clipped, decayed, scaled.
 
     One update from zero moments leaves (1 - β₁) g in the first one, or (1 - β₂) g² in the second;
-    the factor is read off a gradient that is too small to be clipped.
+    the factor is read off a gradient that is too small to be clipped. Parameters that have no
+    moments, while others have, keep the share of their gradient that clipping left to the others.
     """
-    if not _moments(state):
+    if not (kept := _moments(state)):
         return lambda gradient: gradient
+    name, zero = _read_from(kept), jax.tree.map(jnp.zeros_like, trained)
+    bare = _settled(state, zero, zero)
+
+    def by_leaf(f: Callable[..., Any], gradient: Theta, nodes: list[Any]) -> Theta:
+        # one moment a leaf: of several groups of parameters, the group's own
+        def of_leaf(g: Array, *found: Any) -> Any:
+            return f(g, next((x for x in found if not _masked(x)), None))
+
+        trees = [_unmasked(getattr(node, name), gradient) for node in nodes]
+        return jax.tree.map(of_leaf, gradient, *trees)
+
+    def trace(g: Array, moment: Array | None) -> Array:
+        if moment is None:
+            return jnp.zeros_like(g)
+        return moment if name == "mu" else jnp.sign(g) * jnp.sqrt(moment)
 
     def traces(gradient: Theta) -> Theta:
-        after = _moments(updated(optimizer, gradient, state, trained)[1])
+        after = updated(optimizer, gradient, bare, trained)[1]
+        return by_leaf(trace, gradient, _moments(after))
 
-        def of_leaf(g: Array, *found: Any) -> Array:
-            there = [x for x in found if not _masked(x)]
-            return there[0] if there else g
-
-        first = all("mu" in node._fields for node in after)
-        trees = [node.mu if first else node.nu for node in after]
-        # one moment a leaf: of several groups of parameters, the group's own
-        kept = jax.tree.map(of_leaf, gradient, *(_unmasked(t, gradient) for t in trees))
-        if first:
-            return kept
-        return jax.tree.map(lambda g, v: jnp.sign(g) * jnp.sqrt(v), gradient, kept)
-
-    nothing = traces(jax.tree.map(jnp.zeros_like, trained))
+    has_moments = by_leaf(lambda _, moment: moment is not None, trained, kept)
+    nothing = traces(zero)
     probe = traces(jax.tree.map(lambda x: jnp.full_like(x, TINY), trained))
-    factor = jax.tree.map(lambda p, n: (p - n).reshape(-1)[0] / TINY, probe, nothing)
-    return lambda gradient: jax.tree.map(jnp.divide, traces(gradient), factor)
+
+    def unscaled(has: bool, x: Array, p: Array, n: Array) -> Array:
+        return x * TINY / (p - n).reshape(-1)[0] if has else x
+
+    def met(gradient: Theta) -> Theta:
+        here = traces(gradient)
+        seen = jax.tree.map(unscaled, has_moments, here, probe, nothing)
+        if all(jax.tree.leaves(has_moments)):
+            return seen
+        change = jax.tree.map(jnp.subtract, here, nothing)
+        clipped = jax.tree.map(unscaled, has_moments, change, probe, nothing)
+        before = jax.tree.map(lambda has, g: g if has else jnp.zeros_like(g), has_moments, gradient)
+        square = tree.inner(before, before)
+        share = tree.inner(before, clipped) / jnp.where(square > 0, square, 1.0)
+        share = jnp.where(square > 0, share, 1.0)
+        return jax.tree.map(
+            lambda has, x, g: x if has else share.astype(g.dtype) * g, has_moments, seen, gradient
+        )
+
+    return met
 
 
-def _unmasked(tree: Theta, like: Theta) -> Theta:
+def _read_from(moments: list[Any]) -> str:
+    """The moment off which gradients are read: the first, if all groups have one."""
+    return "mu" if all("mu" in node._fields for node in moments) else "nu"
+
+
+def _unmasked(moment: Theta, like: Theta) -> Theta:
     """A tree with one entry for every leaf of ``like``, masked ones included."""
-    return jax.tree.structure(like).unflatten(jax.tree.leaves(tree, is_leaf=_masked))
+    return jax.tree.structure(like).unflatten(jax.tree.leaves(moment, is_leaf=_masked))
 
 
 def _require_settling(optimizer: optax.GradientTransformation, trained: Theta) -> None:
     """Refuse moments other than Adam's or RMSProp's, and Adams that do not normalise at once."""
-    whole = jax.eval_shape(lambda t: begun(optimizer, t), trained)
-    for node in _moments(whole):
+    moments = _moments(jax.eval_shape(lambda t: begun(optimizer, t), trained))
+    if moments and _read_from(moments) == "nu" and _sees_parameters(optimizer):
+        raise ValueError(
+            "the direction of a run is not known for RMSProp behind an L2 term, whose square alone "
+            "is kept: decay after it, as AdamW does, or use linearized_run, or train"
+        )
+    for node in moments:
         known = isinstance(node, optax.ScaleByAdamState | optax.ScaleByRmsState)
         if not known or not _normalises(optimizer):
             raise ValueError(
@@ -189,6 +224,18 @@ def _require_settling(optimizer: optax.GradientTransformation, trained: Theta) -
                 "clipping, decay and schedules; this optimizer keeps second moments otherwise "
                 f"({type(node).__name__}): use linearized_run, or train"
             )
+
+
+def _sees_parameters(optimizer: optax.GradientTransformation) -> bool:
+    """Whether second moments grow without a gradient: a decay of the parameters comes before."""
+    with jax.ensure_compile_time_eval():
+        at = {"w": jnp.ones(1, jnp.float32)}
+        try:
+            _, after = updated(optimizer, {"w": 0 * at["w"]}, begun(optimizer, at), at)
+        except (ValueError, KeyError, TypeError):
+            return False  # made for the parameters' own tree
+        grown = zip(_moments(begun(optimizer, at)), _moments(after), strict=True)
+        return any(bool((y.nu["w"] > x.nu["w"]).any()) for x, y in grown)
 
 
 def _normalises(optimizer: optax.GradientTransformation) -> bool:

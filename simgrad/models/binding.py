@@ -28,8 +28,8 @@ def only(apply: _A, *patterns: str) -> _A:
     Args:
         apply: any model.
         *patterns: ``fnmatch`` patterns of paths, ``!`` before one excludes: ``"layers/*"``,
-            ``"!layers/mlp/*"``. They replace an earlier choice; what a model itself excludes (fixed
-            features, the parameters below adapters) stays excluded.
+            ``"!layers/mlp/*"``. Names replace those of an earlier choice; exclusions add up, the
+            model's own among them (fixed features, the parameters below adapters).
 
     Raises:
         ValueError: something other than texts.

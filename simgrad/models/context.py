@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad.models.layers import unembedded, visible
-from simgrad.models.output import Output
+from simgrad.models.output import Output, plain
 from simgrad.pairs import Pair
 from simgrad.tree import accumulator
 from simgrad.typing import Array, Float, Int, Theta
@@ -57,12 +57,7 @@ class ContextApply:
         rows: Int[Array, "N Q"] | None = None,
     ) -> Output:
         """Logits ``W h`` and the features h."""
-        if positions is None:
-            positions = jnp.broadcast_to(
-                jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape
-            )
-        if streams is None:
-            streams = jnp.ones_like(tokens)
+        positions, streams = plain(tokens, positions, streams)
         index = self._lookup(tokens, positions, streams)
         features = theta["features"]["table"]
         hidden = jnp.where((index >= 0)[:, :, None], features[index], jnp.nan)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -57,6 +58,18 @@ class Output:
     logits: Float[Array, "N Q V"]
     hidden: Float[Array, "N T D"]
     uses: dict[str, Use] = field(default_factory=dict)
+
+
+def plain(
+    tokens: Int[Array, "N T"],
+    positions: Int[Array, "N T"] | None,
+    streams: Int[Array, "N T"] | None,
+) -> tuple[Int[Array, "N T"], Int[Array, "N T"]]:
+    """Positions and streams; those of plain sequences where they are not given."""
+    if positions is None:
+        here = jnp.arange(tokens.shape[1], dtype=tokens.dtype)
+        positions = jnp.broadcast_to(here[None], tokens.shape)
+    return positions, jnp.ones_like(tokens) if streams is None else streams
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from simgrad.models.backward import backward
 from simgrad.models.cache import Cache, Slots
 from simgrad.models.config import ModelConfig
 from simgrad.models.layers import Block, Lookup, Norm, Tape, unembedded, visible
-from simgrad.models.output import Output, Use, Visit
+from simgrad.models.output import Output, Use, Visit, plain
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
 __all__ = ["Transformer", "TransformerApply", "init_transformer"]
@@ -42,39 +42,13 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"] | None = None,
-        streams: Int[Array, "N T"] | None = None,
-        rows: Int[Array, "N Q"] | None = None,
-        record: bool = False,
-    ) -> Output:
-        """Logits at ``rows`` (everywhere if None) and hidden states everywhere."""
-        if positions is None:
-            positions = jnp.broadcast_to(
-                jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape
-            )
-        if streams is None:
-            streams = jnp.ones_like(tokens)
-        return self._run(tokens, positions, visible(positions, streams), rows, Tape(record))[0]
-
-    def extend(
-        self,
-        tokens: Int[Array, "N T"],
         positions: Int[Array, "N T"],
-        cache: Cache,
-        rows: Int[Array, "N Q"] | None = None,
-    ) -> tuple[Output, Cache]:
-        """The same for new tokens that read the cache up to themselves, and the extended cache."""
-        return self._run(tokens, positions, cache.visible(positions), rows, Tape(), cache)
-
-    def _run(
-        self,
-        tokens: Array,
-        positions: Array,
         mask: Bool[Array, "N T L"],
-        rows: Array | None,
+        rows: Int[Array, "N Q"] | None,
         tape: Tape,
         cache: Cache | None = None,
     ) -> tuple[Output, Any]:
+        """Logits at ``rows`` (everywhere if None), hidden states everywhere, the extended cache."""
         (x,) = tape("lookup", tokens, {"embedding": self.embedding.table[...][tokens]})
         if self.config.positions == "learned":
             (p,) = tape("lookup", positions, {"positions": self.positions.table[...][positions]})
@@ -107,10 +81,8 @@ class Transformer(nnx.Module):
             carry: tuple[Array, Cache | None], layer: tuple
         ) -> tuple[tuple[Array, Cache | None], dict[str, Use]]:
             (x, kept), (state, number) = carry, layer
-            block_tape, slots = (
-                Tape(tape.record),
-                None if kept is None else Slots(kept, number, positions),
-            )
+            block_tape = Tape(tape.record)
+            slots = None if kept is None else Slots(kept, number, positions)
             if tape.record:
                 block_tape.uses["state"] = Use("state", (), x)
             x = nnx.merge(graph, state)(x, positions, mask, block_tape, slots)
@@ -157,7 +129,13 @@ class TransformerApply:
         rows: Int[Array, "N Q"] | None = None,
     ) -> Output:
         """Logits and hidden states."""
-        return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows)
+        positions, streams = plain(tokens, positions, streams)
+        return self._read(theta, tokens, positions, streams, rows, Tape())
+
+    def _read(self, theta: Theta, *inputs: Any) -> Output:
+        tokens, positions, streams, rows, tape = inputs
+        mask = visible(positions, streams)
+        return nnx.merge(_graph(self.config), theta)(tokens, positions, mask, rows, tape)[0]
 
     def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Logits of hidden states."""
@@ -190,7 +168,8 @@ class TransformerApply:
         >>> bool(jnp.allclose(output.logits[0, 0], whole[0, 2], atol=1e-5))
         True
         """
-        return nnx.merge(_graph(self.config), theta).extend(tokens, positions, cache, rows)
+        model, mask = nnx.merge(_graph(self.config), theta), cache.visible(positions)
+        return model(tokens, positions, mask, rows, Tape(), cache)
 
     def record(
         self,
@@ -201,7 +180,7 @@ class TransformerApply:
         rows: Int[Array, "N Q"],
     ) -> Output:
         """The forward pass, and what the parameters acted on."""
-        return nnx.merge(_graph(self.config), theta)(tokens, positions, streams, rows, record=True)
+        return self._read(theta, tokens, positions, streams, rows, Tape(record=True))
 
     def backward(
         self,
