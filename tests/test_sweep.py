@@ -19,7 +19,7 @@ from simgrad.dynamics.configs import MITIGATIONS
 from simgrad.dynamics.sweep import _running
 from simgrad.pairs import packed, padded
 from simgrad.theory.prediction.steps import updated
-from simgrad.validation import bench_sweep
+from simgrad.validation.bench import sweeps as bench_sweep
 
 BATCH = padded(PAIRS)
 SEEDS = [3, 5]

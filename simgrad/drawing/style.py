@@ -13,7 +13,7 @@ from tueplots import figsizes
 __all__ = ["CHOSEN", "GUIDE", "OTHERS", "REJECTED", "paper_style", "size", "use"]
 
 CHOSEN = "#0072B2"
-"""Of everything chosen: the blue of Okabe and Ito, told from vermilion under every common colour blindness."""
+"""Of everything chosen: Okabe and Ito's blue, told from vermilion in colour blindness too."""
 REJECTED = "#D55E00"
 """Of everything rejected: their vermilion."""
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,7 +30,7 @@ _VENUES = {
 
 @contextmanager
 def paper_style(venue: str = "neurips") -> Iterator[None]:
-    """Matplotlib settings of the gallery at a venue's full text width, for the duration of a with block.
+    """Matplotlib settings of the gallery at a venue's full text width, within a with block.
 
     Raises:
         ValueError: unknown venue.
