@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from helpers import close, write_checkpoint
 from mesh_runs import CHECKPOINTS, MESHES
+from simgrad.bridge.engine.fingerprint import fingerprint
 
 import simgrad
 from simgrad.bridge import Policy, ScoreTable, device_mesh
 from simgrad.bridge.checkpoints import policy as checkpoint
 from simgrad.bridge.checkpoints.mesh import spec
-from simgrad.bridge.engine.fingerprint import fingerprint
 from simgrad.cli.parsing import mesh_axes
 from simgrad.cli.runtime import connect
 from simgrad.models import ModelConfig, create

@@ -20,7 +20,7 @@ from simgrad.dynamics.sweep import _running
 from simgrad.models import only
 from simgrad.pairs import packed, padded
 from simgrad.theory.optimizers import updated
-from simgrad.validation import bench_sweep
+from simgrad.validation.bench import sweeps as bench_sweep
 
 BATCH = padded(PAIRS)
 SEEDS = [3, 5]

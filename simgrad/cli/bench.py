@@ -96,7 +96,7 @@ class Bench:
         from simgrad.cli.runtime import HOST_DEVICES, prepare
 
         prepare(host_devices=HOST_DEVICES)
-        from simgrad.validation.bench_sweep import SweepConfig, SweepMeasurement, bench_sweeps
+        from simgrad.validation.bench.sweeps import SweepConfig, SweepMeasurement, bench_sweeps
 
         def show(m: SweepMeasurement) -> None:
             line = f"{m.task:<20} {m.batch_size:>2} pairs a step  {m.runs:>4} runs   {m.seconds:8.4f} s/run"

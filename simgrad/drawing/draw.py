@@ -132,7 +132,7 @@ def mass_bars(
     chosen: str | None = None,
     rejected: str | None = None,
 ) -> None:
-    """Each answer's probability before (grey) and after training: means, 95 % seed intervals."""
+    """Probability of each answer before (grey) and after training: means and 95 % intervals."""
     place, width = np.arange(len(names)), 0.4
     colours = [{chosen: CHOSEN, rejected: REJECTED}.get(name, "#009E73") for name in names]
     for runs, offset, colour in (
@@ -159,7 +159,7 @@ def mass_bars(
 
 
 def regime_plane(axis: Axes, ratio: float = 1.0, least: float = 1e-2, most: float = 1e2) -> None:
-    """The plane x = ⟨g_w,g_l⟩/‖g_w‖², y = ⟨g_w,g_l⟩/‖g_l‖² for ⟨g_w,g_l⟩ > 0, with its regimes.
+    """The plane x = ⟨g_w,g_l⟩/‖g_w‖², y = ⟨g_w,g_l⟩/‖g_l‖², both positive, with its regimes.
 
     The chosen rises where x ≤ r and the rejected falls where y ≤ 1/r, r = d_w/d_l; Cauchy-Schwarz
     forbids xy = cos² > 1 (grey). Blue: the chosen's condition fails, vermilion: the rejected's.
@@ -203,7 +203,6 @@ def token_heatmap(
     """Inner products of token gradients: blue pulls together, vermilion pushes apart.
 
     Shared tokens are in grey letters.
-
     ``linear`` is the size below which the colour scale is linear and above which it is logarithmic
     (None: linear throughout).
     """

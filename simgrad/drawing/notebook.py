@@ -15,7 +15,7 @@ __all__ = ["explore"]
 
 
 def explore(draw: Callable[..., Figure], **choices: Sequence[Any]) -> None:
-    """Show ``draw`` at its defaults, with a slider for each argument named in ``choices``.
+    """Show ``draw`` at its defaults, with a slider for each argument that ``choices`` names.
 
     In a running notebook with ipywidgets a slider redraws the figure. Everywhere else (on GitHub,
     in HTML, in a file that was executed without a browser, without ipywidgets) the figure of the
@@ -68,7 +68,7 @@ def _sliders(
     choices: Mapping[str, Sequence[Any]],
     picture: bytes,
 ) -> dict[str, Any]:
-    """The picture below its sliders, in the form front ends read; empty without ipywidgets."""
+    """The picture below its sliders, as a notebook knows them; nothing without ipywidgets."""
     try:
         import ipywidgets
     except ImportError:

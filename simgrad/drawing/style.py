@@ -13,10 +13,7 @@ from tueplots import figsizes
 __all__ = ["CHOSEN", "GUIDE", "OTHERS", "REJECTED", "paper_style", "size", "use"]
 
 CHOSEN = "#0072B2"
-"""Colour of everything chosen: Okabe and Ito's blue.
-
-It differs from vermilion under every common colour blindness.
-"""
+"""Of everything chosen: Okabe and Ito's blue, told from vermilion in colour blindness too."""
 REJECTED = "#D55E00"
 """Of everything rejected: their vermilion."""
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -1,4 +1,4 @@
-"""Paper figures, one module each, and their pages.
+"""Paper figures, one module each with ``Config``, ``compute`` and ``plot``.
 
-Each module has ``Config``, ``compute`` and ``plot`` (:mod:`simgrad.figures.gallery`).
+The list of them, and how they are drawn and saved: :mod:`simgrad.figures.gallery`.
 """

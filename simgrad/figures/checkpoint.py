@@ -47,7 +47,7 @@ CAPTION = (
     "(without those of negative inner product). Then DPO with Adam, learning rate "
     "{learning_rate:g}, batches of {batch_size}, for {epochs} pass(es): measured Δ log π of the "
     "chosen responses (c) against CHES and (d) against the directional score, both computed before "
-    "training, with rank correlations (if CHES predicted the falls, that of (c) would be negative). (e) "
+    "training, with rank correlations (if CHES predicted falls, (c)'s would be negative). (e) "
     "The pairs of lowest directional score: beginnings of chosen (blue) and rejected (vermilion)."
 )
 BEARS_ON = (

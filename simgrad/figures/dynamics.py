@@ -51,8 +51,17 @@ class Config:
     """
 
     objectives: tuple[str, ...] = (
-        "dpo", "ipo", "simpo", "dpo_shift", "apo_zero", "dpo_sft", "dpop", "slic_hf", "cpo", "orpo",
-    )  # fmt: skip
+        "dpo",
+        "ipo",
+        "simpo",
+        "dpo_shift",
+        "apo_zero",
+        "dpo_sft",
+        "dpop",
+        "slic_hf",
+        "cpo",
+        "orpo",
+    )
     suffix: int = 16
     pairs: int = 32
     learning_rate: float = 1e-4
@@ -110,8 +119,16 @@ def plot(result: Result) -> Figure:
     axes[0, 0].minorticks_off()
     for side, (name, colour) in enumerate((("chosen", CHOSEN), ("rejected", REJECTED))):
         end = float(result.change[0, :, -1, side].mean())
-        axes[0, 0].annotate(name, (result.steps[-1], end), (0, 3 if side == 0 else -3), textcoords="offset points",
-                            color=colour, ha="right", va="bottom" if side == 0 else "top", fontsize=7)  # fmt: skip
+        axes[0, 0].annotate(
+            name,
+            (result.steps[-1], end),
+            (0, 3 if side == 0 else -3),
+            textcoords="offset points",
+            color=colour,
+            ha="right",
+            va="bottom" if side == 0 else "top",
+            fontsize=7,
+        )
     figure.supxlabel("training step", fontsize=8)
     figure.supylabel("mean Δ log π (nats)", fontsize=8)
     return figure

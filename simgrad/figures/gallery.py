@@ -129,7 +129,7 @@ def render(
     formats: Sequence[Format] = ("pdf", "png"),
     fresh: bool = False,
 ) -> list[Path]:
-    """Compute (or load from the cache) and save one figure; return the files, numbers first.
+    """Compute (or take from the cache) and save one figure; returns its files, the numbers first.
 
     Raises:
         ValueError: no such figure, or a format that cannot be written.
@@ -202,7 +202,7 @@ _HEADING = "# Gallery\n"
 
 
 def write_index(folder: Path) -> Path:
-    """Write README.md of a figure folder: what each shows and bears on, and its command."""
+    """README.md of a folder of figures: what to see in each, what it bears on, its command."""
     parts = [
         _HEADING,
         "Every figure with the numbers in it (JSON), its configuration and versions. All of them: "

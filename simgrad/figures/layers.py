@@ -60,7 +60,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """Quartiles over pairs of each block's part of ‖g_w‖² and ⟨g_w,g_l⟩, over a pair's ‖g_w‖²."""
+    """Quartiles over pairs of each block's part of ‖g_w‖² and ⟨g_w,g_l⟩, over the pair's ‖g_w‖²."""
 
     subjects: tuple[str, ...]
     layers: tuple[tuple[str, ...], ...]
@@ -107,7 +107,7 @@ def _in_order(layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quartiles(groups: dict[str, Any]) -> tuple:
-    """Each block's quartiles of its part of ‖g_w‖² and ⟨g_w,g_l⟩, over the whole ‖g_w‖²."""
+    """Quartiles of each block's part of ‖g_w‖² and of ⟨g_w,g_l⟩, over the whole ‖g_w‖²."""
     whole = sum(np.asarray(block.sq_chosen, float) for block in groups.values())
     parts = (
         (np.asarray(b.sq_chosen, float) / whole, np.asarray(b.inner, float) / whole)

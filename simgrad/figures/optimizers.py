@@ -62,10 +62,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """Kernels and changes of the first seed; rows are chosen, then rejected.
+    """Kernels in nats² per unit of θ² (times that of P) and changes in nats of the first seed.
 
-    Kernels are in nats² per unit of θ² (times that of P), changes in nats.
-
+    Rows are chosen responses, then rejected ones.
     The last two have one row a kernel (SGD's, Adam's) and one column a seed, of the chosen
     responses only.
     """
@@ -100,7 +99,7 @@ def compute(config: Config) -> Result:
 def _seed(
     apply: Apply, theta: Theta, batch: Batch, recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
-    """Both kernels, their predictions, and what the run did; chosen first, then rejected."""
+    """Both kernels, what each says of every response, and what the run did; chosen ones first."""
     gradient = loss_gradient(apply, theta, batch, DPO())
     scale = preconditioning.adam(optax.adam(1.0).init(theta), gradient).scale
     logp = responses(apply, theta, batch).logp
@@ -160,7 +159,10 @@ def _scatter(axis: Axes, result: Result) -> None:
         mine = says[:n] / np.abs(says[:n]).max()
         axis.scatter(mine, measured, s=9, color=colour, marker=marker, alpha=0.8, linewidths=0)
         ranks, signs = result.correlations[k], 100 * result.signs[k]
-        text = f"{name}'s: ρ {ranks.min():.2f} to {ranks.max():.2f}, signs {signs.min():.0f} to {signs.max():.0f} %"
+        text = (
+            f"{name}'s: ρ {ranks.min():.2f} to {ranks.max():.2f}, "
+            f"signs {signs.min():.0f} to {signs.max():.0f} %"
+        )
         axis.text(
             0.0,
             1.0 - 0.09 * k,

@@ -1,4 +1,4 @@
-"""The question and the answer in one picture: both fall, it was predicted, and which knob stops it."""
+"""The question and the answer in one picture: both fall, as predicted, and the knob."""
 
 from __future__ import annotations
 

@@ -48,15 +48,24 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     n_pairs: int = 96
     predictors: tuple[str, ...] = (
-        "chosen length", "edit distance", "last-hidden inner", "CHES", "ln-CHES", "head gap", "full gap", "directional",
-        "two big steps", "kernel flow", "rerun, other order",
-    )  # fmt: skip
+        "chosen length",
+        "edit distance",
+        "last-hidden inner",
+        "CHES",
+        "ln-CHES",
+        "head gap",
+        "full gap",
+        "directional",
+        "two big steps",
+        "kernel flow",
+        "rerun, other order",
+    )
     shown: tuple[str, ...] = ("CHES", "full gap", "directional")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Rank correlations (nan: prediction undefined), and mean changes by percentile in nats."""
+    """Rank correlations (nan: a prediction means nothing), mean changes by percentile (nats)."""
 
     settings: tuple[str, ...]
     predictors: tuple[str, ...]

@@ -71,7 +71,7 @@ class Result:
 
 
 def _random_pairs(config: Config) -> list[Pair]:
-    """Prompts of 3 tokens, and responses that differ in 1 to 3 and may share up to 4 at the end."""
+    """Prompts of 3 tokens; responses differ in 1 to 3 tokens and may share an ending of up to 4."""
     rng = np.random.default_rng(config.seed)
     pairs = []
     while len(pairs) < config.pairs:

@@ -67,7 +67,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """Ratios of the inner product, and d_w/d_l on a margin grid (nan unless both positive)."""
+    """Ratios of the inner product, and d_w/d_l on a grid of margins (nan: not both positive)."""
 
     worlds: tuple[str, ...]
     owner: Int[np.ndarray, " P"]
@@ -89,7 +89,7 @@ def _pairs(config: Config) -> dict[str, tuple[World, list[Pair]]]:
 
 
 def compute(config: Config) -> Result:
-    """Kernels of the worlds' pairs under pretrained policies, and objectives' coefficients."""
+    """Kernels of the worlds' pairs under their pretrained policies; objectives' coefficients."""
     owner, x, y = [], [], []
     sets = _pairs(config)
     for i, (world, pairs) in enumerate(sets.values()):
@@ -142,13 +142,27 @@ def _plane(axis: Axes, result: Result) -> None:
         x, y = result.over_chosen[mine], result.over_rejected[mine]
         seen = x > 0
         label = f"{world}  ({(~seen).mean():.0%} not shown)" if (~seen).any() else world
-        axis.scatter(x[seen].clip(1.1e-2, 9), y[seen].clip(1.1e-2, 9), s=9, marker=_MARKERS[i], color=_COLOURS[i],
-                     alpha=0.75, linewidths=0, label=label)  # fmt: skip
+        axis.scatter(
+            x[seen].clip(1.1e-2, 9),
+            y[seen].clip(1.1e-2, 9),
+            s=9,
+            marker=_MARKERS[i],
+            color=_COLOURS[i],
+            alpha=0.75,
+            linewidths=0,
+            label=label,
+        )
     axis.plot([1], [1], marker="x", color="black", ms=5)
     axis.annotate("$d_w = d_l$", (1, 1), (5, 5), textcoords="offset points", fontsize=7)
     axis.set_title("pairs before training")
-    legend = axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=6, handletextpad=0.2,
-                         columnspacing=0.8)  # fmt: skip
+    legend = axis.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=2,
+        fontsize=6,
+        handletextpad=0.2,
+        columnspacing=0.8,
+    )
     legend.set_in_layout(True)
 
 
@@ -186,8 +200,15 @@ def _ratios(axis: Axes, result: Result) -> None:
         if last == len(curve) - 1:
             labels["/".join(members)] = (float(np.clip(curve[last], 0.045, 38)), colour)
         else:
-            axis.annotate(members[0], (result.margins[last], float(np.clip(curve[last], 0.05, 24))), (0, 3),
-                          textcoords="offset points", fontsize=6, color=colour, ha="center")  # fmt: skip
+            axis.annotate(
+                members[0],
+                (result.margins[last], float(np.clip(curve[last], 0.05, 24))),
+                (0, 3),
+                textcoords="offset points",
+                fontsize=6,
+                color=colour,
+                ha="center",
+            )
     axis.axhline(1, color="black", lw=1.4)
     labels[f"{len(constant)} others"] = (1.0, "black")
     direct_labels(axis, float(result.margins[-1]), labels, gap=0.075)

@@ -54,7 +54,7 @@ _WORDS = {"TITLE", "CAPTION", "BEARS_ON", "__all__"}
 
 
 def _code(module: str) -> str:
-    """Name of what a figure's module computes: its code before ``plot``, and all that it imports."""
+    """Name of what a figure's module computes: its code before ``plot``, and what it imports."""
     found = []
     for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if isinstance(node, ast.FunctionDef) and node.name == "plot":

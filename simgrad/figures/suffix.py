@@ -93,13 +93,27 @@ def plot(result: Result) -> Figure:
     axes[1].set_yscale("symlog", linthresh=0.3, linscale=0.8)
     axes[1].set_yticks([-10, -1, -0.3, 0, 0.3], ["−10", "−1", "−0.3", "0", "0.3"])
     axes[1].minorticks_off()
-    _lines(axes[1], place, {"preferred word": (result.word, OTHERS[0]), "chosen": (result.chosen, CHOSEN),
-                            "rejected": (result.rejected, REJECTED)})  # fmt: skip
+    _lines(
+        axes[1],
+        place,
+        {
+            "preferred word": (result.word, OTHERS[0]),
+            "chosen": (result.chosen, CHOSEN),
+            "rejected": (result.rejected, REJECTED),
+        },
+    )
     axes[1].axhline(0, color=GUIDE, lw=0.6)
     axes[1].set_ylabel("Δ log π (nats)")
     axes[1].set_title("displacement")
-    _lines(axes[2], place, {"measured": (result.falls, "black"), "batch kernel": (result.batch_says, OTHERS[1]),
-                            "own kernel": (result.own_says, OTHERS[2])})  # fmt: skip
+    _lines(
+        axes[2],
+        place,
+        {
+            "measured": (result.falls, "black"),
+            "batch kernel": (result.batch_says, OTHERS[1]),
+            "own kernel": (result.own_says, OTHERS[2]),
+        },
+    )
     axes[2].set_ylim(-0.03, 1.03)
     axes[2].set_ylabel("share of pairs")
     axes[2].set_title("whose chosen falls")

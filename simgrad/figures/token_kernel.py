@@ -131,8 +131,14 @@ def plot(result: Result) -> Figure:
             np.array(result.shared_chosen[i]),
             np.array(result.shared_rejected[i]),
         )
-        token_heatmap(axes[0, i], kernel, result.words_chosen[i], result.words_rejected[i], (shared[0], shared[1]),
-                      linear=float(np.abs(kernel).max()) / 100)  # fmt: skip
+        token_heatmap(
+            axes[0, i],
+            kernel,
+            result.words_chosen[i],
+            result.words_rejected[i],
+            (shared[0], shared[1]),
+            linear=float(np.abs(kernel).max()) / 100,
+        )
         axes[0, i].set_title(f"{name}, cosine {result.cosines[i]:.2f}".replace("-", "−"))
         axes[0, i].set_ylabel("chosen tokens")
         axes[0, i].set_xlabel("rejected tokens")

@@ -67,7 +67,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """Relative errors by learning rate, trust radii (rates), and runs' largest |Δ log π| (nats)."""
+    """Relative errors by learning rate; trust radii as learning rates; largest |Δ log π| (nats)."""
 
     learning_rates: Float[np.ndarray, " E"]
     first: Float[np.ndarray, " E"]

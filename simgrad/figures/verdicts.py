@@ -119,8 +119,14 @@ def _geometry(axis: Axes, result: Result, i: int) -> None:
     mean = moved.mean(0)
     top = max(others, key=lambda k: mean[k])
     if mean[top] > 0.02:
-        axis.annotate(result.answers[top], (float(result.direction[i][:, top].max()), float(mean[top])), (2, 4),
-                      textcoords="offset points", fontsize=7, color=OTHERS[0])  # fmt: skip
+        axis.annotate(
+            result.answers[top],
+            (float(result.direction[i][:, top].max()), float(mean[top])),
+            (2, 4),
+            textcoords="offset points",
+            fontsize=7,
+            color=OTHERS[0],
+        )
     if i == 0:
         axis.legend(
             loc="center left",

@@ -1,4 +1,4 @@
-"""DPO in PyTorch as a plain loop, the contestant of :mod:`simgrad.validation.bench_sweep`."""
+"""DPO in PyTorch as a plain loop, the contestant of :mod:`simgrad.validation.bench.sweeps`."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ class Refusals(World):
         return self.preferences(apply, theta, [seed])[0]
 
     def preferences(self, apply: Apply, thetas: Theta, seeds: Sequence[int]) -> list[list[Pair]]:
-        """Two sampled openings a prompt, ranked by the rule, drawn to the mixture; for each seed."""
+        """Two sampled openings a prompt, ranked by the rule and drawn to the mixture."""
         if self.rollouts:
             return [self._rolled_out(apply, thetas, i, seed) for i, seed in enumerate(seeds)]
         pool = 30 * self.n_pairs

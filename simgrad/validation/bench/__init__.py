@@ -1,4 +1,4 @@
-"""Speed of every task against the published procedure and the machine's limits, from one run.
+"""Speed of every task beside the published procedure and what the machine allows.
 
 Every contestant is timed in turn within each repeat, so that a noisy machine disturbs all alike;
 ratios are medians over repeats of the within-repeat ratio, with their range.
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from simgrad.store import provenance
-from simgrad.validation.bench.setting import SHAPES, Config, Setting, set_up, version
 from simgrad.validation.bench.tables import Growth, Route, growth, routes
 from simgrad.validation.bench.tasks import TASKS, Measurement, measure
+from simgrad.validation.bench.workbench import SHAPES, Config, Workbench, set_up, version
 
 __all__ = [
     "SHAPES",
@@ -29,8 +29,8 @@ __all__ = [
     "write",
 ]
 
-TABLES: dict[str, Callable[[Setting], list[Any]]] = {"routes": routes, "growth": growth}
-"""What is measured of simgrad alone: the cost formula's choices, growth in pairs and tokens."""
+TABLES: dict[str, Callable[[Workbench], list[Any]]] = {"routes": routes, "growth": growth}
+"""What is measured of simgrad alone: the cost formula's choices, growth with pairs and tokens."""
 
 
 def bench(

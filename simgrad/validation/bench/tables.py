@@ -11,8 +11,8 @@ from simgrad.pairs import packed, padded
 from simgrad.theory import pair_kernel, responses
 from simgrad.theory.kernel.cost import kernel_flops
 from simgrad.theory.kernel.pair import Method
-from simgrad.validation.bench.setting import Setting, race
 from simgrad.validation.bench.tasks import compiled
+from simgrad.validation.bench.workbench import Workbench, race
 
 __all__ = ["Growth", "Route", "growth", "routes"]
 
@@ -41,8 +41,8 @@ class Route:
     fastest: str
 
 
-def routes(here: Setting) -> list[Route]:
-    """Time both layouts with both routes forced for every leaf, on each configured length."""
+def routes(here: Workbench) -> list[Route]:
+    """Time both layouts with both routes, forced for every leaf, on each length."""
     found = []
     for prompt, response in here.config.lengths:
         pairs, flops, calls = here.pairs(prompt, response), {}, {}
@@ -90,8 +90,8 @@ class Growth:
     exponent: float
 
 
-def growth(here: Setting) -> list[Growth]:
-    """Time 1, 2 and 4 times the configured pairs, and the same for prompt and response lengths."""
+def growth(here: Workbench) -> list[Growth]:
+    """Time 1, 2 and 4 times as many pairs, and prompts and responses 1, 2 and 4 times as long."""
     (prompt, response), apply = here.config.lengths[0], here.policy.apply
     batches = {
         "pairs": {

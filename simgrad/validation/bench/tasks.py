@@ -21,14 +21,14 @@ from simgrad.theory.kernel.cost import kernel_flops, packing_pays, token_flops
 from simgrad.theory.kernel.dataset import jacobian
 from simgrad.typing import Array, Theta
 from simgrad.validation import published
-from simgrad.validation.bench.setting import Setting, race
+from simgrad.validation.bench.workbench import Workbench, race
 
 __all__ = ["TASKS", "Measurement", "compiled", "measure"]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One task on pairs of one length: median seconds per pair, and ranges over the repeats.
+    """One task on pairs of one length. Times are medians in seconds per pair.
 
     Attributes:
         task: a name of :data:`TASKS`.
@@ -93,7 +93,7 @@ class Task:
     entries: bool = False
 
 
-def measure(task: str, here: Setting, prompt: int, response: int) -> Measurement:
+def measure(task: str, here: Workbench, prompt: int, response: int) -> Measurement:
     """Time one task of :data:`TASKS` on pairs of one length."""
     pairs = here.pairs(prompt, response, 1 if task == "tokens" else None)
     made = TASKS[task](here, pairs)
@@ -148,14 +148,14 @@ def _columns(*arrays: Array) -> np.ndarray:
     return np.stack([np.asarray(x, np.float64) for x in arrays], -1)
 
 
-def _gradient(here: Setting, batch: Batch) -> Callable[[], Any]:
+def _gradient(here: Workbench, batch: Batch) -> Callable[[], Any]:
     """A bare forward and backward pass."""
     apply = here.policy.apply
     return compiled(jax.grad(lambda t: responses(apply, t, batch).logp.sum()), here.policy.theta)[0]
 
 
 def _forward_task(
-    here: Setting, pairs: list[Pair], ours: Callable[[Theta, Batch], Any], **rest: Any
+    here: Workbench, pairs: list[Pair], ours: Callable[[Theta, Batch], Any], **rest: Any
 ) -> Task:
     apply, theta, batch = here.policy.apply, here.policy.theta, packed(pairs)
     call, temporary = compiled(lambda theta: ours(theta, batch), theta)
@@ -173,7 +173,7 @@ def _forward_task(
     )
 
 
-def _scoring(here: Setting, pairs: list[Pair]) -> Task:
+def _scoring(here: Workbench, pairs: list[Pair]) -> Task:
     objective = objectives.get("dpo")
 
     def published_scores(model: Any) -> list[tuple[float, float, float]]:
@@ -191,7 +191,7 @@ def _scoring(here: Setting, pairs: list[Pair]) -> Task:
     )
 
 
-def _log_probs(here: Setting, pairs: list[Pair]) -> Task:
+def _log_probs(here: Workbench, pairs: list[Pair]) -> Task:
     def published_log_probs(model: Any) -> list[tuple[float, float]]:
         return [published.log_probs(model, p) for p in pairs]
 
@@ -205,7 +205,7 @@ def _log_probs(here: Setting, pairs: list[Pair]) -> Task:
     )
 
 
-def _gradients(here: Setting, pairs: list[Pair]) -> Task:
+def _gradients(here: Workbench, pairs: list[Pair]) -> Task:
     prompt, response = len(pairs[0].prompt), len(pairs[0].chosen)
     layout = packed if packing_pays(here.shapes, prompt, response, response) else padded
     batch = layout(pairs)
@@ -225,7 +225,7 @@ def _gradients(here: Setting, pairs: list[Pair]) -> Task:
     )
 
 
-def _tokens(here: Setting, pairs: list[Pair]) -> Task:
+def _tokens(here: Workbench, pairs: list[Pair]) -> Task:
     batch, rows = padded(pairs), len(pairs[0].chosen)
     some = np.unique(np.linspace(0, rows - 1, min(here.config.sample, rows)).astype(int))
     call, temporary = compiled(
@@ -247,7 +247,7 @@ def _tokens(here: Setting, pairs: list[Pair]) -> Task:
     )
 
 
-def _dataset(here: Setting, pairs: list[Pair]) -> Task:
+def _dataset(here: Workbench, pairs: list[Pair]) -> Task:
     apply, theta, batch = here.policy.apply, here.policy.theta, packed(pairs)
     count = sum(x.size for x in jax.tree.leaves(theta))
     memory = (
@@ -273,7 +273,7 @@ def _dataset(here: Setting, pairs: list[Pair]) -> Task:
     )
 
 
-def _directional(here: Setting, pairs: list[Pair]) -> Task:
+def _directional(here: Workbench, pairs: list[Pair]) -> Task:
     apply, rate = here.policy.apply, 1e-3
     dpo, batch = objectives.DPO(), packed(pairs)
     recipe = Recipe(dpo, optax.sgd(rate), steps=1)
@@ -298,7 +298,7 @@ def _directional(here: Setting, pairs: list[Pair]) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[Setting, list[Pair]], Task]] = {
+TASKS: dict[str, Callable[[Workbench, list[Pair]], Task]] = {
     "scoring": _scoring,
     "logprobs": _log_probs,
     "gradients": _gradients,

@@ -1,4 +1,4 @@
-"""Speed of sweeps against a plain PyTorch loop for every run, as ratios from one process.
+"""Speed of sweeps beside a plain PyTorch loop for every run, as ratios from one process.
 
 The loop is DPO as one would write it: one forward pass over chosen and rejected together,
 ``log_softmax`` and ``gather``, ``loss.backward()``, ``optimizer.step()``. Both sides start from the
@@ -25,7 +25,7 @@ from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed
 from simgrad.store import provenance
 from simgrad.typing import Theta
-from simgrad.validation.bench.setting import version
+from simgrad.validation.bench.workbench import version
 
 __all__ = ["SweepConfig", "SweepMeasurement", "bench_sweeps"]
 
@@ -75,7 +75,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class SweepMeasurement:
-    """One task: median seconds per run, without compilation, and ratios within a repeat.
+    """One task. Times are medians in seconds per run without compilation, ratios within a repeat.
 
     Attributes:
         task: the model.
@@ -103,7 +103,7 @@ class SweepMeasurement:
 def bench_sweeps(
     config: SweepConfig = SweepConfig(), report: Callable[[SweepMeasurement], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Time sweeps of a transformer and a linear-softmax model; return a record for JSON."""
+    """Time sweeps of a transformer and of a linear-softmax model; returns a record for JSON."""
     measurements = []
     for batch_size in config.batch_sizes:
         measurements.append(_transformer(config, batch_size))
@@ -119,7 +119,7 @@ def bench_sweeps(
 
 
 def _pairs(config: SweepConfig, count: int, prompt: int, response: int) -> list[Pair]:
-    """Random pairs; prompts all begin differently, chosen and rejected differ in every place."""
+    """Random pairs; no two prompts begin alike, no rejected token is the chosen one there."""
     random, size = np.random.default_rng(0), config.vocab_size
     prompts = random.integers(0, size, (count, prompt))
     prompts[:, 0] = np.arange(count)
@@ -192,10 +192,7 @@ def _race(
     configs: list[RunConfig],
     copy: Callable[[], Any],
 ) -> SweepMeasurement:
-    """Run both contestants in turn within each repeat.
-
-    ``copy`` makes the PyTorch model of the first policy.
-    """
+    """Both contestants in turn within each repeat; ``copy`` makes the first policy in PyTorch."""
     stacked, batch, seeds = (
         jax.tree.map(lambda *xs: np.stack(xs), *thetas),
         packed(pairs),

@@ -20,22 +20,40 @@ from simgrad.pairs import Pair
 from simgrad.theory.kernel.cost import Shapes
 from simgrad.validation import published
 
-__all__ = ["SHAPES", "Config", "Setting", "race", "set_up", "version"]
+__all__ = ["SHAPES", "Config", "Workbench", "race", "set_up", "version"]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"width": 768, "depth": 12, "heads": 12, "vocab_size": 50257},
     "small": {"width": 128, "depth": 4, "heads": 4, "vocab_size": 50257},
     "llama-135m": {
-        "width": 576, "depth": 30, "heads": 9, "kv_heads": 3, "mlp_width": 1536, "vocab_size": 49152, "mlp": "gated"
+        "width": 576,
+        "depth": 30,
+        "heads": 9,
+        "kv_heads": 3,
+        "mlp_width": 1536,
+        "vocab_size": 49152,
+        "mlp": "gated",
     },
     "llama-360m": {
-        "width": 960, "depth": 32, "heads": 15, "kv_heads": 5, "mlp_width": 2560, "vocab_size": 49152, "mlp": "gated"
+        "width": 960,
+        "depth": 32,
+        "heads": 15,
+        "kv_heads": 5,
+        "mlp_width": 2560,
+        "vocab_size": 49152,
+        "mlp": "gated",
     },
     "llama-1b": {
-        "width": 2048, "depth": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "vocab_size": 128256, "mlp": "gated"
+        "width": 2048,
+        "depth": 16,
+        "heads": 32,
+        "kv_heads": 8,
+        "mlp_width": 8192,
+        "vocab_size": 128256,
+        "mlp": "gated",
     },
-}  # fmt: skip
-"""Shapes of known models with tied embeddings; gated MLP means Llama, otherwise GPT-2."""
+}
+"""Shapes of well-known models with tied embeddings; a gated MLP means Llama, else GPT-2."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +102,14 @@ class Config:
 
     @property
     def longest(self) -> int:
-        """Positions the model must have; growth reaches up to four times the first length."""
+        """Positions that the model must have; growth takes up to four times the first length."""
         return max(
             4 * sum(self.lengths[0]), *(p + r for p, r in (*self.lengths, self.token_lengths))
         )
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workbench:
     """Everything a task needs.
 
     Attributes:
@@ -123,7 +141,7 @@ class Setting:
         ]
 
 
-def set_up(config: Config) -> Setting:
+def set_up(config: Config) -> Workbench:
     """The same random weights in JAX and, if torch is there, in PyTorch."""
     shape = {**SHAPES[config.shape], **({} if config.depth is None else {"depth": config.depth})}
     if importlib.util.find_spec("torch") is None:
@@ -151,11 +169,11 @@ def set_up(config: Config) -> Setting:
         model = model.to(device, getattr(torch, config.dtype))
     size = 2048 if jax.default_backend() == "cpu" else 8192
     square, product = jnp.ones((size, size), config.dtype), jax.jit(jnp.matmul)
-    return Setting(config, policy, model, lambda: product(square, square), 2.0 * size**3)
+    return Workbench(config, policy, model, lambda: product(square, square), 2.0 * size**3)
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Time of the second of two calls, as the first pays for what was left behind."""
+    """Time of the second of two calls: the first pays for what the previous contestant left."""
     jax.block_until_ready(call())
     begin = time.perf_counter()
     jax.block_until_ready(call())
