@@ -107,6 +107,7 @@ class Column:
             for what is no score of a pair.
         labels: what the values stand for, where they are codes.
         show: how the printed summary formats a value.
+        short: its header there (default: the label).
     """
 
     name: str
@@ -118,6 +119,7 @@ class Column:
     risk: int = 0
     labels: tuple[str, ...] = ()
     show: str = ".4g"
+    short: str = ""
 
 
 _ROW = Column("index", "row", "row number in the data, from 0", "row", None, show="d")
@@ -130,6 +132,7 @@ _LENGTHS = tuple(
         lambda pair, part=part: len(getattr(pair, part)),
         "tokens",
         show="d",
+        short=f"{part}\ntokens",
     )
     for part in ("prompt", "chosen", "rejected")
 )
@@ -141,6 +144,7 @@ _LOGP = tuple(
         "forward",
         lambda found, k=k: found.logp[:, k],
         "nats",
+        short=f"log π\n{side}",
     )
     for k, side in enumerate(("chosen", "rejected"))
 )
@@ -165,6 +169,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
         lambda e: ln_ches(e.responses, e.batch),
         risk=1,
         show=".3g",
+        short="ln-CHES",
     ),
     Column(
         "last_hidden_inner",
@@ -228,6 +233,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
         lambda e: e.kernel.cosine,
         risk=1,
         show=".3f",
+        short="cosine of\ngradients",
     ),
     Column(
         "d_chosen",
@@ -253,6 +259,7 @@ SCORE_COLUMNS: tuple[Column, ...] = (
             lambda e, k=k: e.change[k],
             PER_RATE,
             risk=-1,
+            short=f"Δ log π\n{side}",
         )
         for k, side in enumerate(("chosen", "rejected"))
     ),
@@ -280,10 +287,23 @@ PREDICTION_COLUMNS: tuple[Column, ...] = (
             lambda read, k=k, name=name: (read.error if name == "error" else read.change)[:, k],
             "nats",
             show=show,
+            short=f"{short}\n{side}",
         )
-        for name, label, meaning, show in (
-            ("predicted_dlogp", "predicted Δ log π", "⟨∇log π(y), D⟩ of the whole run", ".3g"),
-            ("error", "± (sample)", "its standard error, from having seen a sample only", ".2g"),
+        for name, label, meaning, show, short in (
+            (
+                "predicted_dlogp",
+                "predicted Δ log π",
+                "⟨∇log π(y), D⟩ of the whole run",
+                ".3g",
+                "Δ log π",
+            ),
+            (
+                "error",
+                "error of predicted Δ log π",
+                "its standard error, from having seen a sample only",
+                ".2g",
+                "± (sample)",
+            ),
         )
         for k, side in enumerate(("chosen", "rejected"))
     ),

@@ -137,7 +137,7 @@ def predict(
         columns=PREDICTION_COLUMNS,
         identity=named("simgrad.dynamics.directional", policy, encoded, **settings),
         run={
-            **{k.removeprefix("recipe."): v for k, v in described(recipe=run).items()},
+            **_readable(run),
             "sample": sample,
             "model": policy.name,
             "dtype": policy.config.dtype,
@@ -189,7 +189,7 @@ def check(
         }
         header = {
             "kind": "check",
-            "run": described(recipe=run) | {"model": policy.name, "dtype": policy.config.dtype},
+            "run": _readable(run) | {"model": policy.name, "dtype": policy.config.dtype},
             "identity": named("simgrad.experiments.comparison", policy, encoded, recipe=run),
             "predictors": found.rows(f"{made.steps} steps"),
             "provenance": provenance(),
@@ -210,6 +210,10 @@ def _for_epochs(recipe: Recipe | RunConfig, epochs: int | None, pairs: int) -> R
         return recipe
     size = min(recipe.batch_size or pairs, pairs)
     return dataclasses.replace(recipe, steps=steps_of(epochs, pairs, size), batch_size=size)
+
+
+def _readable(recipe: Recipe | RunConfig) -> dict[str, str]:
+    return described(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
 
 
 class _Directions(NamedTuple):
