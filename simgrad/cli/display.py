@@ -56,17 +56,23 @@ def progress_bar(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(text, total=None, rate="compiling")
-        begin: list[tuple[float, int]] = []
+    bar = Progress(*columns, console=console)
+    begin: list[tuple[float, int]] = []
 
-        def update(done: int, total: int) -> None:
-            begin.append((time.monotonic(), done)) if not begin else None
-            seconds, fresh = time.monotonic() - begin[0][0], done - begin[0][1]
-            rate = f"{fresh / seconds:.2f} {unit}/s" if fresh and seconds else "compiling"
-            bar.update(task, completed=done, total=total, rate=rate)
+    def update(done: int, total: int) -> None:
+        if not begin:  # no bar before there is progress: what is refused first stands alone
+            begin.append((time.monotonic(), done))
+            bar.add_task(text, total=total, rate="compiling")
+            bar.start()
+        seconds, fresh = time.monotonic() - begin[0][0], done - begin[0][1]
+        rate = f"{fresh / seconds:.2f} {unit}/s" if fresh and seconds else "compiling"
+        bar.update(bar.task_ids[0], completed=done, total=total, rate=rate)
 
+    try:
         yield update
+    finally:
+        if begin:
+            bar.stop()
 
 
 def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
