@@ -36,10 +36,11 @@ import pytest
 
 import simgrad
 from simgrad import tree
-from simgrad.bridge import RunMismatchError, device_mesh
+from simgrad.bridge import RunMismatchError, device_mesh, predict
 from simgrad.bridge.checkpoints import weights
 from simgrad.bridge.checkpoints.mesh import mesh_of
 from simgrad.bridge.engine.score import score
+from simgrad.dynamics import RunConfig
 from simgrad.pairs import Pair
 
 PAIRS = [  # two shapes, and counts that neither 2 nor 4 divides
@@ -97,10 +98,13 @@ def devices(folder):
                     assert {s.data.shape for s in split.addressable_shards} == {tuple(shape)}, path
             score(policy, PAIRS, learning_rate=0.1, out=folder / f"{name}-{data}-{model}.parquet")
     for mine, other in ((policy, "gpt2"), (whole, "gpt2-2-2")):  # what is there is of another mesh
-        with pytest.raises(RunMismatchError, match="arguments .mesh: .*data=2,model=2"):
+        with pytest.raises(RunMismatchError, match="another run .mesh: .*data=2,model=2"):
             score(mine, PAIRS, learning_rate=0.1, out=folder / f"{other}.parquet")
     score(whole, PAIRS, gradients=False, out=folder / "forward.parquet")
     score(policy, PAIRS, gradients=False, out=folder / "forward-2-2.parquet")
+    run = RunConfig(optimizer="adam", learning_rate=1e-3, steps=3, batch_size=3)
+    predict(whole, PAIRS, run, out=folder / "predicted.parquet")
+    predict(policy, PAIRS, run, out=folder / "predicted-2-2.parquet")
 
 
 def process(folder, port, number):

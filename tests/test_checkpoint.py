@@ -222,3 +222,31 @@ def test_policy_carries_configuration_and_tokenizer(checkpoint):
     assert (policy.config.n_kv_heads, policy.config.head_features) == (2, 8)
     assert policy.tokenizer.eos_token == "</s>"
     assert CASES[LLAMA]["max_position_embeddings"] == policy.config.max_length
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, -100])
+def test_truncated_weights_are_refused_by_name(tmp_path, kept):
+    write_checkpoint(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"model\.safetensors is damaged .*: download or copy it"
+    ):
+        simgrad.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("model.safetensors.index.json", "{", r"index\.json is damaged .*: download or copy it"),
+        ("model.safetensors.index.json", '{"weight_map": 3}', r"index\.json is damaged"),
+        ("tokenizer.json", "{", "cannot read the tokenizer in .*: download or copy it again"),
+        ("config.json", "{", r"cannot read .*config\.json"),
+        ("config.json", "\udcff", r"cannot read .*config\.json"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, name, text, message):
+    write_checkpoint(tmp_path)
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UnsupportedCheckpointError, match=message):
+        simgrad.load(tmp_path)

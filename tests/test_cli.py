@@ -1,7 +1,9 @@
 """The command as a user runs it: in a process of its own, or many calls in one where starting is all they do."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 
 from simgrad.bridge import ScoreTable
+from simgrad.cli.problems import is_refusal
+from simgrad.store import load_arrays
 
 COMMAND = [sys.executable, "-c", "from simgrad.cli import main; main()"]
 ROWS = [
@@ -152,17 +156,17 @@ def test_killed_with_signal_nine_it_continues(checkpoint, data, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    journal = tmp_path / "part.parquet.partial.jsonl"
+    partial = tmp_path / "part.parquet.partial.npz"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b"\n") >= 2:
+        if partial.exists() and load_arrays(partial)[0]["__done__"].any():
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)
     process.communicate()
     simgrad(*arguments, "--out", part, cache=tmp_path / "c")
     assert part.read_bytes() == whole.read_bytes()
-    assert not journal.exists()
+    assert not partial.exists()
 
 
 MISTAKES = {
@@ -205,25 +209,148 @@ def test_float64_is_float64(checkpoint, data, tmp_path):
 
 def test_predict_and_check(checkpoint, data, tmp_path):
     out = tmp_path / "new" / "predicted.parquet"
-    arguments = ("--model", checkpoint, "--data", data, "--out", out, "--batch-size", 2)
-    done, sampled, wrong = in_one_process(
-        ("predict", *arguments, "--lr", 1e-3, "--check"),
-        ("predict", *arguments, "--sample", 3),
-        ("predict", *arguments[:5], tmp_path / "x.csv"),
+    given = {"--model": checkpoint, "--data": data, "--out": out, "--batch-size": 3, "--lr": 1e-3}
+
+    def call(*more, **changes):
+        changed = given | {f"--{name}": value for name, value in changes.items()}
+        return ("predict", *(x for item in changed.items() for x in item), *more)
+
+    done, again, other, sampled, long, wrong, diverged = in_one_process(
+        call("--check"),
+        call(),
+        call(lr=1e-4),
+        call("--sample", 3, out=tmp_path / "s.parquet"),
+        call("--max-length", 33, out=tmp_path / "l.parquet"),
+        call(out=tmp_path / "x.csv"),
+        call("--check", out=tmp_path / "d.parquet", lr=1e30, optimizer="sgd"),
         cache=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "are predicted to fall" in done.stdout
     assert "kernel flow, refreshed" in done.stdout
+    table = ScoreTable.load(out)
+    assert table["index"].tolist() == [0, 1, 2, 3]
+    assert all(np.isfinite(table[name]).all() for name in table)
+    assert table.metadata["run"]["steps"] == "2"  # the last, which four pairs do not fill, too
+    assert [s.reason for s in table.skipped] == ["empty chosen response"]
     import pyarrow.parquet as pq
 
-    table = pq.read_table(out)
-    assert table["index"].to_pylist() == [0, 1, 2, 3]
-    assert all(np.isfinite(table[name]).all() for name in table.column_names)
-    assert sampled.returncode == 2
-    assert "groups <= sample <= pairs" in sampled.stderr
-    assert wrong.returncode == 2
-    assert "written as .parquet" in wrong.stderr
+    checked = json.loads(
+        pq.read_schema(out.with_name("predicted.check.parquet")).metadata[b"simgrad"]
+    )
+    run = checked["run"]
+    assert (run["learning_rate"], run["optimizer"], run["batch_size"]) == ("0.001", "adam", "3")
+    assert checked["identity"]["weights"] == table.metadata["identity"]["weights"]
+    assert again.returncode == 0
+    assert "4/4" not in again.stderr  # the finished table is recognised
+    for found, message in (
+        (other, "recipe.learning_rate: 0.001 there, 0.0001 now"),
+        (sampled, "groups <= sample <= pairs"),
+        (long, "max_length=33 is out of range: the model reads 1 to 32 tokens"),
+        (wrong, "written as .parquet"),
+        (diverged, "are not finite: lower the learning rate"),
+    ):
+        assert found.returncode == 2, found.stderr
+        assert message in found.stderr
+        assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("command", ["score", "predict"])
+def test_every_command_guards_what_it_reads(checkpoint, data, tmp_path, command):
+    """No tokenizer, and files that are damaged: one sentence that names the file and the remedy."""
+    bare, torn, deep = tmp_path / "bare", tmp_path / "torn", tmp_path / "deep.jsonl"
+    for folder in (bare, torn):
+        shutil.copytree(checkpoint, folder)
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    deep.write_text('{"prompt": "is", "chosen": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    (tmp_path / "zip.jsonl").write_bytes(gzip.compress(data.read_bytes()))
+    calls = {
+        (bare, data): "bare has no tokenizer: pass simgrad.pairs.Pair objects",
+        (torn, data): "model.safetensors is damaged or not complete",
+        (checkpoint, deep): "deep.jsonl, line 1: nested too deeply for a preference row",
+        (checkpoint, tmp_path / "latin.jsonl"): "latin.jsonl: not text in UTF-8",
+        (checkpoint, tmp_path / "zip.jsonl"): "zip.jsonl: compressed with gzip: unpack it first",
+    }
+    given = [
+        (command, "--model", model, "--data", source, "--out", tmp_path / "o.parquet")
+        for model, source in calls
+    ]
+    for message, found in zip(calls.values(), in_one_process(*given, cache=tmp_path), strict=True):
+        assert found.returncode == 2, found.stderr
+        assert message in found.stderr
+        assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+
+
+def raised(make):
+    with pytest.raises(ValueError, match=".") as caught:
+        make()
+    return caught.value
+
+
+def test_errors_inside_a_computation_are_not_the_users():
+    import jax
+    import jax.numpy as jnp
+
+    from simgrad import objectives
+    from simgrad.models import ModelConfig
+
+    assert is_refusal(raised(lambda: objectives.get("dpoo")))
+    assert is_refusal(raised(lambda: ModelConfig(vocab_size=9, width=-1)))
+    assert not is_refusal(raised(lambda: np.zeros(2) + np.zeros(3)))  # not simgrad's sentence
+    inside = {"__name__": "simgrad.somewhere", "np": np}
+    exec("def add(): return np.zeros(2) + np.zeros(3)", inside)
+    assert not is_refusal(raised(inside["add"]))  # NumPy's sentence, though simgrad called it
+    jax.config.update("jax_traceback_filtering", "off")  # as the commands do
+    traced = raised(lambda: jax.jit(lambda x: objectives.get("dpoo"))(jnp.ones(())))
+    jax.config.update("jax_traceback_filtering", "auto")
+    assert not is_refusal(traced)
+
+
+def test_internal_errors_ask_for_a_report(tmp_path, checkpoint, data):
+    code = (
+        "import sys\nfrom simgrad.bridge.engine import score\n"
+        "def broken(*_, **__): raise ValueError('shapes')\n"
+        "score.score_batch = broken\n"
+        "from simgrad.cli import main; main()"
+    )
+    score = ["score", "--model", checkpoint, "--data", data, "--out", tmp_path / "o.parquet"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, score)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SIMGRAD_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 70
+    assert "Traceback" in done.stderr
+    assert "an error in simgrad, not in what you gave it. Please report it" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.5, 1.5])
+def test_an_interrupt_while_starting_up_is_answered_in_one_line(
+    checkpoint, data, tmp_path, seconds
+):
+    score = ["score", "--model", checkpoint, "--data", data, "--out", tmp_path / "o.parquet"]
+    started = (
+        "import os, signal, sys, threading\n"
+        f"threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "from simgrad.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", started, *map(str, score)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "SIMGRAD_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("Interrupted.")
 
 
 def test_worlds_are_listed_with_their_knobs_measured_and_saved(tmp_path):

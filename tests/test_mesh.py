@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from helpers import close, write_checkpoint
 from mesh_runs import CHECKPOINTS, MESHES
-from simgrad.bridge.engine.fingerprint import fingerprint
 
 import simgrad
 from simgrad.bridge import Policy, ScoreTable, device_mesh
@@ -22,6 +21,7 @@ from simgrad.bridge.checkpoints.mesh import spec
 from simgrad.cli.parsing import mesh_axes
 from simgrad.cli.runtime import connect
 from simgrad.models import ModelConfig, create
+from simgrad.store import digest
 
 PROGRAM = [sys.executable, str(Path(__file__).with_name("mesh_runs.py"))]
 COMMAND = [sys.executable, "-c", "from simgrad.cli import main; main()"]
@@ -101,6 +101,19 @@ def test_a_mesh_gives_the_table_of_one_device(folder, name, data, model):
     assert runs[0] == runs[1]
 
 
+def test_a_mesh_gives_the_predictions_of_one_device(folder):
+    same(table(folder, "predicted-2-2"), table(folder, "predicted"))
+    assert len(table(folder, "predicted")) == 7
+
+
+def test_the_weights_are_named_alike_on_every_mesh(folder):
+    one, many = (table(folder, name).metadata["identity"] for name in ("gqa", "gqa-2-2"))
+    assert {k: v for k, v in one.items() if k != "mesh"} == {
+        k: v for k, v in many.items() if k != "mesh"
+    }
+    assert many["mesh"] == "data=2,model=2"
+
+
 def test_without_gradients_too(folder):
     same(table(folder, "forward-2-2"), table(folder, "forward"))
 
@@ -119,7 +132,7 @@ def two_processes(folder):
 def test_two_processes_give_the_same_table_interrupted_or_not(folder, two_processes):
     for found in two_processes:
         assert found["interrupted"] == "Interrupted: "
-        assert found["seen"] == [3, 3, 3, 4, 5, 6, 7]  # three were there already
+        assert found["seen"] == [3, 3, 3, 3, 4, 5, 6, 7]  # three were there already
     for name in (
         "two",
         "two-of-process-0",
@@ -128,7 +141,7 @@ def test_two_processes_give_the_same_table_interrupted_or_not(folder, two_proces
         "again-of-process-1",
     ):
         same(table(folder, name), table(folder, "gqa"))
-    assert not list(folder.glob("*.partial.jsonl*"))
+    assert not list(folder.glob("*.partial.npz*"))
 
 
 def test_each_process_reads_only_what_its_devices_hold(two_processes):
@@ -275,8 +288,4 @@ def test_parameters_of_a_world_go_on_a_mesh(monkeypatch):
     assert {leaf.sharding.mesh.axis_names for leaf in jax.tree.leaves(policy.theta)} == {
         ("data", "model")
     }
-    assert (
-        fingerprint(policy.theta)
-        == fingerprint(theta)
-        == fingerprint(jax.tree.map(np.asarray, theta))
-    )
+    assert digest(policy.theta) == digest(theta) == digest(jax.tree.map(np.asarray, theta))

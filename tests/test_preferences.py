@@ -1,6 +1,7 @@
 """Preference rows of every kind, and what happens at their edges."""
 
 import csv
+import gzip
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import WORDS, write_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from simgrad.bridge import PreferenceDataError, encode, read_rows
+from simgrad.bridge import InputError, PreferenceDataError, encode, read_rows
 from simgrad.pairs import Pair
 
 ROWS = [
@@ -54,12 +55,30 @@ def test_every_file_kind_gives_the_same_rows(tmp_path):
         ("d.parquet", "nonsense", "not a parquet file"),
         ("d.txt", "nonsense", "unknown ending '.txt'"),
         ("d.jsonl", "\n", "no rows"),
+        ("d.json", "[" * 100_000 + "]" * 100_000, r"d\.json: nested too deeply"),
+        ("d.jsonl", '{"a": ' * 9999 + "1" + "}" * 9999, r"d\.jsonl, line 1: nested too deeply"),
     ],
 )
 def test_malformed_files_are_named_with_their_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(PreferenceDataError, match=message):
         read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
+def test_files_that_are_no_text_are_named_with_the_remedy(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes("prompt,chosen,rejected\né,b,c\n".encode("latin-1"))
+    with pytest.raises(PreferenceDataError, match=rf"{name}: not text in UTF-8 .*: save it as UTF"):
+        read_rows(path)
+    path.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    with pytest.raises(PreferenceDataError, match=rf"{name}: compressed with gzip: unpack it"):
+        read_rows(path)
+
+
+def test_text_without_a_tokenizer_is_refused():
+    with pytest.raises(InputError, match="there is no tokenizer: pass simgrad.pairs.Pair objects"):
+        encode(ROWS, None)
 
 
 def test_byte_order_marks_do_not_hide_the_prompt(tmp_path):

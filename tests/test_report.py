@@ -188,7 +188,7 @@ def test_other_data_and_other_weights_are_refused_by_name(policy, table, tmp_pat
     assert report.numbers.source_field is None
     other = Policy(*create(policy.config, seed=1), policy.config, Bytes(), "another")
     assert (
-        "another, float64) has not the weights that scored"
+        "another, float64) is not the one that scored (weights: "
         in find_scored(table, other, ROWS).problems[0]
     )
     problems = find_scored(table).problems
@@ -278,7 +278,7 @@ def test_other_files_are_refused(tmp_path):
         write_report(tmp_path / "predicted.parquet")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_score_table(tmp_path / "gone.parquet")
-    (tmp_path / "begun.parquet.partial.jsonl").write_text("{}\n")
+    (tmp_path / "begun.parquet.partial.npz").write_text("")
     with pytest.raises(FileNotFoundError, match="is not finished"):
         read_score_table(tmp_path / "begun.parquet")
     with pytest.raises(ValueError, match="path: where to write"):

@@ -10,8 +10,9 @@ from scipy import stats
 from simgrad.bridge import ScoreTable
 from simgrad.objectives import get
 from simgrad.report.charts import number
-from simgrad.report.numbers import associations, by_source, regime_map, report_numbers
-from simgrad.report.remedies import filtered, objective_fates, strength
+from simgrad.report.numbers import associations, by_source, regime_map, report_numbers, scores
+from simgrad.report.remedies import filtered, needed, objective_fates, strength
+from simgrad.report.summary import summarise
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,13 @@ def invent(pairs=40, ratio=lambda rng, n: np.ones(n), gradients=True):
     return ScoreTable(
         columns,
         (),
-        {"run": {**run, "weights": "w", "data": "d"}, "counts": counts, "provenance": {}},
+        {
+            "kind": "score",
+            "run": run,
+            "identity": {"weights": "w", "data": "d"},
+            "counts": counts,
+            "provenance": {},
+        },
     )
 
 
@@ -116,8 +123,48 @@ def test_strength_is_the_share_of_pairs_with_the_factor_in_their_range(invented)
         assert found.ideal[k] == np.mean([not (a or b) for a, b in zip(falls, rises, strict=True)])
     assert found.at(1.0)[0] == (c["regime"] == "ideal").mean()
     assert found.at(found.best)[0] == found.ideal.max()
-    assert found.pull == 0.05
-    assert strength(invent(ratio=lambda rng, n: rng.uniform(0.5, 2, n))).pull is None
+    assert found.pull == (0.05, 0.05)
+    varies = invent(ratio=lambda rng, n: rng.uniform(0.5, 2, n))
+    np.testing.assert_allclose(strength(varies).pull, np.quantile(varies["d_chosen"], [0.5, 0.9]))
+    assert strength(invent(ratio=lambda rng, n: rng.uniform(-1, 2, n))).pull is None
+
+
+@pytest.mark.parametrize("low", [1.0, 0.3, -0.5])
+def test_what_falling_pairs_need_keeps_them_from_falling(low):
+    """For any d_w and d_l: with the printed λ, half and 90 % of the falling pairs rise again.
+
+    λ = (ratio - 1) d_l and DPO-Shift's λ = 1/ratio hold for d_w = d_l only.
+    """
+    table = invent(60, ratio=lambda rng, n: rng.uniform(low, 1.0, n))
+    c, need = table.columns, needed(table)
+    falls = c["predicted_dlogp_chosen"] < 0
+    d_w, d_l, square, inner = (
+        c[name][falls] for name in ("d_chosen", "d_rejected", "grad_sq_chosen", "grad_inner")
+    )
+
+    def saved(d_w, d_l):
+        return np.mean(d_w * square - d_l * inner >= -1e-12)
+
+    for k, share in enumerate((0.5, 0.9)):
+        assert share <= saved(need.ratio[k] * d_l, d_l) <= share + 0.2
+        assert share <= saved(d_w + need.sft[k], d_l) <= share + 0.2
+        if need.shift[k] > 0:
+            assert share <= saved(d_w, need.shift[k] * d_l) <= share + 0.2
+        assert saved(d_w + 0.9 * need.sft[k], d_l) < saved(d_w + need.sft[k], d_l)
+    usual = (need.ratio[1] - 1) * np.median(d_l), 1 / need.ratio[1]
+    if low == 1.0:
+        np.testing.assert_allclose((need.sft[1], need.shift[1]), usual)
+    else:  # where d_w is smaller, these are not enough
+        assert saved(d_w + usual[0], d_l) < 0.9
+        assert saved(d_w, usual[1] * d_l) < 0.9
+    said = " ".join(summarise(table).advice)
+    assert f"λ of at least {need.sft[0]:.3g} keeps half, and {need.sft[1]:.3g} keeps 90 %" in said
+    if need.shift[0] > 0:
+        assert f"to {need.shift[0]:.3g} of what it is keeps half of them" in said
+
+
+def test_nothing_is_needed_where_nothing_falls():
+    assert needed(invent(ratio=lambda rng, n: np.full(n, 50.0))) is None
 
 
 def test_filters_keep_the_lowest(invented):
@@ -134,7 +181,7 @@ def test_filters_keep_the_lowest(invented):
 
 
 def test_rank_correlations_and_what_is_left_of_them_without_lengths(invented):
-    found = {a.score: a for a in associations(invented)}
+    found = {a.score: a for a in associations(invented, scores(invented))}
     c = invented.columns
     lengths = [c[f"n_{k}"] for k in ("prompt", "chosen", "rejected")]
     for name in ("ches", "head_gap", "grad_cosine"):
@@ -153,9 +200,13 @@ def test_rank_correlations_and_what_is_left_of_them_without_lengths(invented):
             a.partial, -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1]), rtol=1e-8
         )
         assert abs(a.partial - a.change) > 1e-4
-    assert math.isnan(associations(invent(5))[0].partial)  # too few to partial anything out
+    assert math.isnan(
+        associations(invent(5), scores(invent(5)))[0].partial
+    )  # too few to partial anything out
     constant = dataclasses.replace(invented, columns={**c, "edit_distance": np.ones(40)})
-    assert math.isnan({a.score: a for a in associations(constant)}["edit_distance"].change)
+    assert math.isnan(
+        {a.score: a for a in associations(constant, scores(constant))}["edit_distance"].change
+    )
 
 
 @pytest.mark.parametrize("varies", [False, True])

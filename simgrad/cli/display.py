@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from simgrad.bridge import ScoreTable
+    from simgrad.bridge.engine.columns import Column
     from simgrad.experiments.findings import Findings
     from simgrad.experiments.findings import Table as TidyTable
     from simgrad.objectives import Description
@@ -28,6 +29,7 @@ __all__ = [
     "loading",
     "objective_in_full",
     "objective_table",
+    "prediction",
     "progress_bar",
     "summary",
     "tidy_table",
@@ -54,17 +56,23 @@ def progress_bar(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(text, total=None, rate="compiling")
-        begin: list[tuple[float, int]] = []
+    bar = Progress(*columns, console=console)
+    begin: list[tuple[float, int]] = []
 
-        def update(done: int, total: int) -> None:
-            begin.append((time.monotonic(), done)) if not begin else None
-            seconds, fresh = time.monotonic() - begin[0][0], done - begin[0][1]
-            rate = f"{fresh / seconds:.2f} {unit}/s" if fresh and seconds else "compiling"
-            bar.update(task, completed=done, total=total, rate=rate)
+    def update(done: int, total: int) -> None:
+        if not begin:  # no bar before there is progress: what is refused first stands alone
+            begin.append((time.monotonic(), done))
+            bar.add_task(text, total=total, rate="compiling")
+            bar.start()
+        seconds, fresh = time.monotonic() - begin[0][0], done - begin[0][1]
+        rate = f"{fresh / seconds:.2f} {unit}/s" if fresh and seconds else "compiling"
+        bar.update(bar.task_ids[0], completed=done, total=total, rate=rate)
 
+    try:
         yield update
+    finally:
+        if begin:
+            bar.stop()
 
 
 def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
@@ -96,7 +104,7 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
                 highlight=False,
             )
     if len(s.worst):
-        console.print(_worst(table, s.order, s.worst))
+        console.print(_rows(table, f"Worst pairs: {s.order}", s.columns, s.worst))
     for line in s.advice:
         console.print(f"• {line}", highlight=False)
     if len(table):
@@ -105,35 +113,38 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
         )
 
 
-def _worst(table: ScoreTable, order: str, rows: Iterable[int]) -> Table:
-    columns = {
-        "row": "{index}",
-        "tokens: prompt +\nchosen / rejected": "{n_prompt} + {n_chosen} / {n_rejected}",
-        "log π\nchosen": "{logp_chosen:.4g}",
-        "ln-CHES": "{ln_ches:.3g}",
-    }
-    if "regime" in table:
-        columns |= {
-            "cosine of\ngradients": "{grad_cosine:.3f}",
-            "Δ log π\nchosen": "{predicted_dlogp_chosen:.4g}",
-            "regime": "{regime}",
-        }
-    else:
-        columns |= {"CHES": "{ches:.4g}", "head gap": "{head_gap:.4g}"}
+def prediction(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
+    """How many responses are predicted to fall over a run, and which fall most."""
+    from simgrad.report.summary import summarise_prediction
+
+    s = summarise_prediction(table, worst)
+    console.print(
+        f"\n[bold]{len(table)} pairs[/], {len(table.skipped)} skipped, {s.steps} steps → {out}",
+        highlight=False,
+    )
+    for line in s.lines:
+        console.print(f"  {line}", highlight=False)
+    console.print(_rows(table, "Predicted to fall most", s.columns, s.worst))
+
+
+def _rows(table: ScoreTable, title: str, columns: Sequence[Column], rows: Iterable[int]) -> Table:
+    """Some rows of a table, with the headers and formats that its columns declare."""
     view = Table(
-        title=f"\nWorst pairs: {order}",
+        title=f"\n{title}",
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    for name in columns:
+    for column in columns:
         view.add_column(
-            name, justify="right", no_wrap=True, min_width=9 if name == "regime" else None
+            column.short or column.label,
+            justify="right",
+            no_wrap=True,
+            min_width=max(map(len, column.labels), default=0),
         )
     for row in rows:
-        values = {name: table[name][row] for name in table}
-        view.add_row(*(template.format(**values) for template in columns.values()))
+        view.add_row(*(format(table[c.name][row], c.show) for c in columns))
     return view
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from simgrad.errors import InputError
+
 __all__ = ["Figures"]
 
 
@@ -66,7 +68,7 @@ class Figures:
         if unknown := [name for name in self.only if name not in FIGURES]:
             near = difflib.get_close_matches(unknown[0], FIGURES, 1)
             hint = f" did you mean {near[0]}?" if near else ""
-            raise ValueError(
+            raise InputError(
                 f"no figure {', '.join(unknown)};{hint} there are: {', '.join(FIGURES)}"
             )
         given = {

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+from simgrad.errors import InputError
+
 __all__ = ["assignments", "mesh_axes", "value_of"]
 
 
@@ -16,15 +18,15 @@ def assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
     {'beta': 0.1, 'steps': 200, 'lengths': (0, 4), 'tied': True, 'rule': 'softer'}
 
     Raises:
-        ValueError: no equals sign, or a name that is given twice.
+        InputError: no equals sign, or a name that is given twice.
     """
     given: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
-            raise ValueError(f"{option} takes NAME=VALUE, got {text!r}")
+            raise InputError(f"{option} takes NAME=VALUE, got {text!r}")
         if name in given:
-            raise ValueError(f"{option}: {name} is given twice")
+            raise InputError(f"{option}: {name} is given twice")
         given[name] = value_of(value)
     return given
 
@@ -36,17 +38,17 @@ def mesh_axes(text: str) -> dict[str, int]:
     ({'data': 2, 'model': 4}, {'data': 1, 'model': 2})
 
     Raises:
-        ValueError: another axis, or a size that is no positive number.
+        InputError: another axis, or a size that is no positive number.
     """
     given = assignments(text.split(","), "--mesh")
     if unknown := sorted(set(given) - {"data", "model"}):
-        raise ValueError(
+        raise InputError(
             f"--mesh has no axis {unknown[0]!r}; there are data and model, as in --mesh "
             "data=2,model=2"
         )
     for name, size in given.items():
         if type(size) is not int or size < 1:
-            raise ValueError(f"--mesh {name}={size}: a positive number of devices is needed")
+            raise InputError(f"--mesh {name}={size}: a positive number of devices is needed")
     return {"data": 1, "model": 1} | given
 
 

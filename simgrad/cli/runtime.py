@@ -7,6 +7,8 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from simgrad.errors import InputError
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -34,6 +36,8 @@ def prepare(dtype: str = "float32", host_devices: int | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     jax.config.update("jax_enable_x64", dtype == "float64")
+    # where an error was raised says whose it is, see simgrad.cli.problems
+    jax.config.update("jax_traceback_filtering", "off")
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -41,9 +45,9 @@ def prepare(dtype: str = "float32", host_devices: int | None = None) -> None:
 def connect(
     dtype: str,
     axes: dict[str, int] | None,
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
 ) -> Mesh | None:
     """:func:`prepare` for a command that runs on many devices or in many processes, and their mesh.
 
@@ -52,22 +56,22 @@ def connect(
     it.
 
     Raises:
-        ValueError: arguments that do not go together; a mesh of another size than the devices.
+        InputError: arguments that do not go together; a mesh of another size than the devices.
     """
     numbers = (processes, process)
     if coordinator in (None, "auto") and numbers != (None, None):
-        raise ValueError(
+        raise InputError(
             "--processes and --process go with --coordinator HOST:PORT, the address of process 0"
         )
     if coordinator not in (None, "auto") and (
         processes is None or process is None or not 0 <= process < processes
     ):
-        raise ValueError(
+        raise InputError(
             "--coordinator HOST:PORT needs --processes N, and --process I from 0 to N - 1"
         )
     devices = math.prod(axes.values()) if axes else 1
     if devices % (processes or 1) and axes:
-        raise ValueError(
+        raise InputError(
             f"--mesh takes {devices} devices, which {processes} processes cannot share equally"
         )
     prepare(dtype, devices // (processes or 1) if axes and coordinator != "auto" else None)
@@ -79,7 +83,7 @@ def connect(
             jax.distributed.initialize(address, processes, process, shutdown_timeout_seconds=60)
         except ValueError as error:
             remedy = "give --coordinator HOST:PORT --processes N --process I"
-            raise ValueError(
+            raise InputError(
                 f"--coordinator {coordinator}: JAX finds no processes ({error}): {remedy}"
             ) from error
         axes = axes or {"data": jax.device_count()}

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from simgrad.cli.parsing import assignments
+from simgrad.errors import InputError
 
 __all__ = ["Score"]
 
@@ -116,5 +117,5 @@ class Score:
         }
         more = assignments(self.settings, "--set")
         if twice := sorted(set(given) & set(more)):
-            raise ValueError(f"{twice[0]} is given twice")
+            raise InputError(f"{twice[0]} is given twice")
         return given | more

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from simgrad.errors import InputError
+
 if TYPE_CHECKING:
     from simgrad.dynamics import RunConfig, SweepTable
     from simgrad.experiments.findings import Interval
@@ -56,22 +58,22 @@ class Sweep:
         from simgrad.cli.runtime import HOST_DEVICES, prepare
 
         if self.seeds < 1 or self.first_seed < 0:
-            raise ValueError(
+            raise InputError(
                 f"--seeds {self.seeds} --first-seed {self.first_seed}: at least one, counted from 0"
             )
         if self.out.suffix != ".parquet":
-            raise ValueError(f"--out {self.out}: tables are written as .parquet")
+            raise InputError(f"--out {self.out}: tables are written as .parquet")
         prepare(host_devices=HOST_DEVICES)
         import dataclasses
 
         from simgrad import worlds
-        from simgrad.bridge.engine.table import write_parquet
         from simgrad.dynamics import sweep
+        from simgrad.store import write_parquet
 
         world = worlds.get(self.world, **assignments(self.settings, "--set"))
         kept = self.out.with_suffix(".npz")
         if self.out.exists() and not kept.exists():
-            raise ValueError(
+            raise InputError(
                 f"{self.out} is there, but not its {kept.name}: choose another --out or delete it"
             )
         configs, seeds = (
@@ -106,7 +108,7 @@ def _configs(world: World, texts: tuple[str, ...]) -> list[RunConfig]:
     from simgrad.dynamics import grid
 
     if not world.has_transformer:
-        raise ValueError(
+        raise InputError(
             f"{world.name} has no pretrained policies to sweep over: choose another world"
         )
     values: dict[str, Any] = {}
@@ -139,7 +141,7 @@ def _batches(world: World, seeds: range) -> Any:
 
     pairs = [world.pairs(seed) for seed in seeds]
     if len({len(some) for some in pairs}) > 1:
-        raise ValueError(
+        raise InputError(
             f"{world.name} has another number of pairs with every seed: sweep with --seeds 1"
         )
     length = max(len(p.prompt) + len(p.chosen) + len(p.rejected) for some in pairs for p in some)

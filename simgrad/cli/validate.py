@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from simgrad.errors import InputError
+
 if TYPE_CHECKING:
     from simgrad.validation.validate import Validation
 
@@ -63,7 +65,7 @@ class Validate:
     def run(self) -> int:
         """Measure, print, write."""
         if self.quick and self.full:
-            raise ValueError("--quick or --full, not both")
+            raise InputError("--quick or --full, not both")
         from rich.console import Console
 
         from simgrad.cli.display import progress_bar

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from simgrad.errors import InputError
+
 __all__ = ["World", "Worlds"]
 
 
@@ -40,7 +42,7 @@ class World:
         from simgrad.cli.runtime import HOST_DEVICES, prepare
 
         if self.seeds < 1 or self.first_seed < 0:
-            raise ValueError(
+            raise InputError(
                 f"--seeds {self.seeds} --first-seed {self.first_seed}: at least one, counted from 0"
             )
         prepare(host_devices=HOST_DEVICES)

@@ -1,17 +1,30 @@
-"""What a score table says, in a few numbers a person can act on."""
+"""What a score or prediction table says, in a few numbers a person can act on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from simgrad.bridge.engine.columns import PREDICTION_COLUMNS, SCORE_COLUMNS, Column
 from simgrad.bridge.engine.table import ScoreTable
 from simgrad.report.remedies import Needed, needed
 from simgrad.theory import Regime
 
-__all__ = ["Summary", "summarise"]
+__all__ = ["PredictionSummary", "Summary", "summarise", "summarise_prediction"]
+
+
+_PAIR = "index n_chosen n_rejected logp_chosen"
+_EXACT = f"{_PAIR} ln_ches grad_cosine predicted_dlogp_chosen regime"
+_FORWARD = f"{_PAIR} ln_ches ches head_gap"
+_PREDICTED = "index logp_chosen predicted_dlogp_chosen error_chosen predicted_dlogp_rejected"
+_MEANINGLESS = 12  # nats, beyond which sizes that a direction predicts mean little
+
+
+def _shown(columns: Sequence[Column], names: str) -> tuple[Column, ...]:
+    known = {column.name: column for column in columns}
+    return tuple(known[name] for name in names.split())
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class Summary:
         regimes: label to number of pairs (empty without gradients).
         order: the column that ranks the worst pairs, and its direction in words.
         worst: positions in the table of the worst pairs, worst first.
+        columns: what is shown of them.
         needed: what keeps the falling chosen responses from falling (None where none falls).
         advice: sentences.
     """
@@ -37,6 +51,7 @@ class Summary:
     regimes: Mapping[str, int]
     order: str
     worst: np.ndarray
+    columns: tuple[Column, ...]
     needed: Needed | None
     advice: tuple[str, ...]
 
@@ -60,8 +75,51 @@ def summarise(table: ScoreTable, worst: int = 5) -> Summary:
         regimes=regimes,
         order="lowest predicted change of log π(chosen)" if exact else "highest CHES",
         worst=np.argsort(key, kind="stable")[:worst],
+        columns=_shown(SCORE_COLUMNS, _EXACT if exact else _FORWARD),
         needed=need,
         advice=_advice(table, need, exact),
+    )
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """What a prediction says in a few lines.
+
+    Attributes:
+        steps: of the run.
+        lines: sentences.
+        worst: positions in the table of the pairs predicted to fall most, worst first.
+        columns: what is shown of them.
+    """
+
+    steps: int
+    lines: tuple[str, ...]
+    worst: np.ndarray
+    columns: tuple[Column, ...]
+
+
+def summarise_prediction(table: ScoreTable, worst: int = 5) -> PredictionSummary:
+    """Summary of a table of :func:`simgrad.bridge.predict`."""
+    run, change = table.metadata["run"], table["predicted_dlogp_chosen"]
+    lines = ["No pair is left: every number of it was not finite."]
+    if len(change):
+        both = (change < 0) & (table["predicted_dlogp_rejected"] < 0)
+        lines = [
+            f"{(change < 0).mean():.0%} of the chosen responses are predicted to fall, "
+            f"{both.mean():.0%} together with their rejected one.",
+            f"Δ log π of the chosen: median {np.median(change):.3g}, from {change.min():.3g} to "
+            f"{change.max():.3g} nats.",
+        ]
+        if np.abs(change).max() > _MEANINGLESS:
+            lines.append(
+                f"Beyond about {_MEANINGLESS} nats sizes mean little, only the order does."
+            )
+    names = _PREDICTED if run["sample"] else _PREDICTED.replace("error_chosen ", "")
+    return PredictionSummary(
+        int(run["steps"]),
+        tuple(lines),
+        np.argsort(change, kind="stable")[:worst],
+        _shown(PREDICTION_COLUMNS, names),
     )
 
 

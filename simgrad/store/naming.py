@@ -18,7 +18,7 @@ from simgrad.store.source import PACKAGE, code
 
 __all__ = ["RunMismatchError", "described", "differences", "identity", "provenance", "require_same"]
 
-_READABLE = 200  # characters of a part of an identity that is kept as text
+_READABLE = 100  # characters of a part of an identity that is kept as text
 
 
 class RunMismatchError(InputError):

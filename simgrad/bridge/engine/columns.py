@@ -104,6 +104,7 @@ class Column:
             for what is no score of a pair.
         labels: what the values stand for, where they are codes.
         show: how the printed summary formats a value.
+        short: its header there (default: the label).
     """
 
     name: str
@@ -115,6 +116,7 @@ class Column:
     risk: int = 0
     labels: tuple[str, ...] = ()
     show: str = ".4g"
+    short: str = ""
 
 
 _ROW = Column("index", "row", "row number in the data, from 0", "row", None, show="d")
@@ -127,6 +129,7 @@ _LENGTHS = tuple(
         lambda pair, part=part: len(getattr(pair, part)),
         "tokens",
         show="d",
+        short=f"{part}\ntokens",
     )
     for part in ("prompt", "chosen", "rejected")
 )
@@ -138,131 +141,56 @@ _LOGP = tuple(
         "forward",
         lambda found, k=k: found.logp[:, k],
         "nats",
+        short=f"log π\n{side}",
     )
     for k, side in enumerate(("chosen", "rejected"))
 )
 
+# fmt: off
 SCORE_COLUMNS: tuple[Column, ...] = (
     _ROW,
     *_LENGTHS,
     *_LOGP,
-    Column(
-        "ches",
-        "CHES",
-        "simgrad.theory.ches",
-        "forward",
-        lambda e: ches(e.responses, e.batch),
-        risk=1,
-    ),
-    Column(
-        "ln_ches",
-        "length-normalised CHES",
-        "simgrad.theory.ln_ches",
-        "forward",
-        lambda e: ln_ches(e.responses, e.batch),
-        risk=1,
-        show=".3g",
-    ),
-    Column(
-        "last_hidden_inner",
-        "last hidden states' inner product",
-        "simgrad.theory.similarity.last_hidden_inner",
-        "forward",
-        lambda e: last_hidden_inner(e.responses),
-        risk=1,
-    ),
-    Column(
-        "edit_distance",
-        "edit distance, normalised",
-        "simgrad.theory.similarity.normalized_edit_distance, of tokens",
-        "tokens",
-        lambda pair: normalized_edit_distance(pair.chosen, pair.rejected),
-        risk=-1,
-    ),
-    Column(
-        "embedding_cosine",
-        "cosine of response embeddings",
-        "simgrad.theory.similarity.embedding_cosine",
-        "forward",
-        lambda e: embedding_cosine(e.responses, e.batch),
-        risk=1,
-    ),
-    Column(
-        "head_gap",
-        "head gap",
-        "⟨g_w,g_l⟩ - ‖g_w‖² of the unembedding alone: simgrad.theory.head_gap",
-        "forward",
-        lambda e: head_gap(e.responses, e.batch),
-        f"{PER_RATE}, d = 1",
-        risk=1,
-    ),
-    Column(
-        "grad_inner",
-        "⟨g_w,g_l⟩",
-        "inner product of the gradients g = ∇_θ log π(y|x)",
-        "gradients",
-        lambda e: e.kernel.inner,
-    ),
-    Column(
-        "grad_sq_chosen",
-        "‖g_w‖²",
-        "square of the chosen's gradient",
-        "gradients",
-        lambda e: e.kernel.sq_chosen,
-    ),
-    Column(
-        "grad_sq_rejected",
-        "‖g_l‖²",
-        "square of the rejected's gradient",
-        "gradients",
-        lambda e: e.kernel.sq_rejected,
-    ),
-    Column(
-        "grad_cosine",
-        "cosine of gradients",
-        "⟨g_w,g_l⟩ / (‖g_w‖ ‖g_l‖)",
-        "gradients",
-        lambda e: e.kernel.cosine,
-        risk=1,
-        show=".3f",
-    ),
-    Column(
-        "d_chosen",
-        "d_w",
-        "the objective's pull on log π(chosen), for the pair alone, the policy its own reference",
-        "forward",
-        lambda e: e.force[:, 0],
-    ),
-    Column(
-        "d_rejected",
-        "d_l",
-        "the objective's push on log π(rejected), likewise",
-        "forward",
-        lambda e: -e.force[:, 1],
-    ),
+    Column("ches", "CHES", "simgrad.theory.ches", "forward",
+           lambda e: ches(e.responses, e.batch), risk=1),
+    Column("ln_ches", "length-normalised CHES", "simgrad.theory.ln_ches", "forward",
+           lambda e: ln_ches(e.responses, e.batch), risk=1, show=".3g", short="ln-CHES"),
+    Column("last_hidden_inner", "last hidden states' inner product",
+           "simgrad.theory.similarity.last_hidden_inner", "forward",
+           lambda e: last_hidden_inner(e.responses), risk=1),
+    Column("edit_distance", "edit distance, normalised",
+           "simgrad.theory.similarity.normalized_edit_distance, of tokens", "tokens",
+           lambda pair: normalized_edit_distance(pair.chosen, pair.rejected), risk=-1),
+    Column("embedding_cosine", "cosine of response embeddings",
+           "simgrad.theory.similarity.embedding_cosine", "forward",
+           lambda e: embedding_cosine(e.responses, e.batch), risk=1),
+    Column("head_gap", "head gap",
+           "⟨g_w,g_l⟩ - ‖g_w‖² of the unembedding alone: simgrad.theory.head_gap", "forward",
+           lambda e: head_gap(e.responses, e.batch), f"{PER_RATE}, d = 1", risk=1),
+    Column("grad_inner", "⟨g_w,g_l⟩", "inner product of the gradients g = ∇_θ log π(y|x)",
+           "gradients", lambda e: e.kernel.inner),
+    Column("grad_sq_chosen", "‖g_w‖²", "square of the chosen's gradient",
+           "gradients", lambda e: e.kernel.sq_chosen),
+    Column("grad_sq_rejected", "‖g_l‖²", "square of the rejected's gradient",
+           "gradients", lambda e: e.kernel.sq_rejected),
+    Column("grad_cosine", "cosine of gradients", "⟨g_w,g_l⟩ / (‖g_w‖ ‖g_l‖)", "gradients",
+           lambda e: e.kernel.cosine, risk=1, show=".3f", short="cosine of\ngradients"),
+    Column("d_chosen", "d_w", "the objective's pull on log π(chosen), for the pair alone, the "
+           "policy its own reference", "forward", lambda e: e.force[:, 0]),
+    Column("d_rejected", "d_l", "the objective's push on log π(rejected), likewise", "forward",
+           lambda e: -e.force[:, 1]),
     *(
-        Column(
-            f"predicted_dlogp_{side}",
-            f"predicted Δ log π({side})",
-            "first-order change after one SGD step on the pair alone, per unit learning rate "
-            "unless one is given",
-            "gradients",
-            lambda e, k=k: e.change[:, k],
-            PER_RATE,
-            risk=-1,
-        )
+        Column(f"predicted_dlogp_{side}", f"predicted Δ log π({side})",
+               "first-order change after one SGD step on the pair alone, per unit learning rate "
+               "unless one is given", "gradients", lambda e, k=k: e.change[:, k], PER_RATE,
+               risk=-1, short=f"Δ log π\n{side}")
         for k, side in enumerate(("chosen", "rejected"))
     ),
-    Column(
-        "regime",
-        "regime",
-        "ideal, both_fall, both_rise or reversed",
-        "gradients",
-        lambda e: regime(e.change),
-        labels=tuple(r.label for r in Regime),
-        show="s",
-    ),
+    Column("regime", "regime", "ideal, both_fall, both_rise or reversed", "gradients",
+           lambda e: regime(e.change), labels=tuple(r.label for r in Regime),
+           show="s"),
 )
+# fmt: on
 
 PREDICTION_COLUMNS: tuple[Column, ...] = (
     _ROW,
@@ -277,10 +205,23 @@ PREDICTION_COLUMNS: tuple[Column, ...] = (
             lambda read, k=k, name=name: (read.error if name == "error" else read.change)[:, k],
             "nats",
             show=show,
+            short=f"{short}\n{side}",
         )
-        for name, label, meaning, show in (
-            ("predicted_dlogp", "predicted Δ log π", "⟨∇log π(y), D⟩ of the whole run", ".3g"),
-            ("error", "± (sample)", "its standard error, from having seen a sample only", ".2g"),
+        for name, label, meaning, show, short in (
+            (
+                "predicted_dlogp",
+                "predicted Δ log π",
+                "⟨∇log π(y), D⟩ of the whole run",
+                ".3g",
+                "Δ log π",
+            ),
+            (
+                "error",
+                "error of predicted Δ log π",
+                "its standard error, from having seen a sample only",
+                ".2g",
+                "± (sample)",
+            ),
         )
         for k, side in enumerate(("chosen", "rejected"))
     ),

@@ -110,7 +110,7 @@ def predict(
             f"sample={sample} of {count} pairs in groups={_GROUPS}: groups <= sample <= pairs"
         )
     run = _for_epochs(recipe, epochs, count)
-    made = run if isinstance(run, Recipe) else run.recipe()
+    policy, made = _made(policy, run)
     made.order(count)  # refuses a batch that the pairs cannot fill
     settings = {"recipe": run, "sample": sample, "batch_tokens": batch_tokens}
 
@@ -137,7 +137,7 @@ def predict(
         columns=PREDICTION_COLUMNS,
         identity=named("simgrad.dynamics.directional", policy, encoded, **settings),
         run={
-            **{k.removeprefix("recipe."): v for k, v in described(recipe=run).items()},
+            **_readable(run),
             "sample": sample,
             "model": policy.name,
             "dtype": policy.config.dtype,
@@ -179,7 +179,7 @@ def check(
     if len(encoded.pairs) < 2:
         raise InputError("pairs are compared with each other: at least two are needed")
     run = _for_epochs(recipe, epochs, len(encoded.pairs))
-    made = run if isinstance(run, Recipe) else run.recipe()
+    policy, made = _made(policy, run)
     found = compare(Setting(policy.apply, policy.theta, padded(encoded.pairs), made))
     if out is not None:
         columns = {
@@ -189,7 +189,7 @@ def check(
         }
         header = {
             "kind": "check",
-            "run": described(recipe=run) | {"model": policy.name, "dtype": policy.config.dtype},
+            "run": _readable(run) | {"model": policy.name, "dtype": policy.config.dtype},
             "identity": named("simgrad.experiments.comparison", policy, encoded, recipe=run),
             "predictors": found.rows(f"{made.steps} steps"),
             "provenance": provenance(),
@@ -205,11 +205,23 @@ def _usable(encoded: Encoded) -> Encoded:
     return encoded
 
 
+def _made(policy: Policy, run: Recipe | RunConfig) -> tuple[Policy, Recipe]:
+    """The recipe, and the policy with what the run trains."""
+    if isinstance(run, Recipe):
+        return policy, run
+    apply = only(policy.apply, *run.include or ())
+    return dataclasses.replace(policy, apply=apply), run.recipe()
+
+
 def _for_epochs(recipe: Recipe | RunConfig, epochs: int | None, pairs: int) -> Recipe | RunConfig:
     if epochs is None:
         return recipe
     size = min(recipe.batch_size or pairs, pairs)
     return dataclasses.replace(recipe, steps=steps_of(epochs, pairs, size), batch_size=size)
+
+
+def _readable(recipe: Recipe | RunConfig) -> dict[str, str]:
+    return described(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
 
 
 class _Directions(NamedTuple):

@@ -100,6 +100,8 @@ def carry_out(
         # finished by others while this process waited for the lock
         if (table := on_first(lambda: _finished(out, task))) is None:
             mesh = mesh_of(policy.theta)
+            if progress:
+                progress(int(rows.done.sum()), len(encoded.pairs))
             for work in side_by_side(task.works(), groups(mesh)):
                 members = list(work.members)
                 if not rows.done[members].all():
