@@ -66,10 +66,9 @@ def test_every_column_against_its_definition(policy, table):
         h_w = reference.head_gradient(logits_w, w, pair.chosen)
         h_l = reference.head_gradient(logits_l, l, pair.rejected)
         a, b = logp_w.sum(), logp_l.sum()
-        d = objective.coefficients(
-            *map(jnp.float64, (a, b, a, b)), *map(jnp.int64, (len(pair.chosen), len(pair.rejected)))
-        )
-        d_w, d_l = float(d.chosen), float(d.rejected)
+        logp = jnp.array([[a, b]])
+        force = objective.force(logp, logp, jnp.array([[len(pair.chosen), len(pair.rejected)]]))
+        d_w, d_l = float(force[0, 0]), -float(force[0, 1])
         plain, normal = reference.ches(w, l)
         expected = {
             "n_prompt": len(pair.prompt),

@@ -145,7 +145,7 @@ def resolved(config):
         "head_dim": config.head_features,
         "mlp_width": config.mlp_features,
     }
-    return dataclasses.replace(config, **explicit, rope=rope, init=InitScales(), frozen=())
+    return dataclasses.replace(config, **explicit, rope=rope, init=InitScales())
 
 
 _YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
@@ -258,7 +258,6 @@ CHANGES = {
     "attention_output_bias": st.booleans(),
     "mlp_bias": st.booleans(),
     "tied": st.booleans(),
-    "frozen": st.just(("embedding/*",)),
 }
 NEAR = [LLAMA, {**LLAMA, **BIASES}, {**LLAMA, "qkv_bias": True}, GPT2]
 NEEDED = re.compile(r"(\w+)=([^ ]+) instead of ([^ ,]+)")
@@ -338,8 +337,8 @@ def test_refusals_name_every_attribute_and_write_nothing(tmp_path, fields, text)
 
 def test_what_the_kind_of_model_does_not_use_is_no_reason_to_refuse(tmp_path):
     rope = Rope(kind="yarn", factor=4.0)
-    save(policy_of({**GPT2, "rope": rope, "frozen": ("embedding/*",)}), tmp_path)
-    assert simgrad.load(tmp_path).config.frozen == ()
+    save(policy_of({**GPT2, "rope": rope}), tmp_path)
+    assert simgrad.load(tmp_path).config.rope == Rope()
 
 
 def change(theta, path, leaf):

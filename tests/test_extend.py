@@ -51,7 +51,7 @@ def test_an_objective_is_known_by_its_name_and_pulls_as_its_texts_say():
     assert shown.pushes_chosen_down == "m > 1"
     logp, zero, lengths = jnp.array([[3.0, 0.0], [0.5, 0.0]]), jnp.zeros((2, 2)), jnp.ones((2, 2))
     objective = objectives.get("quartic", target=1.0)
-    force = objective.signed_coefficients(logp, zero, lengths.astype(int))
+    force = objective.force(logp, zero, lengths.astype(int))
     np.testing.assert_allclose(force, [[-32.0, 32.0], [0.5, -0.5]])
 
 

@@ -37,8 +37,8 @@ def test_theory_example_runs():
 
 def test_training_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert example("predictor_table")["run"].trace.steps.tolist() == [0, 20, 40, 60]
-    assert (tmp_path / "trace.npz").exists()
+    assert example("predictor_table")["run"].trajectory.steps.tolist() == [0, 20, 40, 60]
+    assert (tmp_path / "trajectory.npz").exists()
 
 
 def test_the_five_lines_run(tmp_path, monkeypatch, checkpoint):

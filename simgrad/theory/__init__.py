@@ -15,6 +15,7 @@ What is used most can be had from here; everything by the name of its group. Who
 """
 
 from simgrad.models import Responses, responses
+from simgrad.theory import closed_forms, groups, mitigation
 from simgrad.theory.conditions import Regime, band, compare_objectives, ideal_range, regime
 from simgrad.theory.kernel import (
     PairKernel,
@@ -39,15 +40,18 @@ __all__ = [
     "Responses",
     "band",
     "ches",
+    "closed_forms",
     "compare_objectives",
     "displacement",
     "entanglement_kernel",
     "first_order",
+    "groups",
     "head_gap",
     "head_kernel",
     "ideal_range",
     "ln_ches",
     "loss_gradient",
+    "mitigation",
     "optimizer_step",
     "own_steps",
     "pair_kernel",

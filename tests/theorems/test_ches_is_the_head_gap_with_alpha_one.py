@@ -14,7 +14,7 @@ from simgrad.theory import ches, head_gap, responses
 from simgrad.theory.closed_forms.unconstrained import (
     TokenStates,
     different_first_tokens_rate,
-    flow_inner,
+    state_inner,
 )
 
 PAIRS = [Pair([1, 5], [7, 2, 4], [8, 9]), Pair([3], [6, 6], [6, 7, 7])]
@@ -33,7 +33,7 @@ def test_ches_is_the_unembeddings_gap_with_every_alpha_one():
     context = jnp.arange(6).reshape(2, 3)
     for i in range(2):
         plus, minus = (TokenStates(context[s], result.hidden[i, s], error[i, s]) for s in range(2))
-        gap = flow_inner(w, plus, minus).unembedding - flow_inner(w, plus, plus).unembedding
+        gap = state_inner(w, plus, minus).unembedding - state_inner(w, plus, plus).unembedding
         close(gap, ches(result, batch)[i])
         rate = different_first_tokens_rate(w, plus, minus, *batch.targets[i, :, 0])
         close(-(rate.own + rate.cross), ches(result, batch)[i])

@@ -12,9 +12,9 @@ from oracles import ALL, SINGLE, dot, geometry, gradient, pair_of, parameters, s
 
 from simgrad import objectives
 from simgrad.theory import PairKernel, Regime, compare_objectives, first_order, ideal_range, regime
-from simgrad.theory.closed_forms.unconstrained import flow_kernel
+from simgrad.theory.closed_forms.unconstrained import state_kernel
 
-jitted_kernel = jax.jit(flow_kernel)
+jitted_kernel = jax.jit(state_kernel)
 
 
 def test_ideal_range_is_where_the_regime_is_ideal():

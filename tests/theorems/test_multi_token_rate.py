@@ -33,14 +33,14 @@ from simgrad.pairs import Pair, packed, padded
 from simgrad.theory import responses
 from simgrad.theory.closed_forms.unconstrained import (
     different_first_tokens_rate,
-    flow_inner,
-    flow_kernel,
     single_token_rate,
+    state_inner,
+    state_kernel,
     token_states,
     unconstrained_kernel,
 )
 
-jitted_inner, jitted_kernel = jax.jit(flow_inner), jax.jit(flow_kernel)
+jitted_inner, jitted_kernel = jax.jit(state_inner), jax.jit(state_kernel)
 
 
 def test_explicit_gradients_are_those_of_autodiff():

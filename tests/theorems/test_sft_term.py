@@ -9,9 +9,9 @@ import numpy as np
 from helpers import close
 from oracles import ALL, OTHER_PROMPT, dot, gradient, minus_dpo_gradient, parameters, states
 
-from simgrad.theory.closed_forms.unconstrained import flow_kernel, sft_rate
+from simgrad.theory.closed_forms.unconstrained import sft_rate, state_kernel
 
-jitted_kernel = jax.jit(flow_kernel)
+jitted_kernel = jax.jit(state_kernel)
 
 
 def test_sft_term_only_helps():

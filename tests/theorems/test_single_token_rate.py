@@ -20,10 +20,10 @@ from oracles import (
 )
 
 from simgrad.theory.closed_forms.unconstrained import (
-    flow_inner,
-    flow_kernel,
     mass_rates,
     single_token_rate,
+    state_inner,
+    state_kernel,
 )
 
 jitted_rate = jax.jit(single_token_rate)
@@ -56,11 +56,11 @@ def test_parts_of_the_single_token_flow():
 def test_single_token_flow_is_a_special_case():
     """Of the kernel of any two responses, and of the rates of all tokens."""
     theta, (chosen, rejected) = parameters(4), SINGLE
-    kernel = flow_kernel(theta["w"], states(theta, *chosen), states(theta, *rejected))
+    kernel = state_kernel(theta["w"], states(theta, *chosen), states(theta, *rejected))
     close(-kernel.gap, jitted_rate(theta["w"], theta["h"][0], *index(3, 5)).total)
     for z, rate in enumerate(mass_rates(theta["w"], theta["h"][0], *index(3, 5))):
         v = states(theta, (0,), (z,))
-        inner = [flow_inner(theta["w"], v, states(theta, *y)).total for y in SINGLE]
+        inner = [state_inner(theta["w"], v, states(theta, *y)).total for y in SINGLE]
         close(inner[0] - inner[1], rate)
 
 

@@ -46,16 +46,16 @@ def save(policy: Policy, folder: str | Path) -> Path:
     """Write a policy as a checkpoint that transformers, and :func:`simgrad.load`, read back exactly.
 
     config.json, model.safetensors (in the policy's dtype) and the tokenizer's files. The family is
-    llama where that can express the model, else gpt2, qwen2 or mistral. ``init`` and ``frozen`` of
-    the configuration are not stored; what its kind of model never uses comes back with its default.
+    llama where that can express the model, else gpt2, qwen2 or mistral. ``init`` of the
+    configuration is not stored; what its kind of model never uses comes back with its default.
     A checkpoint that stands in the folder is replaced, file by file and each at once; files that
     would change the new one's meaning (shards, generation settings, another tokenizer's files) are
     removed. Where one of the errors below is raised, nothing has been written.
 
     Args:
         policy: from :func:`simgrad.load`, or ``Policy(apply, theta, apply.config)`` of a
-            transformer from
-            :func:`simgrad.models.create`.
+            transformer
+            from :func:`simgrad.models.create`.
         folder: made if need be.
 
     Returns:
@@ -156,7 +156,7 @@ def _meaning(fields: Mapping[str, Any]) -> dict[str, Any]:
     said = {name: resolved.get(name) if value is None else value for name, value in known.items()}
     rope = rope_attributes(known["rope"], known["max_length"])
     said |= {"rope": rope if known["positions"] == "rope" else None}
-    return {name: value for name, value in said.items() if name not in ("init", "frozen", "dtype")}
+    return {name: value for name, value in said.items() if name not in ("init", "dtype")}
 
 
 def _expressed(config: ModelConfig) -> tuple[str, dict[str, Any]]:

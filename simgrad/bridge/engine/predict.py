@@ -23,9 +23,9 @@ from simgrad.bridge.preferences.inputs import encoded_for
 from simgrad.dynamics import Recipe, RunConfig, Setting, directional_change, run_direction
 from simgrad.errors import InputError
 from simgrad.experiments.comparison import Comparison, compare
+from simgrad.models import only, responses
 from simgrad.pairs import Batch, Pair, padded
 from simgrad.store import described, provenance, write_parquet
-from simgrad.theory import responses
 from simgrad.typing import Array, Theta
 
 __all__ = ["check", "predict", "steps_of"]

@@ -32,18 +32,18 @@ from simgrad.theory.kernel.pair import head_kernel
 from simgrad.typing import Array, Bool, Float, Int
 
 __all__ = [
-    "FlowInner",
     "MultiTokenRate",
     "SingleTokenRate",
+    "StateInner",
     "TokenStates",
     "contributions",
     "different_first_tokens_rate",
-    "flow_inner",
-    "flow_kernel",
     "mass_direction",
     "mass_rates",
     "sft_rate",
     "single_token_rate",
+    "state_inner",
+    "state_kernel",
     "token_states",
     "unconstrained_kernel",
 ]
@@ -88,7 +88,7 @@ def token_states(
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FlowInner:
+class StateInner:
     """An inner product of log-prob gradients, by trained parameter.
 
     Attributes:
@@ -106,9 +106,9 @@ class FlowInner:
         return self.unembedding + self.features
 
 
-def flow_inner(
+def state_inner(
     unembedding: Float[Array, "V D"], response: TokenStates, other: TokenStates
-) -> FlowInner:
+) -> StateInner:
     """⟨∇ log π(y|x), ∇ log π(y'|x')⟩ for any two responses, exactly.
 
     Covers shared prefixes and repeated contexts, within a pair or across prompts. Derived here;
@@ -118,12 +118,12 @@ def flow_inner(
     >>> w, h = jnp.eye(2), jnp.ones((1, 2))
     >>> a = token_states(w, h, jnp.array([0]), jnp.array([0]))
     >>> elsewhere = token_states(w, h, jnp.array([0]), jnp.array([1]))
-    >>> flow_inner(w, a, a).features.item(), flow_inner(w, a, elsewhere).features.item()
+    >>> state_inner(w, a, a).features.item(), state_inner(w, a, elsewhere).features.item()
     (0.5, 0.0)
     """
     pulled = row_inner(_pulled(unembedding, response), _pulled(unembedding, other))
     same = response.context[..., :, None] == other.context[..., None, :]
-    return FlowInner(
+    return StateInner(
         response_inner(response.hidden, response.error, other.hidden, other.error),
         jnp.where(same, pulled, jnp.zeros((), pulled.dtype)).sum(-1).sum(-1),
     )
@@ -134,7 +134,7 @@ def _pulled(unembedding: Array, states: TokenStates) -> Float[Array, "*n R D"]:
     return jnp.einsum("...rv,vd->...rd", states.error, tree.widen(unembedding), precision="highest")
 
 
-def flow_kernel(
+def state_kernel(
     unembedding: Float[Array, "V D"], chosen: TokenStates, rejected: TokenStates
 ) -> PairKernel:
     """‖g_w‖², ⟨g_w,g_l⟩ and ‖g_l‖² of a pair, for the functions of the general theory.
@@ -148,12 +148,12 @@ def flow_kernel(
     >>> import jax.numpy as jnp
     >>> w, h, first = jnp.array([[1.0], [2.0], [-3.0]]), jnp.zeros((1, 1)), jnp.array([0])
     >>> chosen, rejected = (token_states(w, h, jnp.array([y]), first) for y in (0, 1))
-    >>> round(flow_kernel(w, chosen, rejected).gap.item(), 6)  # W_w is between W_l and the mean
+    >>> round(state_kernel(w, chosen, rejected).gap.item(), 6)  # W_w is between W_l and the mean
     1.0
     """
 
     def total(x: TokenStates, y: TokenStates) -> Array:
-        return flow_inner(unembedding, x, y).total
+        return state_inner(unembedding, x, y).total
 
     return PairKernel(total(chosen, chosen), total(chosen, rejected), total(rejected, rejected))
 
@@ -161,7 +161,7 @@ def flow_kernel(
 def unconstrained_kernel(
     unembedding: Float[Array, "V D"], result: Responses, batch: Batch
 ) -> PairKernel:
-    """:func:`flow_kernel` of every pair in a batch, from the forward pass alone.
+    """:func:`state_kernel` of every pair in a batch, from the forward pass alone.
 
     Exact for an unconstrained-features model. On a transformer it replaces everything below the
     unembedding by free states, so it is a score, not the kernel. Contexts coincide up to and
@@ -199,7 +199,7 @@ def contributions(
     response: TokenStates,
     training: TokenStates,
     weights: Float[Array, " n"],
-) -> FlowInner:
+) -> StateInner:
     """What each training response adds to d/dt log π of ``response``; the total's sum is the rate.
 
     ``training`` stacks n responses on a leading axis and ``weights`` are signed, -∇L = Σ_i
@@ -215,7 +215,7 @@ def contributions(
     >>> parts.unembedding.tolist(), parts.features.tolist()
     ([1.0, 1.0], [0.5, 0.0])
     """
-    inner = jax.vmap(lambda other: flow_inner(unembedding, response, other))(training)
+    inner = jax.vmap(lambda other: state_inner(unembedding, response, other))(training)
     return jax.tree.map(lambda x: weights * x, inner)
 
 
@@ -365,7 +365,7 @@ def different_first_tokens_rate(
 
     The two tokens are the first ones. With every α set to 1, own + cross is minus the CHES score
     (:func:`simgrad.theory.ches`). Responses that share a first token break this formula: more
-    contexts then coincide, and :func:`flow_kernel` counts them. Source: Razin et al., arXiv
+    contexts then coincide, and :func:`state_kernel` counts them. Source: Razin et al., arXiv
     2410.08847, Theorem 3.
 
     >>> import jax.numpy as jnp
