@@ -217,7 +217,9 @@ def test_the_file_of_another_sweep_is_refused(tmp_path):
             sweep(apply, out=out, **call)
     assert out.read_bytes() == before
     train(apply, one(thetas, 0), BATCH, configs[0].recipe(), out=tmp_path / "run.npz")
-    with pytest.raises(ValueError, match=r"run.npz holds no sweep"):
+    with pytest.raises(
+        ValueError, match=r"run\.npz belongs to another run \(.*configs: nothing there, "
+    ):
         sweep(apply, thetas, BATCH, configs, seeds=SEEDS, out=tmp_path / "run.npz")
 
 
@@ -446,7 +448,7 @@ def test_the_command_tabulates_and_saves(tmp_path):
     before, other = out.read_bytes(), tmp_path / "other.parquet"
     other.write_bytes(b"")
     wrong = {
-        (*some, "--out", out): "other configs",
+        (*some, "--out", out): "belongs to another run (configs: ",
         (*some, "--out", other): "is there, but not its other.npz",
         ("--grid", "optimizer=adma"): "did you mean 'adam'",
         ("--grid", "include=none,unembedding/*+nope/*"): "no parameter matches 'nope/*'",

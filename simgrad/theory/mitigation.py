@@ -138,7 +138,9 @@ class Calibrated(Stateless):
 
 
 def _scaled(force: Array, alpha: Array) -> Array:
-    return force * jnp.stack(jnp.broadcast_arrays(alpha, 1 / alpha), -1)
+    # one α may serve a whole batch
+    alpha = jnp.broadcast_to(alpha, force.shape[:-1])
+    return force * jnp.stack([alpha, 1 / alpha], -1)
 
 
 @jax.tree_util.register_dataclass
