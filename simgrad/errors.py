@@ -1,7 +1,5 @@
 """What went wrong with what the user gave, as opposed to what went wrong in simgrad."""
 
-__all__ = ["InputError"]
-
 
 class InputError(ValueError):
     """Something that was given cannot be used; the message names it and says what to do.

@@ -20,18 +20,7 @@ import numpy as np
 
 from simgrad.typing import Array, Bool, Int
 
-__all__ = [
-    "AT_ONCE",
-    "CHOSEN",
-    "REJECTED",
-    "Batch",
-    "Pair",
-    "chunks",
-    "in_chunks",
-    "one_by_one",
-    "packed",
-    "padded",
-]
+__all__ = ["CHOSEN", "REJECTED", "Batch", "Pair", "packed", "padded"]
 
 CHOSEN = 1
 """Stream bit of the tokens that the chosen response reads; those of a prompt carry both bits."""

@@ -217,9 +217,7 @@ def test_the_file_of_another_sweep_is_refused(tmp_path):
             sweep(apply, out=out, **call)
     assert out.read_bytes() == before
     train(apply, one(thetas, 0), BATCH, configs[0].recipe(), out=tmp_path / "run.npz")
-    with pytest.raises(
-        ValueError, match=r"run\.npz belongs to another run \(.*configs: nothing there, "
-    ):
+    with pytest.raises(ValueError, match=r"run\.npz holds no rows"):
         sweep(apply, thetas, BATCH, configs, seeds=SEEDS, out=tmp_path / "run.npz")
 
 
@@ -439,7 +437,8 @@ def test_the_command_tabulates_and_saves(tmp_path):
     assert max(map(len, printed.splitlines())) <= 120
     table = pq.read_table(out)
     meta = json.loads(table.schema.metadata[b"simgrad"])
-    assert (meta["world"], meta["knobs"]["steps"], meta["run"]["seeds"]) == ("tiny", 4, [0, 1])
+    assert (meta["world"], meta["knobs"]["steps"]) == ("tiny", 4)
+    assert meta["run"]["seeds"] == "[0, 1]"
     assert meta["provenance"]["simgrad"]
     stored = SweepTable.load(tmp_path / "s.npz")
     assert table["learning_rate"].to_pylist() == [0.1, 0.1, 0.2, 0.2] * 2

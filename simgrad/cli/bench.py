@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Bench"]
-
 _ORDER = "scoring logprobs gradients tokens dataset directional".split()
 
 

@@ -16,8 +16,6 @@ from simgrad.cli.sweep import Sweep
 from simgrad.cli.validate import Validate
 from simgrad.cli.world import World, Worlds
 
-__all__ = ["Command", "parsed"]
-
 
 class Command(Protocol):
     """Arguments, and what is done with them."""

@@ -24,18 +24,6 @@ if TYPE_CHECKING:
     from simgrad.experiments.findings import Table as TidyTable
     from simgrad.objectives import Description
 
-__all__ = [
-    "findings_tables",
-    "loading",
-    "objective_in_full",
-    "objective_table",
-    "prediction",
-    "progress_bar",
-    "summary",
-    "tidy_table",
-    "world_listing",
-]
-
 
 @contextmanager
 def loading(console: Console, text: str) -> Iterator[None]:

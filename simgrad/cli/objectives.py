@@ -7,8 +7,6 @@ from typing import Annotated
 
 import tyro
 
-__all__ = ["Objectives"]
-
 
 @dataclass
 class Objectives:

@@ -8,8 +8,6 @@ from typing import Any
 
 from simgrad.errors import InputError
 
-__all__ = ["assignments", "mesh_axes", "value_of"]
-
 
 def assignments(texts: Sequence[str], option: str) -> dict[str, Any]:
     """Names and values of arguments such as ``beta=0.1``.

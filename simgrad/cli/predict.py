@@ -10,8 +10,6 @@ import tyro
 
 from simgrad.cli.parsing import assignments, mesh_axes
 
-__all__ = ["Predict"]
-
 
 @dataclass
 class Predict:

@@ -8,8 +8,6 @@ import traceback
 
 from simgrad.errors import InputError
 
-__all__ = ["explained"]
-
 
 def explained(error: Exception) -> int:
     """Print what went wrong; the exit status: 2 what was given, 3 memory, 70 simgrad itself."""

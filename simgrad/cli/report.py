@@ -7,8 +7,6 @@ from pathlib import Path
 
 import tyro
 
-__all__ = ["Report"]
-
 
 @dataclass
 class Report:

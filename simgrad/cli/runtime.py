@@ -12,8 +12,6 @@ from simgrad.errors import InputError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-__all__ = ["HOST_DEVICES", "connect", "prepare"]
-
 HOST_DEVICES = min(os.cpu_count() or 1, 8)
 """CPU devices for tasks with many small runs, since XLA uses one core for each run."""
 

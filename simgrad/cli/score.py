@@ -11,8 +11,6 @@ import tyro
 from simgrad.cli.parsing import assignments
 from simgrad.errors import InputError
 
-__all__ = ["Score"]
-
 
 @dataclass
 class Score:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from simgrad.experiments.findings import Interval
     from simgrad.worlds import World
 
-__all__ = ["Sweep"]
-
 
 @dataclass
 class Sweep:

@@ -15,8 +15,6 @@ from simgrad.errors import InputError
 if TYPE_CHECKING:
     from simgrad.validation.validate import Validation
 
-__all__ = ["Validate"]
-
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 
 

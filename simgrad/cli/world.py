@@ -10,8 +10,6 @@ import tyro
 
 from simgrad.errors import InputError
 
-__all__ = ["World", "Worlds"]
-
 
 @dataclass
 class World:

@@ -11,8 +11,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-__all__ = ["explore"]
-
 
 def explore(draw: Callable[..., Figure], **choices: Sequence[Any]) -> None:
     """Show ``draw`` at its defaults, with a slider for each argument that ``choices`` names.

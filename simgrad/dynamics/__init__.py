@@ -8,18 +8,14 @@ from simgrad.dynamics.directional import (
     directional_score,
     run_direction,
 )
+from simgrad.dynamics.enumeration import Enumeration, enumerate_responses
 from simgrad.dynamics.linearized import kernel_flow, linearized_run
 from simgrad.dynamics.predictors import PREDICTORS, Predictor, Setting, measured
 from simgrad.dynamics.pretraining import Corpus, corpus, pretrain
+from simgrad.dynamics.prompts import next_token_logp
 from simgrad.dynamics.recipe import Recipe, batch_order
 from simgrad.dynamics.run import DivergedError, State, Training
-from simgrad.dynamics.sampling import (
-    Enumeration,
-    Samples,
-    enumerate_responses,
-    next_token_logp,
-    sample,
-)
+from simgrad.dynamics.sampling import Samples, sample
 from simgrad.dynamics.spread import spread
 from simgrad.dynamics.sweep import sweep
 from simgrad.dynamics.sweep_table import SweepTable

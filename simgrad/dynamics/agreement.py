@@ -9,8 +9,6 @@ from scipy import stats
 
 from simgrad.typing import Float
 
-__all__ = ["Agreement", "agreement", "partial_spearman", "percentile_means", "spearman"]
-
 WORST = 10
 
 

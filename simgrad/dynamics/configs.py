@@ -27,8 +27,6 @@ from simgrad.theory.mitigation import (
     SparseMask,
 )
 
-__all__ = ["MITIGATIONS", "OPTIMIZERS", "RunConfig", "grid"]
-
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": lambda rate, momentum, decay: optax.sgd(rate),
     "momentum": lambda rate, momentum, decay: optax.sgd(rate, momentum=momentum),

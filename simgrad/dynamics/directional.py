@@ -23,8 +23,6 @@ from simgrad.theory.prediction.changes import require_step
 from simgrad.theory.prediction.steps import loss_gradient
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["DirectionalScore", "adapts", "directional_change", "directional_score", "run_direction"]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ from simgrad.dynamics.prompts import (
 from simgrad.models import Apply
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["LIMIT", "Enumeration", "enumerate_responses"]
-
 LIMIT = 1_000_000
 """Most responses that are enumerated unless told otherwise."""
 

@@ -18,8 +18,6 @@ from simgrad.theory.mitigation import masked_logp
 from simgrad.theory.prediction.steps import ascent
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["Data", "Learned", "preference_gradient"]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -31,8 +31,6 @@ from simgrad.theory.optimizers import begun, updated
 from simgrad.theory.prediction.steps import require_training
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["kernel_flow", "linearized_run"]
-
 
 def kernel_flow(
     kernel: Float[Array, "U U"],

@@ -32,8 +32,6 @@ from simgrad.theory.similarity import (
 )
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["PREDICTORS", "RERUN", "Predictor", "Setting", "measured"]
-
 
 @dataclass(frozen=True)
 class Setting:

@@ -17,8 +17,6 @@ from simgrad.dynamics.run import descend, started
 from simgrad.models import Apply, bind
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["Corpus", "corpus", "pretrain"]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -16,19 +16,6 @@ from simgrad import tree
 from simgrad.models import Apply, LoraApply, merge_lora
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = [
-    "AT_ONCE",
-    "Ids",
-    "Reader",
-    "chunks",
-    "next_logp",
-    "next_token_logp",
-    "reader",
-    "require_known",
-    "require_positive",
-    "token_ids",
-]
-
 AT_ONCE = 64
 """Sequences in memory at once unless told otherwise."""
 

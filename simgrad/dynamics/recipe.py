@@ -13,8 +13,6 @@ from simgrad.theory.mitigation import Mitigation, SparseMask
 from simgrad.theory.prediction.steps import require_training
 from simgrad.typing import Int
 
-__all__ = ["Recipe", "batch_order"]
-
 
 @dataclass(frozen=True)
 class Recipe:

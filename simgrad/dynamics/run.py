@@ -19,8 +19,6 @@ from simgrad.dynamics.trajectory import Trajectory
 from simgrad.theory.optimizers import begun, updated
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["DivergedError", "Gradient", "State", "Training", "descend", "follow", "started"]
-
 CHECK = 100
 """Steps between two looks for a loss that is no longer finite."""
 

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad import tree
-from simgrad.dynamics.enumeration import Enumeration, enumerate_responses
 from simgrad.dynamics.prompts import (
     AT_ONCE,
     Ids,
     chunks,
-    next_token_logp,
     reader,
     require_known,
     require_positive,
@@ -26,8 +24,6 @@ from simgrad.dynamics.prompts import (
 )
 from simgrad.models import Apply, CachedApply, cached
 from simgrad.typing import Array, Bool, Float, Int, Theta
-
-__all__ = ["Enumeration", "Samples", "enumerate_responses", "next_token_logp", "sample"]
 
 
 @jax.tree_util.register_dataclass

@@ -11,8 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-__all__ = ["spread"]
-
 
 def spread(
     run: Callable[..., Any], *inputs: Any, shared: Any = None, at_once: int = 1, rounds: int = 8

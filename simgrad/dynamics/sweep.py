@@ -26,8 +26,6 @@ from simgrad.pairs import Batch, in_chunks
 from simgrad.store import RowStore, identity, provenance
 from simgrad.typing import Array, Theta
 
-__all__ = ["sweep"]
-
 
 def sweep(
     apply: Apply,

@@ -14,8 +14,6 @@ from simgrad.dynamics.configs import RunConfig
 from simgrad.store import load_arrays
 from simgrad.typing import Float
 
-__all__ = ["SweepTable", "labels"]
-
 
 @dataclass(frozen=True)
 class SweepTable:

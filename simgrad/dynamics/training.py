@@ -32,8 +32,6 @@ from simgrad.store import (
 from simgrad.theory import pair_kernel
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["advance", "begin", "policy", "prepare", "train"]
-
 
 def train(
     apply: Apply,

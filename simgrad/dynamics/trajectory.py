@@ -17,8 +17,6 @@ from simgrad.store import load_arrays, save_arrays
 from simgrad.theory import PairKernel, first_order, regime
 from simgrad.typing import Array, Float, Int
 
-__all__ = ["Trajectory", "from_arrays", "to_arrays"]
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,

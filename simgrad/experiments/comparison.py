@@ -15,8 +15,6 @@ from simgrad.dynamics.predictors import PREDICTORS, RERUN, Setting, measured
 from simgrad.experiments.findings import Table
 from simgrad.typing import Float
 
-__all__ = ["CAPTION", "Comparison", "compare", "predictor_table"]
-
 
 @dataclass(frozen=True)
 class Comparison:

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-__all__ = ["Claim", "Findings", "Interval", "Table", "interval", "listing"]
-
 
 @dataclass(frozen=True)
 class Interval:

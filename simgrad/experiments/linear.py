@@ -24,8 +24,6 @@ from simgrad.typing import Array, Theta
 from simgrad.worlds.linear import FROZEN, Linear
 from simgrad.worlds.tuning import stacked, trained
 
-__all__ = ["run"]
-
 ASSUMPTIONS = ("all hold", "another pair opposes", "features learn")
 
 

@@ -14,8 +14,6 @@ from simgrad.experiments.comparison import CAPTION, Comparison, compare
 from simgrad.experiments.findings import Claim, Findings, Table
 from simgrad.worlds.percentiles import Percentiles
 
-__all__ = ["run"]
-
 _SCORES = (
     "edit distance",
     "last-hidden inner",

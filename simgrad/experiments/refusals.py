@@ -23,8 +23,6 @@ from simgrad.worlds.refusals import Refusals
 from simgrad.worlds.tuning import next_logp, stacked, tuned
 from simgrad.worlds.world import pretrained
 
-__all__ = ["Arm", "arms", "measured", "run", "unfiltered"]
-
 HARMLESS = (1.0, np.inf)
 """Levels of the cues of the harmless test prompts."""
 

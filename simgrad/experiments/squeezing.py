@@ -23,8 +23,6 @@ from simgrad.typing import Array, Theta
 from simgrad.worlds.squeezing import Squeezing
 from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned
 
-__all__ = ["run"]
-
 PUSHED = ("least likely", "median", "likeliest")
 
 FIRST = ("nothing", "chosen", "chosen, third", "chosen, rejected")

@@ -22,8 +22,6 @@ from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.tuning import each_seed, stacked, trained
 from simgrad.worlds.world import pretrained
 
-__all__ = ["run"]
-
 _SGD = optax.sgd(1.0)
 
 _MEASURED = ("cosine", "Δ chosen", "Δ rejected", "Δ word", "falls", "both fall")

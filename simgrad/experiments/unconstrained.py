@@ -25,8 +25,6 @@ from simgrad.typing import Array, Theta
 from simgrad.worlds.tuning import recipe_for, trained
 from simgrad.worlds.unconstrained import RESPONSES, Unconstrained
 
-__all__ = ["run"]
-
 SCORES = ("CHES", "ln-CHES", "head gap", "full gap", "length")
 
 SMALL = 1e-4

@@ -17,8 +17,6 @@ from simgrad.worlds.tuning import next_logp, stacked, tuned
 from simgrad.worlds.verdicts import POSITIVE, Verdicts
 from simgrad.worlds.world import pretrained
 
-__all__ = ["Outcome", "displaced", "outcome", "run"]
-
 BODY = ("embedding/*", "layers/*", "final_norm/*")
 
 SGD_RATE = 0.3

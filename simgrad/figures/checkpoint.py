@@ -27,19 +27,6 @@ from simgrad.typing import Float
 if TYPE_CHECKING:
     from simgrad.bridge import Policy
 
-__all__ = [
-    "BEARS_ON",
-    "CAPTION",
-    "TITLE",
-    "Config",
-    "Result",
-    "Source",
-    "compute",
-    "inputs",
-    "loaded",
-    "plot",
-]
-
 TITLE = "A real checkpoint"
 CAPTION = (
     "{model} on at most {limit} pairs of {data}, those of at most {max_length} tokens. (a) Cosines "

@@ -17,8 +17,6 @@ from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.tuning import recipe_for
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Ten objectives, one world"
 CAPTION = (
     "Mean Δ log π of chosen (blue) and rejected (vermilion) responses while {pairs} pairs of the "

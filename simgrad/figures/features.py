@@ -14,8 +14,6 @@ from simgrad.experiments import unconstrained
 from simgrad.typing import Float
 from simgrad.worlds.unconstrained import Unconstrained
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Frozen or free features"
 CAPTION = (
     "World “unconstrained”, one-token pairs, float64, {draws} random models for each seed and "

@@ -18,18 +18,6 @@ from simgrad.typing import Float
 from simgrad.worlds.percentiles import Percentiles
 from simgrad.worlds.suffix import Suffix
 
-__all__ = [
-    "BEARS_ON",
-    "CAPTION",
-    "TITLE",
-    "Config",
-    "Result",
-    "blocks_of",
-    "compute",
-    "plot",
-    "summary",
-]
-
 TITLE = "Which layers carry the entanglement"
 CAPTION = (
     "Each block's share of ‖g_w‖² (blue) and of ⟨g_w,g_l⟩/‖g_w‖² (black; the total is the pair's x "

@@ -23,8 +23,6 @@ from simgrad.typing import Float, Theta
 from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.tuning import recipe_for
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Every optimizer has its own kernel"
 CAPTION = (
     "{pairs} pairs of the world “suffix” (shared ending of {suffix} tokens). (a) J Jᵀ, the kernel "

@@ -18,8 +18,6 @@ from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.tuning import recipe_for
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Both fall: predicted, and stopped"
 CAPTION = (
     "{pairs} preference pairs that share their last {suffix} tokens (world “suffix”), trained "

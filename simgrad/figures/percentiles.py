@@ -16,8 +16,6 @@ from simgrad.experiments.comparison import compare
 from simgrad.typing import Float
 from simgrad.worlds.percentiles import Percentiles
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Which score predicts displacement"
 CAPTION = (
     "World “percentiles”: {n_pairs} pairs of varied kinds and lengths. (a) Rank correlation of "

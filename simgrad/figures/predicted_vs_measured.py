@@ -20,8 +20,6 @@ from simgrad.pairs import Batch, Pair, padded
 from simgrad.theory import first_order, loss_gradient, pair_kernel
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Predicted against measured"
 
 CAPTION = (

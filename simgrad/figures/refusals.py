@@ -15,8 +15,6 @@ from simgrad.experiments.refusals import arms
 from simgrad.typing import Float, Int
 from simgrad.worlds.refusals import Refusals
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Safety tuning that unlearns refusing, and what prevents it"
 CAPTION = (
     "World “refusals”: {n_pairs} pairs, 80 % of them refusal against refusal, the softer one "

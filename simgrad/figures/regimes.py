@@ -23,8 +23,6 @@ from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.verdicts import Verdicts
 from simgrad.worlds.world import World
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Regimes, pairs and objectives"
 CAPTION = (
     "(a) Where pairs of four worlds stand before training (each its own first order): for d_w = "

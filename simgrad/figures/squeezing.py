@@ -16,8 +16,6 @@ from simgrad.experiments.squeezing import FIRST
 from simgrad.typing import Float
 from simgrad.worlds.squeezing import Squeezing
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Squeezing"
 CAPTION = (
     "World “squeezing”, float64, 95 % over {count} seeds. Logits z drawn from N(0, peak²) over 50 "

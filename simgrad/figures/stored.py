@@ -17,8 +17,6 @@ import numpy as np
 from simgrad.store import cache_folder, code, digest, identity, load_arrays, save_arrays
 from simgrad.worlds.world import pretrained_anew
 
-__all__ = ["NotDrawn", "computed", "plain", "to_json"]
-
 
 class NotDrawn(ValueError):
     """A figure that needs something that was not given; the text says what."""

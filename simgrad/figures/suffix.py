@@ -15,8 +15,6 @@ from simgrad.experiments import suffix
 from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "A shared ending drags the chosen response down"
 CAPTION = (
     "World “suffix”: 32 pairs that differ in one word and share the L tokens after it, trained "

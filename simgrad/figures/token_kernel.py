@@ -20,8 +20,6 @@ from simgrad.typing import Bool, Float
 from simgrad.worlds.percentiles import Percentiles
 from simgrad.worlds.suffix import Suffix
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Which tokens are entangled"
 CAPTION = (
     "⟨∇log π(chosen token i), ∇log π(rejected token j)⟩ of two pairs before training. (a) World "

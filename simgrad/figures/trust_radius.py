@@ -23,8 +23,6 @@ from simgrad.theory import displacement, entanglement_kernel, loss_gradient, res
 from simgrad.typing import Array, Float, Theta
 from simgrad.worlds.percentiles import Percentiles
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Trust radius"
 CAPTION = (
     "{pairs} pairs of the world “percentiles”, DPO by SGD on all of them, float64; errors are "

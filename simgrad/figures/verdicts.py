@@ -16,8 +16,6 @@ from simgrad.experiments.verdicts import SGD_RATE, outcome
 from simgrad.typing import Float
 from simgrad.worlds.verdicts import NEGATIVE, POSITIVE, Verdicts
 
-__all__ = ["BEARS_ON", "CAPTION", "TITLE", "Config", "Result", "compute", "plot"]
-
 TITLE = "Where the mass goes"
 CAPTION = (
     "World “verdicts”: DPO on one prompt, one-word answers on a scale from refusal to assent. Top: "

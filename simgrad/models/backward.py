@@ -19,8 +19,6 @@ from simgrad.models.layers import Tape, visible
 from simgrad.models.output import Use, Visit
 from simgrad.typing import Array, Float, Int
 
-__all__ = ["backward"]
-
 
 def backward(
     model: Any,

@@ -15,8 +15,6 @@ from simgrad.models.output import Apply
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["Bound", "bind", "only"]
-
 _A = TypeVar("_A", bound=Apply)
 
 

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from simgrad.models.output import Apply, CachedApply, Output
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
-__all__ = ["Cache", "Rereading", "Slots", "TokenCache", "cached"]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

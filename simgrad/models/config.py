@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["InitScales", "ModelConfig", "Rope"]
-
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 

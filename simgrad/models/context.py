@@ -21,8 +21,6 @@ from simgrad.pairs import Pair
 from simgrad.tree import accumulator
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["ContextApply", "contexts_of", "linear_softmax", "unconstrained_features"]
-
 
 def contexts_of(pairs: Sequence[Pair]) -> tuple[tuple[int, ...], ...]:
     """Every distinct context of the pairs' sequences, from shortest prompt prefix to full response.

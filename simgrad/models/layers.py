@@ -20,20 +20,6 @@ from simgrad.models.output import Use
 from simgrad.tree import accumulator
 from simgrad.typing import Array, Bool, Float, Int
 
-__all__ = [
-    "Attention",
-    "Block",
-    "Linear",
-    "Lookup",
-    "Mlp",
-    "Norm",
-    "Tape",
-    "rope_frequencies",
-    "rotate",
-    "unembedded",
-    "visible",
-]
-
 _ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

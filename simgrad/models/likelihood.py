@@ -13,8 +13,6 @@ from simgrad.models.output import Apply, Output
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
-__all__ = ["Responses", "flat_rows", "prediction_error", "read", "require_shape", "responses"]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

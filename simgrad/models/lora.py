@@ -14,8 +14,6 @@ from simgrad import tree
 from simgrad.models.output import Apply, Output
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["LoraApply", "add_lora", "merge_lora"]
-
 
 @dataclass(frozen=True)
 class LoraApply:

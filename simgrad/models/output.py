@@ -12,8 +12,6 @@ import jax.numpy as jnp
 
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["Apply", "CachedApply", "Memory", "Output", "TappedApply", "Use", "Visit"]
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,

@@ -18,8 +18,6 @@ from simgrad.models.layers import Block, Lookup, Norm, Tape, unembedded, visible
 from simgrad.models.output import Output, Use, Visit, plain
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
-__all__ = ["Transformer", "TransformerApply", "init_transformer"]
-
 
 class Transformer(nnx.Module):
     """Embedding, ``depth`` stacked blocks run as one scan, final norm, unembedding."""

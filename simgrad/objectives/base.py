@@ -12,8 +12,6 @@ import jax.numpy as jnp
 
 from simgrad.typing import Array, Float, Int
 
-__all__ = ["REGISTRY", "Combined", "Composed", "Objective", "Terms", "number"]
-
 REGISTRY: dict[str, type[Objective]] = {}
 """Every objective that has a name."""
 

@@ -16,19 +16,6 @@ import numpy as np
 from simgrad.objectives.base import REGISTRY, Objective
 from simgrad.objectives.trl import TRL_LOSS_TYPES, from_trl
 
-__all__ = [
-    "FAMILIES",
-    "NOTATION",
-    "SYMBOLS",
-    "Description",
-    "batch_coupled",
-    "catalog",
-    "describe",
-    "get",
-    "names",
-    "uses_reference",
-]
-
 SYMBOLS = {
     "beta": "β",
     "gamma": "γ",

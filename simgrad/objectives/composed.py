@@ -18,8 +18,6 @@ from simgrad.objectives.wrappers import (
     Robust,
 )
 
-__all__ = ["CDPO", "DPOSFT", "FDPO", "AlphaPO", "GateDPO", "RobustDPO", "SigmoidNorm"]
-
 
 @dataclass(frozen=True)
 class CDPO(Composed):

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from simgrad.objectives.base import Objective, Terms
 from simgrad.typing import Array, Float
 
-__all__ = ["AOT", "BCO", "AOTUnpaired", "KTOPair"]
-
 
 def of_same_rank(
     values: Float[Array, "*pairs"], others: Float[Array, "*pairs"]

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 
 from simgrad.objectives.base import Objective, Terms
 
-__all__ = ["DPO", "EXO", "IPO", "RDPO", "DiscoPOP", "Hinge"]
-
 
 @dataclass(frozen=True)
 class DPO(Objective):

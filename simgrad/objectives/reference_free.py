@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from simgrad.objectives.base import Composed, Objective, Terms
 from simgrad.typing import Array, Float
 
-__all__ = ["CPO", "ORPO", "RRHF", "SFT", "OddsRatio", "SLiC", "SimPO"]
-
 
 @dataclass(frozen=True)
 class SimPO(Objective):

@@ -10,18 +10,6 @@ import jax.numpy as jnp
 
 from simgrad.objectives.base import Objective, Terms
 
-__all__ = [
-    "DPOP",
-    "KTO",
-    "APODown",
-    "APOZero",
-    "BCOPair",
-    "CalDPO",
-    "DPOShift",
-    "NCAPair",
-    "SPPOHard",
-]
-
 
 @dataclass(frozen=True)
 class DPOP(Objective):

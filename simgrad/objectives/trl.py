@@ -20,8 +20,6 @@ from simgrad.objectives.wrappers import (
     Swapped,
 )
 
-__all__ = ["TRL_LOSS_TYPES", "from_trl"]
-
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {
         "beta": 0.1,

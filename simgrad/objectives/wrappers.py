@@ -16,18 +16,6 @@ import jax.numpy as jnp
 from simgrad.objectives.base import Composed, Objective, Terms
 from simgrad.typing import Array, Float
 
-__all__ = [
-    "DIVERGENCES",
-    "Divergence",
-    "FDivergence",
-    "Gated",
-    "LabelSmoothed",
-    "LengthNormalized",
-    "ReferenceFree",
-    "Robust",
-    "Swapped",
-]
-
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 DIVERGENCES: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "js", "alpha")
 LARGEST_EXPONENT = 80.0

@@ -15,8 +15,6 @@ from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.report.numbers import RegimeMap, Score
 from simgrad.report.remedies import Strength
 
-__all__ = ["MOST_TICKS", "distributions", "number", "regime_plane", "strength_curve"]
-
 _INK, _IDEAL = "#333333", "#4d4d4d"
 _COLUMNS = 3
 MOST_TICKS = 2000

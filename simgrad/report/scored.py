@@ -16,8 +16,6 @@ from simgrad.bridge.preferences.rows import read_rows
 from simgrad.pairs import Pair
 from simgrad.store import differences
 
-__all__ = ["Scored", "find_scored"]
-
 
 @dataclass(frozen=True)
 class Scored:

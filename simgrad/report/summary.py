@@ -12,9 +12,6 @@ from simgrad.bridge.engine.table import ScoreTable
 from simgrad.report.remedies import Needed, needed
 from simgrad.theory import Regime
 
-__all__ = ["PredictionSummary", "Summary", "summarise", "summarise_prediction"]
-
-
 _PAIR = "index n_chosen n_rejected logp_chosen"
 _EXACT = f"{_PAIR} ln_ches grad_cosine predicted_dlogp_chosen regime"
 _FORWARD = f"{_PAIR} ln_ches ches head_gap"

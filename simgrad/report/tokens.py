@@ -17,8 +17,6 @@ from simgrad.report.scored import Scored
 from simgrad.theory.kernel import token_changes
 from simgrad.theory.mitigation import contrastive_mask
 
-__all__ = ["PairView", "Piece", "ResponseView", "pair_views", "pieces"]
-
 WINDOW, PROMPT = 160, 60
 """Tokens shown of a response, and of a prompt's end."""
 _CONTEXT, _LONGEST = 8, 6  # tokens decoded before a piece; tokens of one character

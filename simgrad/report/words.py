@@ -12,16 +12,6 @@ from scipy import stats
 from simgrad.report.charts import number
 from simgrad.report.numbers import Association, ReportNumbers
 
-__all__ = [
-    "Headline",
-    "associations_sentence",
-    "chance",
-    "correlation",
-    "headline",
-    "objectives_sentence",
-    "strength_sentence",
-]
-
 
 @dataclass(frozen=True)
 class Headline:

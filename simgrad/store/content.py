@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["digest", "is_record"]
-
 _SLAB = 2**26  # bytes of an array that are brought to the host at once
 
 

@@ -14,8 +14,6 @@ import numpy as np
 
 from simgrad.errors import InputError
 
-__all__ = ["cache_folder", "load_arrays", "save_arrays", "write", "write_parquet"]
-
 _HEADER = "__header__"
 
 

@@ -16,8 +16,6 @@ from simgrad.errors import InputError
 from simgrad.store.content import digest, is_record
 from simgrad.store.source import PACKAGE, code
 
-__all__ = ["RunMismatchError", "described", "differences", "identity", "provenance", "require_same"]
-
 _READABLE = 100  # characters of a part of an identity that is kept as text
 
 

@@ -13,8 +13,6 @@ from filelock import FileLock, Timeout
 from simgrad.store.files import load_arrays, save_arrays
 from simgrad.store.naming import RunMismatchError, require_same
 
-__all__ = ["RowStore"]
-
 
 class RowStore:
     """Results that are finished row by row, in memory and in a file that is always whole.
@@ -43,7 +41,8 @@ class RowStore:
         """Lock the file and read it.
 
         Raises:
-            RunMismatchError: the file holds another run, or another process is writing it.
+            RunMismatchError: the file holds another run or no rows at all, or another process is
+                writing it.
             InputError: the file is damaged.
         """
         if self.path is None:
@@ -56,6 +55,8 @@ class RowStore:
         try:
             if self.path.exists():
                 arrays, header = load_arrays(self.path)
+                if "__done__" not in arrays:
+                    raise RunMismatchError(f"{self.path} holds no rows: choose another file")
                 require_same(self.path, header.get("identity", {}), self.identity)
                 self.done = arrays.pop("__done__")
                 self.columns = arrays

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from simgrad.store.content import digest
 
-__all__ = ["PACKAGE", "code"]
-
 PACKAGE = Path(__file__).parents[1]
 """The folder of simgrad."""
 

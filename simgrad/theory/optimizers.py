@@ -9,8 +9,6 @@ import optax
 
 from simgrad.typing import Theta
 
-__all__ = ["begun", "updated"]
-
 
 def updated(
     optimizer: optax.GradientTransformation,

@@ -31,8 +31,6 @@ from simgrad.validation.checks import Check, gap
 from simgrad.validation.grid import optimizer
 from simgrad.validation.measure import difference, measured_along, pulled
 
-__all__ = ["against_reference", "between_devices", "repeated", "routes", "runs", "updates"]
-
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
 """Allowed distance of kernels from float64, relative to their own norms: some hundred roundoffs."""
 

@@ -25,8 +25,6 @@ from simgrad.validation.grid import Grid, optimizer
 from simgrad.validation.measure import measured_along, pulled
 from simgrad.validation.subjects import Subject
 
-__all__ = ["Base", "Cell", "alone", "base_of", "first_update", "regimes_of", "step_of", "together"]
-
 NOISE = 100
 """A remainder says nothing below this many roundoffs of the change itself."""
 POINTS, NEAR = 3, 0.05

@@ -14,8 +14,6 @@ from simgrad.validation.cells import Cell
 from simgrad.validation.checks import Check
 from simgrad.validation.validate import Validation
 
-__all__ = ["CAPTION", "plot"]
-
 CAPTION = (
     "Left: what the first-order (solid) and second-order (dashed) predictions of a step miss, "
     "relative to the change, against the learning rate in units of the trust radius η* = "

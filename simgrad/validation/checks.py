@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["Check", "gap"]
-
 
 @dataclass(frozen=True)
 class Check:

@@ -36,8 +36,6 @@ from simgrad.typing import Array, Theta
 from simgrad.validation.checks import Check, gap
 from simgrad.validation.subjects import VOCAB, random_pairs
 
-__all__ = ["closed_forms"]
-
 WIDTH = 12
 
 

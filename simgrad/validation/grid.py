@@ -14,8 +14,6 @@ import optax
 from simgrad import objectives
 from simgrad.dynamics.configs import OPTIMIZERS
 
-__all__ = ["DTYPES", "FULL", "QUICK", "TABLES", "Arithmetic", "Grid", "optimizer"]
-
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TABLES = ("linear-softmax", "unconstrained-features")
 MODELS = (*TABLES, "transformer", "transformer-tied", "transformer-deep")

@@ -26,8 +26,6 @@ from simgrad.pairs import Batch
 from simgrad.theory.prediction import ascent
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["difference", "measured_along", "pulled"]
-
 NODES = 4
 
 

@@ -13,8 +13,6 @@ import numpy as np
 from simgrad.drawing.style import paper_style
 from simgrad.validation.validate import Validation
 
-__all__ = ["write_page"]
-
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 

@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 
     from simgrad.pairs import Pair
 
-__all__ = [
-    "dataset_kernel",
-    "directional_changes",
-    "forward_scores",
-    "gradient_scalars",
-    "log_probs",
-    "random_model",
-    "token_kernel",
-]
-
 
 def random_model(shape: dict[str, Any], max_length: int, seed: int = 0) -> Any:
     """A random-weight transformers GPT-2 (with a gated MLP, a Llama), in evaluation mode."""

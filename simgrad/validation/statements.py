@@ -10,8 +10,6 @@ import numpy as np
 from simgrad.validation.cells import Cell
 from simgrad.validation.checks import Check
 
-__all__ = ["Statement", "statements"]
-
 AGREEMENT = 0.99
 """Least share of right signs and regimes inside the safe radius."""
 FLOAT32 = 1e-5

@@ -24,8 +24,6 @@ from simgrad.pairs import Batch, Pair, padded
 from simgrad.typing import Array, Float, Theta
 from simgrad.validation.grid import Grid
 
-__all__ = ["Subject", "random_pairs", "subject", "twin"]
-
 VOCAB = 32
 
 _SHAPES: dict[str, dict[str, Any]] = {

@@ -14,8 +14,6 @@ from simgrad.models import ModelConfig
 from simgrad.pairs import Pair
 from simgrad.typing import Float, Int, Theta
 
-__all__ = ["Linear", "Transformer", "tune"]
-
 
 class _Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:

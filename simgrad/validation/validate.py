@@ -33,8 +33,6 @@ from simgrad.validation.grid import QUICK, TABLES, Arithmetic, Grid
 from simgrad.validation.statements import Statement, statements
 from simgrad.validation.subjects import subject, twin
 
-__all__ = ["Validation", "validate"]
-
 Report = Callable[[str, int, int], None]
 
 

@@ -17,8 +17,6 @@ from simgrad.typing import Theta
 from simgrad.worlds.tuning import recipe_for
 from simgrad.worlds.world import World
 
-__all__ = ["Linear"]
-
 FROZEN = ("features/*",)
 
 

@@ -18,8 +18,6 @@ from simgrad.worlds.tuning import recipe_for
 from simgrad.worlds.verdicts import small_model
 from simgrad.worlds.world import Pretraining, World
 
-__all__ = ["Percentiles"]
-
 TOPICS, STATES, SHOWN = 6, 8, 6
 """Topics, hidden states of a topic, and words that a state shows."""
 

@@ -32,8 +32,6 @@ from simgrad.worlds.verdicts import (
 )
 from simgrad.worlds.world import Pretraining, World, pretrained
 
-__all__ = ["Refusals"]
-
 KINDS = ("refusal-refusal", "comply-comply", "mixed")
 
 

@@ -10,8 +10,6 @@ import numpy as np
 from simgrad.pairs import Pair
 from simgrad.worlds.world import World
 
-__all__ = ["Squeezing"]
-
 
 @dataclass(frozen=True)
 class Squeezing(World):

@@ -17,8 +17,6 @@ from simgrad.worlds.tuning import recipe_for
 from simgrad.worlds.verdicts import small_model
 from simgrad.worlds.world import Pretraining, World
 
-__all__ = ["Suffix"]
-
 CUES, WORDS, LONGEST = 6, 8, 16
 """Cue words and sentiment words of each polarity, and positions of the template."""
 

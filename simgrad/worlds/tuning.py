@@ -19,8 +19,6 @@ from simgrad.objectives import Objective
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["each_seed", "next_logp", "recipe_for", "stacked", "trained", "tuned"]
-
 
 def stacked(things: Any) -> Any:
     """Trees of one shape with a new leading axis."""

@@ -12,8 +12,6 @@ from simgrad.pairs import Pair
 from simgrad.typing import Theta
 from simgrad.worlds.world import World
 
-__all__ = ["Unconstrained"]
-
 RESPONSES = (
     "one token",
     "long",

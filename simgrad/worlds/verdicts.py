@@ -17,8 +17,6 @@ from simgrad.typing import Float, Int
 from simgrad.worlds.tuning import recipe_for
 from simgrad.worlds.world import World
 
-__all__ = ["NEGATIVE", "POSITIVE", "Verdicts"]
-
 NEGATIVE = ("No", "Nope", "Nah", "Never", "NoWay", "Impossible")
 POSITIVE = ("Yes", "Yeah", "Sure", "Certainly", "Absolutely", "Definitely")
 SCALE = np.concatenate([-np.linspace(0.5, 2.5, 6), np.linspace(0.5, 2.5, 6)])

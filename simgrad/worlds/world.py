@@ -28,8 +28,6 @@ from simgrad.pairs import Pair
 from simgrad.store import cache_folder, digest, identity, load_arrays, save_arrays
 from simgrad.typing import Array, Theta
 
-__all__ = ["Pretraining", "World", "policy_identity", "pretrained", "pretrained_anew"]
-
 
 @dataclass(frozen=True)
 class Pretraining:

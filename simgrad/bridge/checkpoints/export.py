@@ -27,8 +27,6 @@ from simgrad.errors import InputError
 from simgrad.models import LoraApply, ModelConfig, TransformerApply, init_transformer
 from simgrad.typing import Theta
 
-__all__ = ["save"]
-
 _ORDER = ("llama", "gpt2", "qwen2", "mistral")
 _INDEX = "model.safetensors.index.json"
 _TOKEN_IDS = (

@@ -13,15 +13,6 @@ from typing import Any
 from simgrad.errors import InputError
 from simgrad.models import ModelConfig, Rope
 
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "Source",
-    "UnsupportedCheckpointError",
-    "family_of",
-    "rope_attributes",
-]
-
 _HEAD = "lm_head.weight"
 
 

@@ -21,21 +21,6 @@ from simgrad.models import ModelConfig
 from simgrad.pairs import Batch, Pair
 from simgrad.typing import Array, Theta
 
-__all__ = [
-    "MODEL",
-    "device_mesh",
-    "fill",
-    "groups",
-    "mesh_name",
-    "mesh_of",
-    "placed",
-    "replicated",
-    "spec",
-    "split",
-    "split_array",
-    "whole",
-]
-
 _DATA, MODEL = "data", "model"
 """Names of the axes."""
 

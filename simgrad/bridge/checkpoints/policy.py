@@ -17,8 +17,6 @@ from simgrad.errors import InputError
 from simgrad.models import ModelConfig, TransformerApply
 from simgrad.typing import Theta
 
-__all__ = ["Policy", "load"]
-
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 _FILES = ["*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt"]
 

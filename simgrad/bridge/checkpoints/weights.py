@@ -21,8 +21,6 @@ from simgrad.bridge.checkpoints.mesh import MODEL, spec, split_array
 from simgrad.models import ModelConfig, init_transformer
 from simgrad.typing import Theta
 
-__all__ = ["parameters"]
-
 _BLOCK = 2**25  # bytes of a tensor that are read at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = {"I": "int", "U": "uint"}

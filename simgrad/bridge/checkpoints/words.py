@@ -7,8 +7,6 @@ from typing import Any
 
 from simgrad.errors import InputError
 
-__all__ = ["word_tokenizer"]
-
 
 def word_tokenizer(
     words: Sequence[str],

@@ -14,8 +14,6 @@ from simgrad.errors import InputError
 from simgrad.models import ModelConfig, TransformerApply
 from simgrad.typing import Theta
 
-__all__ = ["PREFIX", "world_policy", "world_rows"]
-
 PREFIX = "world:"
 
 

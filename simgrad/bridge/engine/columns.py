@@ -31,19 +31,6 @@ from simgrad.theory.kernel import kernel_and_responses
 from simgrad.theory.similarity import embedding_cosine, last_hidden_inner, normalized_edit_distance
 from simgrad.typing import Array, Float, Theta
 
-__all__ = [
-    "DERIVED",
-    "PREDICTION_COLUMNS",
-    "RISKS",
-    "SCORE_COLUMNS",
-    "Column",
-    "Evaluated",
-    "Read",
-    "score_batch",
-    "score_columns",
-    "text_table",
-]
-
 PER_RATE = "nats per unit learning rate"
 """Unit of a first-order change; with a learning rate, it is nats."""
 

@@ -11,8 +11,6 @@ from simgrad.errors import InputError
 from simgrad.pairs import Pair
 from simgrad.theory.kernel.cost import Shapes, kernel_flops, packing_pays
 
-__all__ = ["Layout", "Work", "kernel_works", "plan", "side_by_side"]
-
 Layout = Literal["auto", "padded", "packed"]
 
 # logits (a quarter gigabyte in float32) for every 1024 positions of the budget

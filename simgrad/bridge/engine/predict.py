@@ -28,8 +28,6 @@ from simgrad.pairs import Batch, Pair, padded
 from simgrad.store import described, provenance, write_parquet
 from simgrad.typing import Array, Theta
 
-__all__ = ["check", "predict", "steps_of"]
-
 _GROUPS = 4  # parts of a sample whose separate directions give the error
 
 

@@ -17,8 +17,6 @@ import numpy as np
 from simgrad.errors import InputError
 from simgrad.store import RunMismatchError, differences
 
-__all__ = ["gathered", "is_first", "on_all", "on_first", "require_same_everywhere"]
-
 T = TypeVar("T")
 
 

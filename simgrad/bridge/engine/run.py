@@ -26,8 +26,6 @@ from simgrad.store import RowStore, RunMismatchError, described, digest, identit
 from simgrad.store import provenance as made_by
 from simgrad.typing import Array
 
-__all__ = ["Progress", "Task", "carry_out", "default_budget", "named", "policy_parts"]
-
 Progress = Callable[[int, int], None]
 
 

@@ -21,8 +21,6 @@ from simgrad.pairs import Batch, Pair
 from simgrad.theory.kernel.cost import Shapes
 from simgrad.typing import Array
 
-__all__ = ["score"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -16,8 +16,6 @@ from simgrad.errors import InputError
 from simgrad.experiments.findings import Findings
 from simgrad.store import provenance, write, write_parquet
 
-__all__ = ["ScoreTable", "save_findings"]
-
 _KEY = b"simgrad"
 
 

@@ -20,8 +20,6 @@ from simgrad.errors import InputError
 from simgrad.pairs import Pair
 from simgrad.store import digest
 
-__all__ = ["Encoded", "Skipped", "encode", "outside"]
-
 _ASSISTANT = "\n\nAssistant:"
 
 

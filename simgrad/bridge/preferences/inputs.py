@@ -12,8 +12,6 @@ from simgrad.bridge.preferences.rows import Rows, read_rows
 from simgrad.errors import InputError
 from simgrad.pairs import Pair
 
-__all__ = ["encoded_for"]
-
 
 def encoded_for(
     policy: Policy,

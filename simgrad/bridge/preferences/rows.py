@@ -13,8 +13,6 @@ from typing import Any
 from simgrad.bridge.checkpoints.worlds import PREFIX, world_rows
 from simgrad.errors import InputError
 
-__all__ = ["PreferenceDataError", "Row", "Rows", "read_rows"]
-
 Row = Mapping[str, Any]
 
 

@@ -8,8 +8,6 @@ import jax
 
 from simgrad.tree import is_layered
 
-__all__ = ["by_layer", "by_matrix"]
-
 Block = TypeVar("Block")
 
 

@@ -36,17 +36,6 @@ from simgrad import tree
 from simgrad.models import TappedApply
 from simgrad.typing import Array, Theta
 
-__all__ = [
-    "KernelFlops",
-    "Reading",
-    "Shapes",
-    "ghost_is_cheaper",
-    "kernel_flops",
-    "packing_pays",
-    "route_flops",
-    "token_flops",
-]
-
 
 @dataclass(frozen=True)
 class KernelFlops:

@@ -20,15 +20,6 @@ from simgrad.models import Apply, bind
 from simgrad.pairs import Batch, chunks, one_by_one
 from simgrad.typing import Array, Float, Theta
 
-__all__ = [
-    "KernelPlan",
-    "entanglement_blocks",
-    "entanglement_kernel",
-    "jacobian",
-    "kernel_plan",
-    "pair_pushes",
-]
-
 MEMORY = 2**30
 """Default bound on the bytes of Jacobian rows held at once: 1 GiB."""
 

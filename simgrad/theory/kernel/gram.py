@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from simgrad import tree
 from simgrad.typing import Array, Float
 
-__all__ = ["PairKernel", "chosen_and_rejected", "gradients", "row_inner", "sides"]
-
 Sides = tuple[Array, Array]
 
 

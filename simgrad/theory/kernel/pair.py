@@ -21,15 +21,6 @@ from simgrad.theory.kernel.rules import between_sides, outer_products
 from simgrad.theory.kernel.signals import collect
 from simgrad.typing import Array, Theta
 
-__all__ = [
-    "Method",
-    "PairKernel",
-    "head_kernel",
-    "kernel_and_responses",
-    "pair_kernel",
-    "pair_kernel_blocks",
-]
-
 Method = Literal["auto", "ghost", "explicit", "plain"]
 
 

@@ -21,8 +21,6 @@ from simgrad.theory.kernel.gram import PairKernel, chosen_and_rejected, gradient
 from simgrad.theory.kernel.signals import Gradient, Outer
 from simgrad.typing import Array, Float
 
-__all__ = ["between_sides", "between_tokens", "outer_products"]
-
 
 def between_sides(gradient: Gradient, ghost: bool | None = None) -> PairKernel:
     """‖G_w‖², ⟨G_w,G_l⟩ and ‖G_l‖² of each pair (K = 1); ``ghost`` forces a route."""

@@ -35,8 +35,6 @@ from simgrad.models.likelihood import flat_rows, read
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["Gradient", "Outer", "collect"]
-
 
 @dataclass(frozen=True)
 class Outer:

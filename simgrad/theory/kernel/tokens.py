@@ -25,8 +25,6 @@ from simgrad.theory.kernel.rules import between_tokens
 from simgrad.theory.kernel.signals import collect
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["masked_change", "masked_kernel", "token_changes", "token_columns", "token_kernel"]
-
 TokenMethod = Literal["auto", "ghost", "columns"]
 
 

@@ -19,8 +19,6 @@ from simgrad.pairs import Batch, in_chunks, one_by_one
 from simgrad.theory.kernel.gram import PairKernel
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["StepChange", "displacement", "first_order", "own_steps", "require_step"]
-
 
 def first_order(
     kernel: PairKernel,

@@ -13,8 +13,6 @@ from simgrad.models import Apply, bind, responses
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Float, Int, Theta
 
-__all__ = ["TokenGains", "token_displacement", "top_gainers"]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

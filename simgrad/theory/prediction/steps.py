@@ -18,8 +18,6 @@ from simgrad.pairs import AT_ONCE, Batch, chunks, in_chunks
 from simgrad.theory.optimizers import begun, updated
 from simgrad.typing import Array, Float, Theta
 
-__all__ = ["OptimizerStep", "ascent", "loss_gradient", "optimizer_step", "require_training"]
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -27,8 +27,6 @@ from simgrad.store import provenance
 from simgrad.typing import Theta
 from simgrad.validation.bench.workbench import version
 
-__all__ = ["SweepConfig", "SweepMeasurement", "bench_sweeps"]
-
 BETA = DPO().beta
 
 

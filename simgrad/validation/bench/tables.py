@@ -14,9 +14,6 @@ from simgrad.theory.kernel.pair import Method
 from simgrad.validation.bench.tasks import compiled
 from simgrad.validation.bench.workbench import Workbench, race
 
-__all__ = ["Growth", "Route", "growth", "routes"]
-
-
 _ROUTES: tuple[Method, ...] = ("ghost", "explicit")
 
 

@@ -23,8 +23,6 @@ from simgrad.typing import Array, Theta
 from simgrad.validation import published
 from simgrad.validation.bench.workbench import Workbench, race
 
-__all__ = ["TASKS", "Measurement", "compiled", "measure"]
-
 
 @dataclass(frozen=True)
 class Measurement:

@@ -20,8 +20,6 @@ from simgrad.pairs import Pair
 from simgrad.theory.kernel.cost import Shapes
 from simgrad.validation import published
 
-__all__ = ["SHAPES", "Config", "Workbench", "race", "set_up", "version"]
-
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"width": 768, "depth": 12, "heads": 12, "vocab_size": 50257},
     "small": {"width": 128, "depth": 4, "heads": 4, "vocab_size": 50257},
