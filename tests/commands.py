@@ -1,4 +1,5 @@
-"""Calls of the command, one after the other in this one process: exit status and output of each, as JSON."""
+"""Calls of the command, one after the other in this one process: exit status and output of each,
+as JSON."""
 
 import contextlib
 import io

@@ -37,6 +37,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_compiled_programs():
-    """Thousands of compiled programs in one process exhaust the memory maps that Linux allows it."""
+    """Thousands of compiled programs in one process exhaust the memory maps that Linux allows
+    it."""
     yield
     jax.clear_caches()

@@ -1,4 +1,5 @@
-"""What test_mesh.py runs in processes of its own: four devices in one process, and two processes of one device.
+"""What test_mesh.py runs in processes of its own: four devices in one process, and two processes
+of one device.
 
     python mesh_runs.py devices FOLDER
     python mesh_runs.py process FOLDER PORT NUMBER
@@ -108,7 +109,8 @@ def devices(folder):
 
 
 def process(folder, port, number):
-    """An interrupted and continued run, an uninterrupted one, and failures that all processes must hear of."""
+    """An interrupted and continued run, an uninterrupted one, and failures that all processes must
+    hear of."""
     jax.distributed.initialize(f"localhost:{port}", 2, number)
     policy, parts = observed(folder / "gqa", device_mesh(model=2))
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(policy.theta))

@@ -1,4 +1,5 @@
-"""The code cells of a notebook at reduced size, in a process of its own: ``notebook_runs.py NAME PARAMETERS``."""
+"""The code cells of a notebook at reduced size, in a process of its own: ``notebook_runs.py NAME
+PARAMETERS``."""
 
 import os
 import sys

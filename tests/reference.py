@@ -1,4 +1,5 @@
-"""Slow oracles in numpy float64, written from the definitions and sharing no code with the library."""
+"""Slow oracles in numpy float64, written from the definitions and sharing no code with the
+library."""
 
 import functools
 
@@ -30,7 +31,8 @@ def _gradient(apply, theta, tokens, start, end):
 
 
 def sequence(apply, theta, prompt, response):
-    """Token log-probs, logits and states that predict the response, and the state after it: one plain sequence."""
+    """Token log-probs, logits and states that predict the response, and the state after it: one
+    plain sequence."""
     logits, hidden = _forward(apply, theta, jnp.array([[*prompt, *response]]))
     logits, hidden = np.asarray(logits, np.float64), np.asarray(hidden, np.float64)
     start = len(prompt) - 1

@@ -1,4 +1,5 @@
-"""The command as a user runs it: in a process of its own, or many calls in one where starting is all they do."""
+"""The command as a user runs it: in a process of its own, or many calls in one where starting is
+all they do."""
 
 import gzip
 import json

@@ -127,7 +127,8 @@ def test_batching_and_gradients_do_not_change_the_numbers(policy, table):
 
 
 def test_objectives_that_couple_pairs_see_each_pair_alone(policy):
-    """TRL's SFT term divides by the tokens of the batch; scores must not depend on how pairs were batched."""
+    """TRL's SFT term divides by the tokens of the batch; scores must not depend on how pairs were
+    batched."""
     coupled, plain = (
         simgrad.score(policy, ROWS, objective=name, gradients=False) for name in ("trl:sft", "sft")
     )

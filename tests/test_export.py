@@ -1,4 +1,5 @@
-"""Saving checkpoints: what is saved is what is loaded, by simgrad and by transformers, or is refused by name."""
+"""Saving checkpoints: what is saved is what is loaded, by simgrad and by transformers, or is
+refused by name."""
 
 import ast
 import dataclasses
@@ -530,7 +531,8 @@ def test_token_ids_that_the_model_does_not_have_are_left_out(tmp_path):
 
 
 def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path):
-    """Under model_type qwen2 every tokenizer is read as Qwen2Tokenizer; one of that class is saved."""
+    """Under model_type qwen2 every tokenizer is read as Qwen2Tokenizer; one of that class is
+    saved."""
     fields = KINDS["qwen2"][0]
     with pytest.raises(
         UnsupportedCheckpointError, match="tokenizer of a qwen2 checkpoint as Qwen2Tokenizer"

@@ -1,4 +1,5 @@
-"""Groups of responses: token and group scores against autodiff and against loops over the definitions."""
+"""Groups of responses: token and group scores against autodiff and against loops over the
+definitions."""
 
 import dataclasses
 
@@ -129,7 +130,8 @@ def test_nthr_prices_each_token():
 
 
 def test_sums_agree():
-    """NTHR summed over all wrong tokens is the wrong-correct part of the kernel; so much of GWHES is its."""
+    """NTHR summed over all wrong tokens is the wrong-correct part of the kernel; so much of GWHES
+    is its."""
     _, group = draw(6)
     kernel, right = np.asarray(group_kernel(group)), np.asarray(CORRECT)
     close(nthr(group, CORRECT).sum(), kernel[np.ix_(right, ~right)].sum())
@@ -139,7 +141,8 @@ def test_sums_agree():
 
 
 def test_a_pair_is_a_group_of_two():
-    """With one correct and one wrong response and weights ±1, GWHES is the head gap, in a transformer too."""
+    """With one correct and one wrong response and weights ±1, GWHES is the head gap, in a
+    transformer too."""
     apply, theta = model("no_norm_no_mlp_no_positions", depth=1)
     batch = padded(PAIRS)
     result = responses(apply, theta, batch)
@@ -158,7 +161,8 @@ def test_a_pair_is_a_group_of_two():
 
 
 def test_reading_a_group_of_unequal_lengths():
-    """Padding changes nothing: each response alone gives the same log-probs; the unembedding's block is exact."""
+    """Padding changes nothing: each response alone gives the same log-probs; the unembedding's
+    block is exact."""
     apply, theta = model("unconstrained_features")
     prompt, answers = PAIRS[0].prompt, [(7, 2, 7, 1), (8,), (8, 9, 2)]
     group = read_group(apply, theta, prompt, answers)
@@ -191,7 +195,8 @@ def test_unusable_groups_are_refused(prompt, answers):
 
 
 def test_features_that_learn_are_not_counted():
-    """The scores hold for W alone: with trained features the flow of a correct response is another number."""
+    """The scores hold for W alone: with trained features the flow of a correct response is another
+    number."""
     w, group = draw(7)
     group = dataclasses.replace(group, hidden=jnp.where(group.valid[..., None], group.hidden, 0.0))
     a = group_advantages(CORRECT.astype(float))

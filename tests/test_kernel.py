@@ -88,7 +88,8 @@ def test_blocks_sum_to_the_whole_and_match_the_oracle(kind, method):
 
 
 def test_repeated_tokens_need_the_cross_term_of_a_tied_table():
-    """The tied table's kernel is more than lookup plus readout when a response repeats prompt tokens."""
+    """The tied table's kernel is more than lookup plus readout when a response repeats prompt
+    tokens."""
     pairs = [Pair([4, 4, 4], [4, 4], [4, 5])]
     tied, theta = model("rope_mqa_gated_tied", pairs=pairs)
     untied, _ = model("rope_mqa_gated_tied", pairs=pairs, tied=False)
@@ -104,7 +105,7 @@ def test_repeated_tokens_need_the_cross_term_of_a_tied_table():
 
 
 REPEATED = [Pair([4, 4, 4], [4, 4], [4, 5]), Pair([4, 5, 4], [5, 4, 4], [4])]
-"""Tokens that are looked up, predicted, or both, several times; rows and positions that are padded."""
+"""Tokens that are looked up, predicted, or both, several times; rows and positions of padding."""
 
 
 def tied_table(g):
@@ -125,7 +126,8 @@ def test_a_tied_table_with_repeated_tokens_between_sides(layout, ghost):
 
 
 def test_a_tied_table_with_repeated_tokens_between_tokens():
-    """Each token's gradient by itself: that of its response up to it minus that up to the one before."""
+    """Each token's gradient by itself: that of its response up to it minus that up to the one
+    before."""
     apply, theta = model("rope_mqa_gated_tied", pairs=REPEATED)
     apply = only(apply, "embedding/*")
     for pair in REPEATED:
@@ -195,7 +197,8 @@ def test_invariant_to_padding_and_batch_order(kind):
 
 @pytest.mark.parametrize("kind", [*TRANSFORMERS, "linear_softmax"])
 def test_head_kernel_is_the_kernel_of_the_unembedding(kind):
-    """Σ ⟨h_k,h'_k'⟩⟨e-π, e'-π'⟩ from the forward pass equals the unembedding's kernel by differentiation."""
+    """Σ ⟨h_k,h'_k'⟩⟨e-π, e'-π'⟩ from the forward pass equals the unembedding's kernel by
+    differentiation."""
     apply, theta = model(kind)
     head = head_kernel(responses(apply, theta, packed(PAIRS)), packed(PAIRS))
     expected = []

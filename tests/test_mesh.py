@@ -1,4 +1,5 @@
-"""Many devices and many processes give the table of one device; each holds and reads its own part."""
+"""Many devices and many processes give the table of one device; each holds and reads its own
+part."""
 
 import json
 import os
@@ -65,8 +66,8 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
         write_checkpoint(folder / name, case, tokenizer=name == "gqa")
     config = ModelConfig(
-        40, 16, 2, 4, kv_heads=2, max_length=32, positions="rope", mlp="gated", activation="silu", mlp_width=24,
-        tied=True, dtype="float64",
+        40, 16, 2, 4, kv_heads=2, max_length=32, positions="rope", mlp="gated", mlp_width=24,
+        activation="silu", tied=True, dtype="float64",
     )  # fmt: skip
     simgrad.save(Policy(*create(config), config), folder / "tied")
     run([*PROGRAM, "devices", folder], cache=folder / "cache")

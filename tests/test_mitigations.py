@@ -1,4 +1,5 @@
-"""What each remedy promises to first order, where it stops, and that training with it does the same."""
+"""What each remedy promises to first order, where it stops, and that training with it does the
+same."""
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,8 @@ def test_projection_spares_the_chosen_but_not_always_the_rejected():
 
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: type(r).__name__)
 def test_a_vanishing_gradient_leaves_the_force_alone(remedy):
-    """A model that is certain of a response in float32 has no gradient left; nothing becomes nan."""
+    """A model that is certain of a response in float32 has no gradient left; nothing becomes
+    nan."""
     zero, one = jnp.zeros(1), jnp.ones(1)
     for kernel in (
         PairKernel(zero, zero, one),
@@ -117,7 +119,8 @@ def test_a_vanishing_gradient_leaves_the_force_alone(remedy):
 
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: type(r).__name__)
 def test_training_on_the_surrogate_does_what_theory_says(remedy):
-    """Gradient step on surrogate_loss of a pair whose chosen falls under DPO; remainder of second order."""
+    """Gradient step on surrogate_loss of a pair whose chosen falls under DPO; remainder of second
+    order."""
     apply, theta = model("plain")
     pair = PAIRS[2]
     batch = padded([pair])
@@ -163,7 +166,8 @@ def test_contrastive_mask_drops_common_beginnings_and_endings(pair, expected):
 
 
 def test_contrast_alone_is_unentangled_with_frozen_features_and_not_in_a_transformer():
-    """One context: ⟨h,h⟩⟨e_w-π, e_l-π⟩ = ‖h‖² (‖π‖² - π_w - π_l), here negative; shared features change that."""
+    """One context: ⟨h,h⟩⟨e_w-π, e_l-π⟩ = ‖h‖² (‖π‖² - π_w - π_l), here negative; shared features
+    change that."""
     batch = padded([PAIRS[3]])
     mask = contrastive_mask(batch).astype(jnp.float64)
     apply, theta = model("linear_softmax")

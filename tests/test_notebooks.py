@@ -1,4 +1,5 @@
-"""Notebooks run from start to end, are committed with clean outputs, and their sliders fall back to figures."""
+"""Notebooks run from start to end, are committed with clean outputs, and their sliders fall back
+to figures."""
 
 import json
 import os

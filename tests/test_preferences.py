@@ -98,7 +98,8 @@ def test_json_lines_in_a_json_file_get_a_hint(tmp_path):
 
 def test_a_template_that_refuses_a_row_skips_it(tmp_path):
     strict = write_tokenizer(tmp_path, template=False)
-    strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    refusal = "{{ raise_exception('no system role') }}"
+    strict.chat_template = "{% if messages[0]['role'] == 'system' %}" + refusal + "{% endif %}x"
     turn = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
     row = {
         "prompt": [{"role": "system", "content": "is it"}],

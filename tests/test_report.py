@@ -1,4 +1,5 @@
-"""The report of a score table: its numbers against plain loops, its tokens against the token kernel, its page."""
+"""The report of a score table: its numbers against plain loops, its tokens against the token
+kernel, its page."""
 
 import base64
 import json
@@ -318,8 +319,8 @@ def test_a_browser_shows_it(policy, table, tmp_path):
     from matplotlib.image import imread
 
     page = write_report(table, tmp_path / "page.html", policy, ROWS).page
-    quiet = "no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync"
-    options = [f"--{word}" for word in f"headless {quiet} disable-quic".split()]
+    parts = "gpu background-networking component-update sync quic".split()
+    options = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{x}" for x in parts)]
     command = [
         "chromium",
         *options,

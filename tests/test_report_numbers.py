@@ -1,4 +1,5 @@
-"""The report's numbers against definitions written out: objectives, strengths, filters, ranks, the plane, sources."""
+"""The report's numbers against definitions written out: objectives, strengths, filters, ranks, the
+plane, sources."""
 
 import dataclasses
 import math

@@ -1,4 +1,5 @@
-"""Sampled and enumerated responses: the cache, the draws and the probabilities are those of the plain forward pass."""
+"""Sampled and enumerated responses: the cache, the draws and the probabilities are those of the
+plain forward pass."""
 
 import functools
 import itertools
@@ -12,8 +13,8 @@ import pytest
 import reference
 from helpers import TRANSFORMERS, VOCAB, close, model, tolerance
 
+from simgrad.dynamics import enumerate_responses, next_token_logp, sample
 from simgrad.dynamics.prompts import token_ids
-from simgrad.dynamics.sampling import enumerate_responses, next_token_logp, sample
 from simgrad.models import CachedApply, Rereading, add_lora, cached, merge_lora
 from simgrad.pairs import Pair, padded
 from simgrad.theory import responses
@@ -61,7 +62,8 @@ def table(max_tokens=3):
     [*((kind, "float64") for kind in TRANSFORMERS), ("rope_gqa_head_dim", "float32")],
 )
 def test_cached_logits_are_those_of_the_whole_sequence(kind, dtype):
-    """Prompts of different lengths, right-padded with junk, then several tokens each at its own position."""
+    """Prompts of different lengths, right-padded with junk, then several tokens each at its own
+    position."""
     apply, theta = model(kind, dtype)
     assert cached(apply) is apply
     rng = np.random.default_rng(0)
@@ -105,7 +107,8 @@ def test_a_cache_can_be_read_several_tokens_at_a_time_and_repeated():
 
 
 def test_slots_beyond_the_query_do_matter_if_they_are_read():
-    """Without the rule that a query reads slots <= its position, a short prompt's padding would leak in."""
+    """Without the rule that a query reads slots <= its position, a short prompt's padding would
+    leak in."""
     apply, theta = model("plain")
     extend = jax.jit(apply.extend)
     right, cache = extend(
@@ -194,7 +197,8 @@ def test_temperature_zero_is_greedy():
 
 @pytest.mark.parametrize(("temperature", "drawn_from"), [(1.0, 1.0), (0.5, 0.5), (0.5, 1.0)])
 def test_frequencies_are_the_enumerated_probabilities(temperature, drawn_from):
-    """χ² of 4000 responses against the exact law is near its mean; against another law it is far from it."""
+    """χ² of 4000 responses against the exact law is near its mean; against another law it is far
+    from it."""
     apply, theta = model("plain")
     count = 4000
     [ys] = sample(

@@ -51,7 +51,8 @@ def test_every_measure_against_its_definition(layout):
 
 
 def test_single_token_responses_have_no_ches():
-    """Both are predicted by the same state, so CHES vanishes; keeping the final state breaks that."""
+    """Both are predicted by the same state, so CHES vanishes; keeping the final state breaks
+    that."""
     apply, theta = model("plain")
     pairs = [Pair([1, 2], [3], [4]), Pair([5], [6], [7])]
     batch = packed(pairs)
@@ -76,7 +77,8 @@ WIDE, LONG, SMALL = 4096, 512, 32
 
 
 def wide_states(dtype):
-    """One pair of 512-token responses of width 4096: a common mean, noise, four outlier dimensions."""
+    """One pair of 512-token responses of width 4096: a common mean, noise, four outlier
+    dimensions."""
     rng = np.random.default_rng(0)
     states = rng.normal(size=(1, 2, LONG, WIDE)) * 2 + rng.normal(size=WIDE)
     states[..., [7, 99, 1500, 4000]] *= [20.0, -60.0, 150.0, 90.0]
@@ -87,7 +89,8 @@ def wide_states(dtype):
 
 
 def oracle(result, batch):
-    """Every measure in numpy float64 on the same rounded states, with the size of the terms it subtracts."""
+    """Every measure in numpy float64 on the same rounded states, with the size of the terms it
+    subtracts."""
     (w, l), targets = np.asarray(result.hidden[0], np.float64), np.asarray(batch.targets[0])  # noqa: E741
     p = np.exp(np.asarray(result.logits[0], np.float64))
     e, f = np.eye(SMALL)[targets] - p / p.sum(-1, keepdims=True)
@@ -125,7 +128,8 @@ def measure(result, batch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_wide_half_precision_states_stay_finite_and_accurate(dtype):
-    """To 1e-3 of the value, although CHES subtracts terms 300 times as large; to 1e-5 of those terms."""
+    """To 1e-3 of the value, although CHES subtracts terms 300 times as large; to 1e-5 of those
+    terms."""
     result, batch = wide_states(dtype)
     got = measure(result, batch)
     for name, (value, size) in oracle(result, batch).items():
@@ -138,7 +142,8 @@ def test_wide_half_precision_states_stay_finite_and_accurate(dtype):
 
 
 def test_narrow_sums_are_neither_finite_nor_accurate():
-    """What the test above guards against: float16 sums overflow, bfloat16 sums are off by far more than 1e-3."""
+    """What the test above guards against: float16 sums overflow, bfloat16 sums are off by far more
+    than 1e-3."""
     for dtype, finite in (("float16", False), ("bfloat16", True)):
         result, batch = wide_states(dtype)
         w, l = np.asarray(result.hidden[0]).sum(1, dtype=result.hidden.dtype)  # noqa: E741

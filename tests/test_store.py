@@ -109,7 +109,8 @@ def test_digests_are_the_same_in_every_process():
         import optax, numpy as np
         from simgrad import store
         from simgrad.objectives import get
-        print(store.digest(optax.adamw(optax.cosine_decay_schedule(0.1, 9)), get("simpo"), {"b", "a"}))
+        optimizer = optax.adamw(optax.cosine_decay_schedule(0.1, 9))
+        print(store.digest(optimizer, get("simpo"), {"b", "a"}))
     """
     runs = [
         subprocess.run(

@@ -322,8 +322,8 @@ def test_calls_that_cannot_be_followed(tmp_path):
 
 
 TOY = bench_sweep.SweepConfig(
-    steps=3, batch_sizes=(2,), pairs=3, width=8, linear_width=4, linear_pairs=3, depth=1, seeds=1, linear_seeds=2,
-    linear_rates=2, repeats=2, loops=1, vocab_size=20
+    steps=3, batch_sizes=(2,), pairs=3, width=8, linear_width=4, linear_pairs=3, depth=1, seeds=1,
+    linear_seeds=2, linear_rates=2, repeats=2, loops=1, vocab_size=20
 )  # fmt: skip
 
 
@@ -357,7 +357,8 @@ import jax, numpy as np
 from test_sweep import *
 assert jax.local_device_count() == 2
 apply, thetas = policies("linear_softmax", range(3))
-found = sweep(apply, thetas, BATCH, grid(optimizer="sgd", steps=2, learning_rate=[0.01, 0.02]), seeds=range(3))
+some = grid(optimizer="sgd", steps=2, learning_rate=[0.01, 0.02])
+found = sweep(apply, thetas, BATCH, some, seeds=range(3))
 np.save({out!r}, found.change)
 """
 
@@ -396,7 +397,8 @@ class Tiny(worlds.World):
     def corpus(self, seed):
         return None
     def policies(self, seeds):
-        made = [linear_softmax([p for s in seeds for p in self.pairs(s)], 13, 8, seed) for seed in seeds]
+        some = [pair for seed in seeds for pair in self.pairs(seed)]
+        made = [linear_softmax(some, 13, 8, seed) for seed in seeds]
         return made[0][0], stacked([theta for _, theta in made])
     def pairs(self, seed):
         return [Pair([1, 2], [3] * (1 + seed), [4]), Pair([1], [5], [6, 7])]

@@ -171,7 +171,8 @@ def test_columns_of_tokens_that_are_not_there_are_refused():
 
 @pytest.mark.optimised
 def test_long_float32_pairs_keep_their_sums():
-    """More than 65,536 numbers in a backward pass, where vmapped passes of a norm come out wrong."""
+    """More than 65,536 numbers in a backward pass, where vmapped passes of a norm come out
+    wrong."""
     draw = np.random.default_rng(0).integers
     pairs = [Pair(*(draw(0, VOCAB, n).tolist() for n in (100, 18, 18)))]
     apply, theta = model("plain", "float32", pairs, width=16, max_length=128)

@@ -1,4 +1,5 @@
-"""The effects of the transformer worlds have the papers' signs; worlds serve as checkpoints and data sets."""
+"""The effects of the transformer worlds have the papers' signs; worlds serve as checkpoints and
+data sets."""
 
 import functools
 import json

@@ -1,4 +1,5 @@
-"""Worlds without a network: effects have the signs that theory says, nulls are null, knobs are checked."""
+"""Worlds without a network: effects have the signs that theory says, nulls are null, knobs are
+checked."""
 
 import functools
 
@@ -111,7 +112,8 @@ def check_nthr_is_exact_for_the_unembedding_and_not_for_features():
 
 
 def test_a_dropped_penalty_protects_by_its_exact_effect():
-    """To first order in the rate, dropping tokens gains Σ_i Δ log π(y_i) = rate Σ_dropped a/|y| · exact."""
+    """To first order in the rate, dropping tokens gains Σ_i Δ log π(y_i) = rate Σ_dropped a/|y| ·
+    exact."""
     world, count, rate = SMALL_WORLDS["squeezing"], 3, 1e-6
     group = world.group(np.random.default_rng(0), 0.5)
     after = jax.tree.map(

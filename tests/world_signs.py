@@ -1,4 +1,5 @@
-"""Small experiments of the transformer worlds, for a process of its own (lightly optimised code, two devices)."""
+"""Small experiments of the transformer worlds, for a process of its own (lightly optimised code,
+two devices)."""
 
 import json
 import os

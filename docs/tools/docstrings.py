@@ -1,4 +1,4 @@
-"""Docstrings of the library as Markdown: roles become links, formulas and doctests code, RST tables tables.
+"""Docstrings of the library as Markdown: roles as links, formulas as code, tables as tables.
 
 A griffe extension. Docstrings are parsed as Google style first and rewritten section by section, so
 that names of arguments are never touched.
@@ -39,7 +39,7 @@ def documented() -> list[str]:
 
 
 def inline(text: str, link: Link) -> str:
-    """One paragraph or cell: code and roles as code, linked where the name is documented; the rest literal."""
+    """One paragraph or cell: code and roles as code, linked where documented; the rest literal."""
     pieces, end = [], 0
     for match in _CODE.finditer(text):
         pieces.append(_plain(text[end : match.start()]))
@@ -138,7 +138,7 @@ FACTS = {
 
 
 def _objective(cls: griffe.Class) -> str:
-    """What an objective says of itself in class attributes, as a table; nothing for the base class."""
+    """What an objective says of itself in class attributes, as a table; nothing for the base."""
     rows = []
     for attribute, title in FACTS.items():
         member = cls.members.get(attribute)

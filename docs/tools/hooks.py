@@ -1,4 +1,4 @@
-"""What the site takes from elsewhere at build time: help texts, the gallery, notebooks; and LaTeX as MathML.
+"""What the site takes from elsewhere when it is built: help texts, gallery, notebooks, MathML.
 
 Pages ask for it with comments (``<!-- help -->``, ``<!-- gallery -->``, ``<!-- notebooks -->``), so
 that nothing on them can go stale. Formulas between dollar signs on pages with ``math: true`` become

@@ -26,7 +26,12 @@ class Bench:
 
     out: Path | None = None
     """JSON file to write."""
-    only: Literal["scoring", "logprobs", "gradients", "tokens", "dataset", "directional", "sweeps", "routes", "growth"] | None = None  # fmt: skip
+    # fmt: off
+    only: Literal[
+        "scoring", "logprobs", "gradients", "tokens", "dataset", "directional", "sweeps", "routes",
+        "growth",
+    ] | None = None
+    # fmt: on
     """Time only this (default: all six tasks; sweeps and tables by name)."""
     repeats: int = 3
     """Timings of each contestant."""
@@ -97,10 +102,16 @@ class Bench:
         from simgrad.validation.bench.sweeps import SweepConfig, SweepMeasurement, bench_sweeps
 
         def show(m: SweepMeasurement) -> None:
-            line = f"{m.task:<20} {m.batch_size:>2} pairs a step  {m.runs:>4} runs   {m.seconds:8.4f} s/run"
+            line = (
+                f"{m.task:<20} {m.batch_size:>2} pairs a step  {m.runs:>4} runs   "
+                f"{m.seconds:8.4f} s/run"
+            )
             if m.ratio is not None and m.ratio_range is not None:
                 low, high = m.ratio_range
-                line += f"   {m.ratio:6.1f}x a PyTorch loop ({low:.1f} to {high:.1f}), agrees to {m.error:.0e}"
+                line += (
+                    f"   {m.ratio:6.1f}x a PyTorch loop ({low:.1f} to {high:.1f}), "
+                    f"agrees to {m.error:.0e}"
+                )
             console.print(
                 f"{line}   {m.compiling:.1f} s to compile", highlight=False, soft_wrap=True
             )

@@ -46,9 +46,9 @@ class Predict:
     split: str = "train"
     """Split of a Hub data set."""
     max_length: int | None = None
-    """Longest prompt + response in tokens; responses are cut at the end (default: the model's limit)."""
+    """Longest prompt + response in tokens; longer ones are cut (default: the model's limit)."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="data=D,model=M")] = None
-    """Split the parameters over M devices, and the pairs over D groups of those; CPUs are split in D x M devices."""
+    """Parameters over M devices, pairs over D groups of those; a CPU is split in D x M devices."""
     worst: int = 5
     """How many of the pairs predicted to fall most are shown."""
 

@@ -132,7 +132,8 @@ def _unknown(name: str) -> str:
     ] or near
     hint = f" did you mean {near[0].replace('dpo/', '')!r}?" if near else ""
     known = ", ".join(names())
-    return f"unknown objective {name!r};{hint} there are: {known}; TRL's loss types as trl:sigmoid, ..."
+    trl = "TRL's loss types as trl:sigmoid, ..."
+    return f"unknown objective {name!r};{hint} there are: {known}; {trl}"
 
 
 @functools.cache

@@ -65,7 +65,8 @@ class WrittenReport:
 
     def _repr_html_(self) -> str:
         page = html.escape(self.page.read_text(encoding="utf-8"))
-        return f'<iframe srcdoc="{page}" style="width:100%;height:50rem;border:1px solid #ddd" title="report"></iframe>'
+        style = "width:100%;height:50rem;border:1px solid #ddd"
+        return f'<iframe srcdoc="{page}" style="{style}" title="report"></iframe>'
 
 
 def write_report(

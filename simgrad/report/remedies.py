@@ -90,7 +90,7 @@ class Strength:
 
 @dataclass(frozen=True)
 class Needed:
-    """What keeps a falling chosen response from falling: (at the median, for 90 %) of falling pairs.
+    """What keeps a chosen response from falling: (at the median, for 90 %) of falling pairs.
 
     The chosen of a pair does not fall where d_w ‖g_w‖² ≥ d_l ⟨g_w,g_l⟩. With ρ = ⟨g_w,g_l⟩/‖g_w‖²:
 
@@ -148,7 +148,11 @@ class Filtered:
 
 def _finite(table: ScoreTable) -> dict[str, np.ndarray]:
     """Columns that the theory needs, of the pairs where all of them are numbers."""
-    names = "grad_sq_chosen grad_inner grad_sq_rejected logp_chosen logp_rejected d_chosen d_rejected".split()
+    kernel = ("grad_sq_chosen", "grad_inner", "grad_sq_rejected")
+    names = (
+        *kernel,
+        *(f"{what}_{side}" for what in ("logp", "d") for side in ("chosen", "rejected")),
+    )
     columns = {name: np.asarray(table[name], np.float64) for name in names}
     use = np.isfinite(np.stack(list(columns.values()))).all(0)
     lengths = {name: np.asarray(table[name]) for name in ("n_chosen", "n_rejected")}

@@ -43,10 +43,11 @@ def headline(numbers: ReportNumbers) -> Headline:
     alone = f"when each is trained alone by a small SGD step of {what}"
     if falling:
         whose = "its" if falling == 1 else "their"
-        title = f"{falling} of {_pairs(numbers.finite)} would, trained alone, lose {whose} chosen response"
+        known, percent = numbers.finite, 100 * falling / numbers.finite
+        title = f"{falling} of {_pairs(known)} would, trained alone, lose {whose} chosen response"
         interval = f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %, were the pairs a random sample)"
-        known = numbers.finite
-        text = f"That is {100 * falling / known:.0f} %{interval if known > 1 else ''}, {alone}, to first order."
+        interval = interval if known > 1 else ""
+        text = f"That is {percent:.0f} %{interval}, {alone}, to first order."
     else:
         title = (
             f"No pair of {s.scored}, trained alone, would lose its chosen response"

@@ -194,7 +194,8 @@ def _identity(group: str, text: str, arithmetic: str, checks: Sequence[Check]) -
 
 
 def _place(cell: Cell) -> str:
-    return f"{_short(cell.model)}, {cell.objective}, {cell.optimizer}, pairs {cell.kind}; {cell.device}"
+    run = f"{_short(cell.model)}, {cell.objective}, {cell.optimizer}"
+    return f"{run}, pairs {cell.kind}; {cell.device}"
 
 
 def _short(model: str) -> str:

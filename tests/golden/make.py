@@ -1,4 +1,5 @@
-"""Write the golden arrays from transformers in float64: ``python tests/golden/make.py`` (needs torch)."""
+"""Write the golden arrays from transformers in float64: ``python tests/golden/make.py`` (needs
+torch)."""
 
 import sys
 from pathlib import Path

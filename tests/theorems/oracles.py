@@ -1,4 +1,5 @@
-"""Settings that several theorems share, and slow oracles for them in numpy, written from the definitions.
+"""Settings that several theorems share, and slow oracles for them in numpy, written from the
+definitions.
 
 Unconstrained features: parameters {"w": unembedding, "h": one state a context}; a response is
 (contexts, tokens). Linear softmax: ``w @ h`` with w alone trained. Geometry: pairs of plain
@@ -53,7 +54,8 @@ def log_prob(theta, contexts, tokens):
 
 
 def gradient(theta, contexts, tokens):
-    """∇ log π of a response: e h^T in W and W^T e in the token's state, one token after the other."""
+    """∇ log π of a response: e h^T in W and W^T e in the token's state, one token after the
+    other."""
     w, h = (np.asarray(theta[name]) for name in "wh")
     total = {"w": np.zeros_like(w), "h": np.zeros_like(h)}
     for s, y in zip(contexts, tokens, strict=True):
@@ -132,13 +134,15 @@ def pair_of(g_w, g_l):
 
 
 def geometry(rng, n=2000):
-    """Kernels of actual vectors in three dimensions, so that Cauchy-Schwarz holds, and the vectors."""
+    """Kernels of actual vectors in three dimensions, so that Cauchy-Schwarz holds, and the
+    vectors."""
     w, l = rng.normal(size=(2, n, 3)) * rng.lognormal(size=(2, n, 1))  # noqa: E741
     return pair_of(w, l), w, l
 
 
 def kernel_of_rows(logp, theta):
-    """The three numbers of each pair's kernel from explicit Jacobian rows of ``logp(theta)``, (B, 2)."""
+    """The three numbers of each pair's kernel from explicit Jacobian rows of ``logp(theta)``, (B,
+    2)."""
     rows = jax.jacrev(logp)(theta)
     flat = [np.asarray(x).reshape(*x.shape[:2], -1) for x in jax.tree.leaves(rows)]
     g = np.concatenate(flat, -1)

@@ -1,4 +1,5 @@
-"""Δ log π(·|x_o) = -η A K G + O(η²) for a step whose loss reaches the parameters through the logits at x_u.
+"""Δ log π(·|x_o) = -η A K G + O(η²) for a step whose loss reaches the parameters through the
+logits at x_u.
 
 Counter-examples: a wrong prefactor, or a second sample in the step that G leaves out, gives a
 remainder of first order; the closed forms of K hold in their own models only.
@@ -37,7 +38,8 @@ def last(apply, theta, tokens):
 
 
 def sft(kind, also=None):
-    """The library's decomposition for SFT on a token after UPDATED, and log π(·|OBSERVED) after an actual step.
+    """The library's decomposition for SFT on a token after UPDATED, and log π(·|OBSERVED) after an
+    actual step.
 
     With ``also`` the step is taken on a token after that context, too.
     """
@@ -71,7 +73,8 @@ def order(step, after, share=1.0):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decomposition_against_autodiff_and_actual_steps(kind):
-    """-A K G is the derivative of log π(·|x_o) along -∇L, and the remainder of a step has slope 2."""
+    """-A K G is the derivative of log π(·|x_o) along -∇L, and the remainder of a step has slope
+    2."""
     step, after = sft(kind)
     _, along = jax.jvp(after, (0.0,), (1.0,))
     close(step.change(0.3), 0.3 * along)
@@ -81,7 +84,8 @@ def test_decomposition_against_autodiff_and_actual_steps(kind):
 
 
 def test_a_second_sample_in_the_step_leaves_a_remainder_of_first_order():
-    """The counter-example: the loss reaches the parameters through a second context, which G does not name."""
+    """The counter-example: the loss reaches the parameters through a second context, which G does
+    not name."""
     np.testing.assert_allclose(order(*sft("linear_softmax", also=ELSEWHERE)), 1.0, atol=0.05)
 
 
@@ -92,7 +96,8 @@ def test_adaptation_is_the_jacobian_of_log_softmax():
 
 @pytest.mark.parametrize("kind", ["no_norm_no_mlp_no_positions", "unconstrained_features"])
 def test_preference_step_moves_any_context(kind):
-    """Chosen tokens carry weight d_w, rejected ones -d_l; their sum is the derivative along DPO's step."""
+    """Chosen tokens carry weight d_w, rejected ones -d_l; their sum is the derivative along DPO's
+    step."""
     apply, theta = model(kind, depth=1)
     prompt, chosen, rejected, beta = (1, 5, 3), (7, 2, 7, 1), (8, 9, 2), 0.3
 
@@ -130,7 +135,8 @@ def test_both_routes_agree():
 
 
 def test_closed_forms_of_the_logit_kernel():
-    """⟨φ,φ'⟩ I for frozen features, + W W^T after one context if they learn; a transformer has neither."""
+    """⟨φ,φ'⟩ I for frozen features, + W W^T after one context if they learn; a transformer has
+    neither."""
     here, there = jnp.array(UPDATED), jnp.array(OBSERVED)
     for kind in ("linear_softmax", "unconstrained_features", "no_norm_no_mlp_no_positions"):
         apply, theta = model(kind, depth=1)

@@ -1,4 +1,5 @@
-"""CHES = ⟨Σ h⁺, Σ h⁻⟩ - ‖Σ h⁺‖² is the unembedding's ⟨g_w,g_l⟩ - ‖g_w‖² with every α = ⟨e_k, e'_m⟩ set to one.
+"""CHES = ⟨Σ h⁺, Σ h⁻⟩ - ‖Σ h⁺‖² is the unembedding's ⟨g_w,g_l⟩ - ‖g_w‖² with every α = ⟨e_k, e'_m⟩
+set to one.
 
 Counter-example: actual errors have α ≠ 1, so that CHES misses the gap's value and, for some pairs,
 its sign.
@@ -45,7 +46,8 @@ def test_actual_errors_break_it():
 
 
 def test_ches_may_have_the_wrong_sign():
-    """Over draws of states, CHES and the exact gap of the unembedding agree in sign for some pairs only."""
+    """Over draws of states, CHES and the exact gap of the unembedding agree in sign for some pairs
+    only."""
     agree = set()
     for seed in range(40):
         theta = parameters(seed)

@@ -1,4 +1,5 @@
-"""For d_w, d_l > 0 a pair is ideal iff |log(d_w/d_l) - log(‖g_l‖/‖g_w‖)| ≤ -log cos(g_w,g_l), an angle for any signs.
+"""For d_w, d_l > 0 a pair is ideal iff |log(d_w/d_l) - log(‖g_l‖/‖g_w‖)| ≤ -log cos(g_w,g_l), an
+angle for any signs.
 
 Counter-examples: for negative coefficients the logarithmic band says nothing, the angular one still
 holds; a band centred at d_w = d_l, as if the norms were equal, is wrong.
@@ -62,7 +63,8 @@ def test_no_movement_counts_as_ideal_in_band_and_regime():
 
 
 def test_logarithmic_band_is_for_positive_coefficients_and_their_own_centre():
-    """The same ratio with both signs turned is reversed; a band around d_w = d_l takes pairs in that are not ideal."""
+    """The same ratio with both signs turned is reversed; a band around d_w = d_l takes pairs in
+    that are not ideal."""
     rng = np.random.default_rng(3)
     kernel, w, _ = geometry(rng)
     c = force(*(jnp.asarray(rng.lognormal(size=len(w))) for _ in range(2)))

@@ -1,4 +1,5 @@
-"""Δlog π_w = η (d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩) + O(η²) after one SGD step on a pair alone, and likewise Δlog π_l.
+"""Δlog π_w = η (d_w ‖g_w‖² - d_l ⟨g_w,g_l⟩) + O(η²) after one SGD step on a pair alone, and
+likewise Δlog π_l.
 
 Counter-example: as if the two gradients were orthogonal, without ⟨g_w,g_l⟩, the remainder is of
 first order.
@@ -23,7 +24,8 @@ CHANGES = np.geomspace(1e-5, 1e-3, 5)
 
 
 def measured_and_predicted(kind, objective, pair, drop_inner=False):
-    """Arrays (changes, 2) for one pair; the reference is a perturbed policy, so that the margin is not zero."""
+    """Arrays (changes, 2) for one pair; the reference is a perturbed policy, so that the margin is
+    not zero."""
     apply, theta = model(kind)
     batch = padded([pair])
     bound = bind(apply, theta)

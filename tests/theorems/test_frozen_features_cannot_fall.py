@@ -1,4 +1,5 @@
-"""‖g_w‖² - ⟨g_w,g_l⟩ = ‖h‖² (1 - π_w + π_l) ≥ 0 for one token after one context, W alone trained, d_w = d_l.
+"""‖g_w‖² - ⟨g_w,g_l⟩ = ‖h‖² (1 - π_w + π_l) ≥ 0 for one token after one context, W alone trained,
+d_w = d_l.
 
 So the chosen cannot fall. Counter-examples: trained features, different contexts, or unequal
 weights each let it fall; so do more tokens.
@@ -25,7 +26,8 @@ from simgrad.theory.closed_forms.linear_softmax import (
 
 
 def test_one_token_against_autodiff():
-    """⟨∇_W log π(y|φ), ∇_W log π(y'|φ')⟩ = ⟨φ,φ'⟩⟨e_y - π, e_y' - π'⟩ for any two tokens and contexts."""
+    """⟨∇_W log π(y|φ), ∇_W log π(y'|φ')⟩ = ⟨φ,φ'⟩⟨e_y - π, e_y' - π'⟩ for any two tokens and
+    contexts."""
     rng = np.random.default_rng(3)
     w = rng.normal(size=(7, 4))
     hidden, tokens = rng.normal(size=(5, 4)), rng.integers(0, 7, 5)
@@ -90,7 +92,8 @@ def test_chosen_can_fall_once_an_assumption_goes():
 
 
 def test_differing_last_token_rises_but_its_response_may_fall():
-    """The chosen's earlier tokens are the rejected token: pushing that down costs more than the last one gains."""
+    """The chosen's earlier tokens are the rejected token: pushing that down costs more than the
+    last one gains."""
     rng = np.random.default_rng(7)
     w = rng.normal(size=(7, 4))
     common = rng.normal(size=4)

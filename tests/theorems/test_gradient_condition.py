@@ -1,4 +1,5 @@
-"""For d_w, d_l > 0 the chosen rises iff ⟨g_w,g_l⟩ ≤ (d_w/d_l) ‖g_w‖², the rejected falls iff it is ≤ (d_l/d_w) ‖g_l‖².
+"""For d_w, d_l > 0 the chosen rises iff ⟨g_w,g_l⟩ ≤ (d_w/d_l) ‖g_w‖², the rejected falls iff it is
+≤ (d_l/d_w) ‖g_l‖².
 
 Counter-examples: with negative coefficients the chosen can fall while the rejected rises, which
 positive ones exclude; with ⟨g_w,g_l⟩ > 0 the pair need not be ideal, which ⟨g_w,g_l⟩ ≤ 0

@@ -78,7 +78,8 @@ def test_a_pulled_up_rejected_reverses_the_range():
 
 
 def test_the_unembeddings_range_is_not_the_models():
-    """d_w = d_l is always inside the unembedding's range for one token; with trained features the chosen falls."""
+    """d_w = d_l is always inside the unembedding's range for one token; with trained features the
+    chosen falls."""
     fell = 0
     for seed in range(30):
         theta = parameters(seed, 2.0)

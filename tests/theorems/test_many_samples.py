@@ -1,4 +1,5 @@
-"""d/dt log π(y) = Σ_i a_i ⟨∇ log π(y), ∇ log π(y_i)⟩, where samples with other prompts enter through W alone.
+"""d/dt log π(y) = Σ_i a_i ⟨∇ log π(y), ∇ log π(y_i)⟩, where samples with other prompts enter
+through W alone.
 
 Counter-example: states that are no free parameters but share a trained map, h(x) = A φ(x), let
 other prompts enter through the features as well.
@@ -33,7 +34,8 @@ def library(theta):
 
 
 def test_contributions_of_many_samples():
-    """Each sample's share of d/dt log π; samples with another prompt have no part in the features."""
+    """Each sample's share of d/dt log π; samples with another prompt have no part in the
+    features."""
     theta = parameters(8)
     got = library(theta)
     g = gradient(theta, *PROBE)
@@ -50,7 +52,8 @@ def test_contributions_of_many_samples():
 
 
 def test_a_shared_map_couples_the_prompts():
-    """Same states, W's part unchanged; but A is read by every prompt, so every sample's features part changes."""
+    """Same states, W's part unchanged; but A is read by every prompt, so every sample's features
+    part changes."""
     theta = parameters(8)
 
     def shared(contexts, tokens):

@@ -1,4 +1,5 @@
-"""⟨∇ log π(y), ∇ log π(y')⟩ = Σ ⟨h_k, h'_m⟩⟨e_k, e'_m⟩ + [same context] ⟨W^T e_k, W^T e'_m⟩, W and every h trained.
+"""⟨∇ log π(y), ∇ log π(y')⟩ = Σ ⟨h_k, h'_m⟩⟨e_k, e'_m⟩ + [same context] ⟨W^T e_k, W^T e'_m⟩, W and
+every h trained.
 
 Counter-examples: the four-part rate assumes different first tokens, so a shared prefix breaks it
 (not the kernel); the kernel assumes free states, so a transformer breaks it.
@@ -54,7 +55,8 @@ def test_explicit_gradients_are_those_of_autodiff():
 
 @pytest.mark.parametrize("a", range(len(ALL)))
 def test_inner_products_of_any_two_responses(a):
-    """Both parts of ⟨∇ log π(y), ∇ log π(y')⟩: shared prefixes, other prompts, padding that holds NaN."""
+    """Both parts of ⟨∇ log π(y), ∇ log π(y')⟩: shared prefixes, other prompts, padding that holds
+    NaN."""
     theta = parameters(2)
     for pair in ALL:
         for y, z in ((ALL[a][0], pair[1]), (ALL[a][1], pair[0])):
@@ -75,7 +77,8 @@ def test_flow_of_both_responses(pair):
 
 
 def test_different_first_tokens():
-    """The four parts against autodiff; a shared first token breaks the formula, not the general kernel."""
+    """The four parts against autodiff; a shared first token breaks the formula, not the general
+    kernel."""
     theta = parameters(6)
     for pair, holds in (
         (DIFFERENT_FIRST, True),
@@ -138,7 +141,8 @@ MIXED = [
     ],
 )
 def test_kernel_of_a_batch_from_the_forward_pass(kind, layout, exact):
-    """Exact for the library's unconstrained-features model with shared prefixes; a transformer breaks it."""
+    """Exact for the library's unconstrained-features model with shared prefixes; a transformer
+    breaks it."""
     apply, theta = model(kind, pairs=MIXED, depth=1)
     batch = layout(MIXED, rows=6)
     got = unconstrained_kernel(theta["unembedding"]["table"], responses(apply, theta, batch), batch)

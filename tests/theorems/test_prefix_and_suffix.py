@@ -1,4 +1,5 @@
-"""A shared prefix adds one and the same square to ‖g_w‖², ⟨g_w,g_l⟩ and ‖g_l‖²: the cosine grows, the gap stays.
+"""A shared prefix adds one and the same square to ‖g_w‖², ⟨g_w,g_l⟩ and ‖g_l‖²: the cosine grows,
+the gap stays.
 
 Counter-examples: a suffix has different states and moves the gap; a chosen gradient much shorter
 than the rejected one, or shared tokens that are not orthogonal to the rest, let the cosine fall.
@@ -62,7 +63,8 @@ def test_parts_against_explicit_gradients(kind, layout):
 
 
 def test_shared_prefix_is_one_square_and_a_suffix_is_not():
-    """The prefix has cosine 1 and gap 0 whatever the weights; different states break that for a suffix."""
+    """The prefix has cosine 1 and gap 0 whatever the weights; different states break that for a
+    suffix."""
     apply, theta = model("linear_softmax", pairs=SHARED)
     batch = padded(SHARED)
     parts = shared_parts(responses(apply, theta, batch), batch)
@@ -77,7 +79,8 @@ def test_shared_prefix_is_one_square_and_a_suffix_is_not():
 
 
 def test_contrast_of_one_last_token():
-    """⟨·,·⟩ = ‖h‖²(‖π‖² - π_w - π_l) where nothing follows the differing token, with or without a prefix."""
+    """⟨·,·⟩ = ‖h‖²(‖π‖² - π_w - π_l) where nothing follows the differing token, with or without a
+    prefix."""
     apply, theta = model("linear_softmax", pairs=SHARED)
     batch = padded(SHARED)
     result = responses(apply, theta, batch)
@@ -112,7 +115,8 @@ def test_cosine_grows_with_the_shared_prefix(seed):
 
 
 def test_cosine_can_fall_with_the_shared_prefix():
-    """A short chosen gradient nearly parallel to a long rejected one; or shared tokens that are not orthogonal."""
+    """A short chosen gradient nearly parallel to a long rejected one; or shared tokens that are
+    not orthogonal."""
     start = PairKernel(jnp.array([1.0]), jnp.array([9.9]), jnp.array([100.0]))
     token = PairKernel(*(jnp.array([1.0]),) * 3)
     assert with_shared_tokens(start, token, 1).cosine < start.cosine

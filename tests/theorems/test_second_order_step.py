@@ -1,4 +1,5 @@
-"""Δlog π(y) = ⟨∇u, v⟩ + ½ vᵀ∇²u v + O(‖v‖³) along any optimizer's step v, for responses trained on or not.
+"""Δlog π(y) = ⟨∇u, v⟩ + ½ vᵀ∇²u v + O(‖v‖³) along any optimizer's step v, for responses trained on
+or not.
 
 Counter-examples: without the second term the remainder is of second order; beyond the trust radius
 |first|/|second| the first term's sign is lost.

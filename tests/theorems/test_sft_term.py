@@ -27,7 +27,8 @@ def test_sft_term_only_helps():
 
 
 def test_sft_on_another_response_may_push_the_chosen_down():
-    """Another answer to the same prompt, or an answer to another prompt: the sign is that of ⟨g_w, g_other⟩."""
+    """Another answer to the same prompt, or an answer to another prompt: the sign is that of ⟨g_w,
+    g_other⟩."""
     for same_prompt in (True, False):
         signs = set()
         for seed in range(20):

@@ -1,4 +1,5 @@
-"""d/dt log π(y⁺) = c (norms + state + alignment + others) for one token after one context, W and h(context) trained.
+"""d/dt log π(y⁺) = c (norms + state + alignment + others) for one token after one context, W and
+h(context) trained.
 
 Counter-example: with frozen features only the state term is left.
 """

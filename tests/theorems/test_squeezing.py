@@ -1,4 +1,5 @@
-"""z ← z - η (e_y - π): Δ log π_z = η (π_z - [z = y] - τ), so the likeliest other token gains most and all below τ fall.
+"""z ← z - η (e_y - π): Δ log π_z = η (π_z - [z = y] - τ), so the likeliest other token gains most
+and all below τ fall.
 
 Counter-examples: the argmax itself pushed down, a uniform start, and a kernel that is no multiple
 of the identity.
@@ -30,7 +31,8 @@ jitted_step = jax.jit(squeeze_step)
 
 @pytest.mark.parametrize("learning_rate", [1e-3, 0.5, 20.0])
 def test_squeeze_step_is_the_actual_update(learning_rate):
-    """Δ log π, the threshold and who rises, for steps of any size, against z - η (e_y - π) in numpy."""
+    """Δ log π, the threshold and who rises, for steps of any size, against z - η (e_y - π) in
+    numpy."""
     for z in DRAWS:
         y = int(np.argsort(z)[3])
         p = softmax(z)
@@ -48,7 +50,8 @@ def test_squeeze_step_is_the_actual_update(learning_rate):
 
 
 def test_the_likeliest_other_token_gains_most():
-    """Whatever is pushed down falls, the likeliest other rises, and log-ratios move by η (π_z - π_z')."""
+    """Whatever is pushed down falls, the likeliest other rises, and log-ratios move by η (π_z -
+    π_z')."""
     fallen = 0
     for z in DRAWS:
         p = softmax(z)
@@ -67,7 +70,8 @@ def test_the_likeliest_other_token_gains_most():
 
 
 def test_pushing_the_argmax_does_not_feed_it():
-    """The counter-example: if the pushed token is the argmax, the runner-up rises and takes its place."""
+    """The counter-example: if the pushed token is the argmax, the runner-up rises and takes its
+    place."""
     overtaken = 0
     for z in DRAWS:
         y, runner_up = (int(np.argsort(z)[k]) for k in (-1, -2))
@@ -113,7 +117,8 @@ def test_peakier_means_more_squeezing():
 
 
 def test_the_lead_is_not_monotone_in_temperature_when_the_argmax_is_pushed():
-    """The counter-example: the runner-up's lead over the next token first grows, then vanishes as π_y → 1."""
+    """The counter-example: the runner-up's lead over the next token first grows, then vanishes as
+    π_y → 1."""
     z = jnp.array([3.0, 2.0, 1.0, 0.0])
     changes = [
         squeeze_step(beta * z, jnp.array(0), 0.5).change for beta in (0.5, 1.0, 2.0, 4.0, 10.0)
@@ -150,7 +155,8 @@ def test_long_squeezing_ends_in_the_argmax(seed):
 
 
 def test_a_kernel_that_is_no_multiple_of_the_identity_may_feed_another_token():
-    """With trained features the freed mass need not go to the argmax: K = ‖h‖² I + W W^T redirects it."""
+    """With trained features the freed mass need not go to the argmax: K = ‖h‖² I + W W^T redirects
+    it."""
     redirected = 0
     for seed in range(20):
         rng = np.random.default_rng(seed)

@@ -1,4 +1,5 @@
-"""d/dt log π(z) grows with ⟨W_z, W₊ - W₋⟩ for z outside a pair of single tokens, W and h trained, d_w = d_l.
+"""d/dt log π(z) grows with ⟨W_z, W₊ - W₋⟩ for z outside a pair of single tokens, W and h trained,
+d_w = d_l.
 
 Counter-examples: the order fails for the pair's own tokens, for unequal weights, and for frozen
 features.
@@ -32,7 +33,8 @@ def order(x, keep):
 
 
 def test_mass_is_ranked_by_the_direction_outside_the_pair():
-    """The order of all tokens but the pair; it fails for the pair, for unequal weights, and for frozen features."""
+    """The order of all tokens but the pair; it fails for the pair, for unequal weights, and for
+    frozen features."""
     pair_breaks = weights_break = frozen_breaks = 0
     for seed in range(20):
         theta = parameters(seed, 0.7)

@@ -41,7 +41,7 @@ _TOKENIZER_FILES = (
 
 
 def save(policy: Policy, folder: str | Path) -> Path:
-    """Write a policy as a checkpoint that transformers, and :func:`simgrad.load`, read back exactly.
+    """Write a checkpoint that transformers, and :func:`simgrad.load`, read back exactly.
 
     config.json, model.safetensors (in the policy's dtype) and the tokenizer's files. The family is
     llama where that can express the model, else gpt2, qwen2 or mistral. ``init`` of the
@@ -182,7 +182,7 @@ def _expressed(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 def _read_back(
     kind: str, attributes: dict[str, Any], config: ModelConfig
 ) -> tuple[dict[str, tuple[Any, Any]], str | None]:
-    """Fields that loading would give other values, as (the configuration's, the family's); transformers' refusal."""
+    """Fields that loading would change, as (the configuration's, the family's); or a refusal."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -203,7 +203,7 @@ def _read_back(
 
 
 def _token_ids(policy: Policy) -> dict[str, int | None]:
-    """Special tokens for config.json; null rather than a default or an id that the model does not have."""
+    """Special tokens for config.json; null rather than a default or an id beyond the vocabulary."""
     ids = {name: getattr(policy.tokenizer, name, None) for name in _TOKEN_IDS}
     return {
         name: i if i is not None and 0 <= i < policy.config.vocab_size else None

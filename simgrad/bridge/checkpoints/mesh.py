@@ -78,8 +78,8 @@ def spec(path: str, config: ModelConfig, model: int) -> PartitionSpec:
     never dealt out.
 
     >>> config = ModelConfig(vocab_size=50257, width=768, heads=12, kv_heads=3)
-    >>> spec("layers/attention/query/kernel", config, 2), spec("layers/attention/key/kernel", config, 2)
-    (P(None, None, 'model'), P())
+    >>> [spec(f"layers/attention/{name}/kernel", config, 2) for name in ("query", "key")]
+    [P(None, None, 'model'), P()]
     >>> spec("embedding/table", config, 2)
     P(None, 'model')
     """
@@ -106,7 +106,7 @@ def spec(path: str, config: ModelConfig, model: int) -> PartitionSpec:
 def split_array(
     shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> Array:
-    """An array of which ``read`` gives the part at an index: one part after the other, each only once.
+    """An array of which ``read`` gives the part at an index, asked for each part once.
 
     The host holds one part beside what the devices hold; of many processes, each reads the parts of
     its own devices.
@@ -124,7 +124,7 @@ def split_array(
 
 
 def placed(theta: Theta, config: ModelConfig, mesh: Mesh) -> Theta:
-    """Parameters that this process holds (and every other too), split over the mesh as :func:`spec` says.
+    """Parameters that every process holds, split over the mesh as :func:`spec` says.
 
     >>> from simgrad.models import create
     >>> config = ModelConfig(vocab_size=9, width=8, heads=2)
@@ -172,7 +172,7 @@ def fill(pairs: Sequence[Pair], mesh: Mesh | None) -> list[Pair]:
 
 
 def split(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch with its pairs dealt out over the data axis, of which their number must be a multiple."""
+    """A batch with its pairs dealt out over the data axis, which must divide their number."""
     return batch if mesh is None else _dealt(batch, NamedSharding(mesh, PartitionSpec(_DATA)))
 
 

@@ -1,4 +1,4 @@
-"""The columns of score and prediction tables, each declared once, and the program that computes them.
+"""The columns of tables, each declared once, and the program that computes them.
 
 The engine, ``help(simgrad.score)``, the printed summary and the report read these declarations. To
 add a score, add one :class:`Column`.

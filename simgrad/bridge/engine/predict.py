@@ -32,10 +32,10 @@ _GROUPS = 4  # parts of a sample whose separate directions give the error
 
 
 def steps_of(epochs: int, pairs: int, batch_size: int) -> int:
-    """Updates of so many epochs: ⌈pairs / batch size⌉ each, as TRL makes them (``drop_last=False``).
+    """Updates of so many epochs: ⌈pairs / batch size⌉ each, as TRL makes them.
 
-    Every step here sees a whole batch: where the sizes do not divide, the last one of an epoch
-    takes its remaining pairs from the next epoch's order.
+    TRL keeps an epoch's last, smaller batch (``drop_last=False``). Every step here sees a whole
+    one: the last of an epoch takes what it lacks from the next epoch's order.
 
     >>> steps_of(3, pairs=10, batch_size=4)
     9

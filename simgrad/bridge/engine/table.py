@@ -93,7 +93,7 @@ class ScoreTable:
 
 
 def save_findings(found: Findings, folder: str | Path) -> list[Path]:
-    """One parquet file a table, ``WORLD.TABLE.parquet``: every seed's row, with knobs, claims and versions."""
+    """One parquet file a table, ``WORLD.TABLE.parquet``, with knobs, claims and versions."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []

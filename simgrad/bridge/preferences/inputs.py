@@ -1,4 +1,4 @@
-"""Whatever may be given as pairs, as token ids that one policy reads: the guards of every command."""
+"""Whatever may be given as pairs, as token ids that one policy reads, with its guards."""
 
 from __future__ import annotations
 
