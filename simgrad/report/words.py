@@ -45,7 +45,8 @@ def headline(numbers: ReportNumbers) -> Headline:
         whose = "its" if falling == 1 else "their"
         known, percent = numbers.finite, 100 * falling / numbers.finite
         title = f"{falling} of {_pairs(known)} would, trained alone, lose {whose} chosen response"
-        interval = f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %, were the pairs a random sample)"
+        interval = f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %"
+        interval += ", were the pairs a random sample)"
         interval = interval if known > 1 else ""
         text = f"That is {percent:.0f} %{interval}, {alone}, to first order."
     else:
