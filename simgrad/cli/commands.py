@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Protocol, cast
+from typing import Annotated, Protocol, cast, runtime_checkable
 
 import tyro
 
@@ -17,6 +17,7 @@ from simgrad.cli.validate import Validate
 from simgrad.cli.world import World, Worlds
 
 
+@runtime_checkable
 class Command(Protocol):
     """Arguments, and what is done with them."""
 
