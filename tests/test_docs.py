@@ -22,7 +22,7 @@ PUBLIC = tuple(
     simgrad.theory.closed_forms.linear_softmax simgrad.theory.closed_forms.unconstrained
     simgrad.theory.closed_forms.learning_dynamics simgrad.dynamics simgrad.worlds
     simgrad.experiments simgrad.bridge simgrad.report.page simgrad.report.numbers
-    simgrad.report.remedies simgrad.models simgrad.pairs simgrad.tree simgrad.store
+    simgrad.report.mitigations simgrad.models simgrad.pairs simgrad.tree simgrad.store
     simgrad.figures.gallery simgrad.drawing.draw simgrad.drawing.style
     """.split()
 )

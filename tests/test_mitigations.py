@@ -1,4 +1,4 @@
-"""What each remedy promises to first order, where it stops, and that training with it does the
+"""What each mitigation promises to first order, where it stops, and that training with it does the
 same."""
 
 import jax
@@ -33,7 +33,7 @@ from simgrad.theory.mitigation import (
 )
 
 RNG = np.random.default_rng(3)
-REMEDIES = [PairwiseNormalized(), Calibrated(), Projected()]
+MITIGATIONS = [PairwiseNormalized(), Calibrated(), Projected()]
 
 
 def geometry(n=3000):
@@ -98,8 +98,8 @@ def test_projection_spares_the_chosen_but_not_always_the_rejected():
     assert (regime(change) == Regime.BOTH_RISE).any()
 
 
-@pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: type(r).__name__)
-def test_a_vanishing_gradient_leaves_the_force_alone(remedy):
+@pytest.mark.parametrize("mitigation", MITIGATIONS, ids=lambda r: type(r).__name__)
+def test_a_vanishing_gradient_leaves_the_force_alone(mitigation):
     """A model that is certain of a response in float32 has no gradient left; nothing becomes
     nan."""
     zero, one = jnp.zeros(1), jnp.ones(1)
@@ -109,7 +109,7 @@ def test_a_vanishing_gradient_leaves_the_force_alone(remedy):
         PairKernel(zero, zero, zero),
     ):
         c = force(2 * one, 3 * one)
-        close(remedy.changed(c, kernel), c)
+        close(mitigation.changed(c, kernel), c)
         assert band(kernel, c).inside.all()
         assert (regime(first_order(kernel, c)) == Regime.IDEAL).all()
         bounds = ideal_range(kernel)
@@ -117,8 +117,8 @@ def test_a_vanishing_gradient_leaves_the_force_alone(remedy):
         assert (bounds.upper >= 2 / 3).all()
 
 
-@pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: type(r).__name__)
-def test_training_on_the_surrogate_does_what_theory_says(remedy):
+@pytest.mark.parametrize("mitigation", MITIGATIONS, ids=lambda r: type(r).__name__)
+def test_training_on_the_surrogate_does_what_theory_says(mitigation):
     """Gradient step on surrogate_loss of a pair whose chosen falls under DPO; remainder of second
     order."""
     apply, theta = model("plain")
@@ -126,7 +126,7 @@ def test_training_on_the_surrogate_does_what_theory_says(remedy):
     batch = padded([pair])
     start = responses(apply, theta, batch).logp
     kernel = pair_kernel(apply, theta, batch)
-    c, kept = remedy.update(DPO().force(start, start, batch.lengths), remedy.init(), kernel)
+    c, kept = mitigation.update(DPO().force(start, start, batch.lengths), mitigation.init(), kernel)
     assert kept == ()
     gradient = jax.grad(lambda t: surrogate_loss(responses(apply, t, batch).logp, c).sum())(theta)
     predicted = np.asarray(first_order(kernel, c)[0])

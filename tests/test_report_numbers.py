@@ -11,8 +11,8 @@ from scipy import stats
 from simgrad.bridge import ScoreTable
 from simgrad.objectives import get
 from simgrad.report.charts import number
+from simgrad.report.mitigations import filtered, needed, objective_fates, strength
 from simgrad.report.numbers import associations, by_source, regime_map, report_numbers, scores
-from simgrad.report.remedies import filtered, needed, objective_fates, strength
 from simgrad.report.summary import summarise
 
 
@@ -101,7 +101,7 @@ def test_objectives_against_the_conditions_written_out(invented):
     assert dpo.pushed_down == 0
     away = int(
         invented["grad_cosine"].argmin()
-    )  # ideal under nearly everything: remedies keep a line of their own
+    )  # ideal under nearly everything: mitigations keep a line of their own
     alone = dataclasses.replace(invented, columns={k: v[away : away + 1] for k, v in c.items()})
     first, second = objective_fates(alone)[:2]
     assert first.regimes == second.regimes

@@ -40,7 +40,7 @@ def one(things, i):
 
 
 CONFIGS = {
-    "remedies": [
+    "mitigations": [
         RunConfig(optimizer="momentum", learning_rate=0.05, steps=3, batch_size=2, mitigation=m)
         for m in ("projected", "running", "mask")
     ],
@@ -59,7 +59,7 @@ CONFIGS = {
 @pytest.mark.parametrize(
     ("what", "layout"),
     [
-        ("remedies", "a batch a seed"),
+        ("mitigations", "a batch a seed"),
         ("optimizers", "shared"),
         ("objectives and blocks", "a batch a seed"),
         ("a transformer", "shared"),
@@ -287,7 +287,7 @@ def test_optimizers_are_those_of_optax(name, clip):
         theta = jax.tree.map(jnp.add, theta, update)
 
 
-def test_names_of_remedies():
+def test_names_of_mitigations():
     kinds = [type(RunConfig(mitigation=m).recipe().mitigation).__name__ for m in MITIGATIONS]
     assert kinds == ["PairwiseNormalized", "Calibrated", "RunningCalibrated", "Projected"]
 

@@ -102,7 +102,7 @@ def test_lora_trains_the_adapters_alone_and_moves_the_policy():
 
 
 @pytest.mark.parametrize(
-    ("remedy", "where"),
+    ("mitigation", "where"),
     [
         (None, "memory"),
         (None, "disk"),
@@ -112,9 +112,9 @@ def test_lora_trains_the_adapters_alone_and_moves_the_policy():
     ],
     ids=repr,
 )
-def test_a_stopped_run_resumes_exactly(remedy, where, tmp_path):
+def test_a_stopped_run_resumes_exactly(mitigation, where, tmp_path):
     apply, theta = model("rope_gqa_head_dim")
-    extra = {"mask": SparseMask()} if remedy == "mask" else {"mitigation": remedy}
+    extra = {"mask": SparseMask()} if mitigation == "mask" else {"mitigation": mitigation}
     recipe = Recipe(DPO(), optax.adam(1e-2), steps=7, batch_size=2, **extra)
     options = {"record": 1, "probes": padded([Pair([1, 2], [3], [4])]), "watch": [[1, 2], [3]]}
     whole = train(apply, theta, BATCH, recipe, **options)
@@ -320,39 +320,39 @@ def test_a_trajectory_survives_the_disk(tmp_path):
 PAIR = padded([Pair([1, 5], [7, 2, 3, 3], [8, 2, 3, 3])])
 
 
-def one_step(remedy, rate=1e-7):
+def one_step(mitigation, rate=1e-7):
     apply, theta = model("rope_gqa_head_dim", pairs=PAIRS)
-    run = train(apply, theta, PAIR, Recipe(DPO(), optax.sgd(rate), steps=1, mitigation=remedy))
+    run = train(apply, theta, PAIR, Recipe(DPO(), optax.sgd(rate), steps=1, mitigation=mitigation))
     return apply, theta, run.trajectory.change[-1, 0] / rate
 
 
 @pytest.mark.parametrize(
-    "remedy", [PairwiseNormalized(), Calibrated(), RunningCalibrated(), Projected()], ids=repr
+    "mitigation", [PairwiseNormalized(), Calibrated(), RunningCalibrated(), Projected()], ids=repr
 )
-def test_a_remedy_changes_the_step_as_its_force_says(remedy):
-    apply, theta, change = one_step(remedy)
+def test_a_mitigation_changes_the_step_as_its_force_says(mitigation):
+    apply, theta, change = one_step(mitigation)
     kernel, logp = pair_kernel(apply, theta, PAIR), responses(apply, theta, PAIR).logp
     force = DPO().force(logp, logp, PAIR.lengths)
-    force, _ = remedy.update(force, remedy.init("float64"), kernel)
+    force, _ = mitigation.update(force, mitigation.init("float64"), kernel)
     d_w, d_l = force[:, 0], -force[:, 1]
     predicted = [
         d_w * kernel.sq_chosen - d_l * kernel.inner,
         d_w * kernel.inner - d_l * kernel.sq_rejected,
     ]
     np.testing.assert_allclose(change, np.concatenate(predicted), rtol=1e-4)
-    if not isinstance(remedy, Projected):
+    if not isinstance(mitigation, Projected):
         assert bool(band(kernel, force).inside.all())
 
 
 def test_running_calibration_is_the_bias_corrected_average():
-    remedy, kernel = RunningCalibrated(decay=0.5), pair_kernel(*model("linear_softmax"), BATCH)
+    mitigation, kernel = RunningCalibrated(decay=0.5), pair_kernel(*model("linear_softmax"), BATCH)
     random = np.random.default_rng(0)
-    average, logs = remedy.init("float64"), []
+    average, logs = mitigation.init("float64"), []
     for _ in range(3):
         d_w, d_l = jnp.asarray(random.random((2, BATCH.size)) + 0.1)
         ratio = jnp.sqrt(kernel.sq_rejected / kernel.sq_chosen) / (d_w / d_l)
         logs.append(float(0.5 * jnp.log(ratio).mean()))
-        changed, average = remedy.update(jnp.stack([d_w, -d_l], -1), average, kernel)
+        changed, average = mitigation.update(jnp.stack([d_w, -d_l], -1), average, kernel)
         weights = 0.5 ** np.arange(len(logs))[::-1]
         expected = np.exp(np.dot(weights, logs) / weights.sum())
         np.testing.assert_allclose(changed[:, 0] / d_w, expected, rtol=1e-10)

@@ -97,7 +97,8 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
         console.print(f"• {line}", highlight=False)
     if len(table):
         console.print(
-            f"• Tokens, confounds and remedies on one page: simgrad report {out}", highlight=False
+            f"• Tokens, confounds and mitigations on one page: simgrad report {out}",
+            highlight=False,
         )
 
 

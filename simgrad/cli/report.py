@@ -12,7 +12,7 @@ import tyro
 class Report:
     """Write a page about a `simgrad score` table.
 
-    It shows regimes, the worst pairs token by token, confounds and remedies.
+    It shows regimes, the worst pairs token by token, confounds and mitigations.
 
     One self-contained HTML file, and its figures as PNG in a folder beside it. Model and data are
     looked for where the table says they were; without them the page has no token colours.

@@ -95,12 +95,12 @@ def _direction(
     state, zero = begun(optimizer, trained), jax.tree.map(jnp.zeros_like, trained)
     met = _met_by_moments(optimizer, state, trained)
 
-    def slope(index: Array) -> Theta:
+    def grad(index: Array) -> Theta:
         return met(loss_gradient(apply, theta, batch.take(index), objective, reference[index]))
 
     def gather(sums: tuple[Theta, Theta], row: tuple[Array, Array]) -> tuple[tuple, None]:
         index, weight = row
-        g = slope(index)
+        g = grad(index)
         first = jax.tree.map(lambda m, x: m + weight.astype(x.dtype) * x, sums[0], g)
         return (first, jax.tree.map(lambda v, x: v + x * x / len(order), sums[1], g)), None
 
@@ -108,7 +108,7 @@ def _direction(
     weights = jnp.full(len(order), size / batch.size).at[-1].multiply(0.0 if left else 1.0)
     (mean, square), _ = jax.lax.scan(gather, (zero, zero), (order, weights))
     if left:
-        own = slope(order[-1, :left])
+        own = grad(order[-1, :left])
         mean = jax.tree.map(lambda m, x: m + (left / batch.size) * x, mean, own)
     # what stands before the moments (an L2 term) acts again when the mean is handed over
     fed = jax.tree.map(jnp.subtract, mean, met(zero))

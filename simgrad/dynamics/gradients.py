@@ -49,8 +49,8 @@ def preference_gradient(
     if recipe.mask is None and (recipe.mitigation is not None or batch_coupled(recipe.objective)):
         return _in_two_passes(model, recipe, data, learned, memory)
     one = _plain if recipe.mask is None else _masked
-    loss, slope = _in_parts(functools.partial(one, model, recipe), recipe, data, learned)
-    return loss, slope, memory
+    loss, grad = _in_parts(functools.partial(one, model, recipe), recipe, data, learned)
+    return loss, grad, memory
 
 
 def _loss(recipe: Recipe, logp: Array, data: Data) -> Array:

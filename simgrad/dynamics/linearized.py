@@ -119,8 +119,8 @@ def _kernel_flow(
         (at, seen), u = path, logp + moved(kernel, a).reshape(logp.shape)
         some = u[chosen], reference[chosen], lengths[chosen]
         force = objective.force(*some) / len(chosen)
-        slope = jnp.zeros_like(u).at[chosen].add(-force.astype(u.dtype)).reshape(-1)
-        return objective.loss(*some).mean(), slope, (at + 1, seen.at[at].set(a))
+        grad = jnp.zeros_like(u).at[chosen].add(-force.astype(u.dtype)).reshape(-1)
+        return objective.loss(*some).mean(), grad, (at + 1, seen.at[at].set(a))
 
     # the memory is the path of a itself: log-probs of every step are read off it at the end
     path = jnp.zeros((len(order) + 1, len(kernel)), logp.dtype)

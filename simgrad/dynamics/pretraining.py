@@ -119,8 +119,8 @@ def fit(
 
     def gradient(trained: Theta, index: Array, memory: Any) -> tuple[Array, Theta, Any]:
         some = jax.tree.map(lambda x: x[index], data)
-        loss, slope = jax.value_and_grad(lambda t: _loss(apply, model.whole(t), some))(trained)
-        return loss, slope, memory
+        loss, grad = jax.value_and_grad(lambda t: _loss(apply, model.whole(t), some))(trained)
+        return loss, grad, memory
 
     state = started(optimizer, model.trained, len(order))
     state = descend(gradient, optimizer, state, order, len(order))

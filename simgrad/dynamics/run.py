@@ -99,8 +99,8 @@ def descend(
         return state
 
     def body(at: Array, state: State) -> State:
-        loss, slope, memory = gradient(state.learned, order[at], state.memory)
-        update, inner = updated(optimizer, slope, state.optimizer, parameters(state))
+        loss, grad, memory = gradient(state.learned, order[at], state.memory)
+        update, inner = updated(optimizer, grad, state.optimizer, parameters(state))
         learned = jax.tree.map(jnp.add, state.learned, update)
         losses = state.losses.at[at].set(loss.astype(state.losses.dtype))
         return State(at + 1, learned, inner, memory, losses)

@@ -60,7 +60,7 @@ def train(
             (:func:`simgrad.models.add_lora`); :func:`simgrad.models.only` selects parameters.
         theta: its parameters at the start, in float32 or better.
         batch: all pairs.
-        recipe: objective, optimizer, steps, mini-batches, remedies.
+        recipe: objective, optimizer, steps, mini-batches, mitigations.
         reference: log π_ref of the pairs (None: the policy at the start).
         probes: pairs to follow that are not trained on.
         watch: prompts whose whole next-token distribution is recorded (small vocabularies).
@@ -190,8 +190,8 @@ def advance(
 
     def gradient(learned: Theta, index: Array, memory: Any) -> tuple[Array, Theta, Any]:
         whole = learned if isinstance(learned, Learned) else Learned(learned)
-        loss, slope, memory = preference_gradient(model, recipe, data.take(index), whole, memory)
-        return loss, slope if isinstance(learned, Learned) else slope.policy, memory
+        loss, grad, memory = preference_gradient(model, recipe, data.take(index), whole, memory)
+        return loss, grad if isinstance(learned, Learned) else grad.policy, memory
 
     return descend(gradient, recipe.optimizer, state, order, until)
 

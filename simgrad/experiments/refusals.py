@@ -55,7 +55,7 @@ def run(world: Refusals, seeds: Sequence[int]) -> Findings:
 
 
 def arms(world: Refusals, seeds: Sequence[int]) -> Table:
-    """DPO, its controls and its remedies: refusal of harmful and of harmless prompts."""
+    """DPO, its controls and its mitigations: refusal of harmful and of harmless prompts."""
     return Table.of(
         "arms",
         "Mean probability of a refusal on 400 harmful and 400 harmless prompts drawn afresh. "

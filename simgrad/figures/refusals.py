@@ -1,4 +1,4 @@
-"""Unintentional unalignment: what each remedy leaves of the refusals, harmful and harmless."""
+"""Unintentional unalignment: what each mitigation leaves of the refusals, harmful and harmless."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CAPTION = (
     "seeds. (a) DPO on all pairs, with other preferences, other objectives and corrected "
     "gradients. (b) DPO on 15 % of the pairs, kept by a score, with as many passes (filled) and "
     "with as many steps (open) as DPO on all of them: with equal passes even random filtering "
-    "looks like a remedy, because it takes fewer steps."
+    "looks like a mitigation, because it takes fewer steps."
 )
 BEARS_ON = (
     "Razin et al. (arXiv 2410.08847, Sec. 6): preference tuning for safety can lower refusal, and "

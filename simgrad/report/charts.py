@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
+from simgrad.report.mitigations import Strength
 from simgrad.report.numbers import RegimeMap, Score
-from simgrad.report.remedies import Strength
 
 _INK, _IDEAL = "#333333", "#4d4d4d"
 _COLUMNS = 3

@@ -1,4 +1,4 @@
-"""What a score table says, in numbers: distributions, regimes, confounds, remedies.
+"""What a score table says, in numbers: distributions, regimes, confounds, mitigations.
 
 Values that are not finite are left out of every number, and counted.
 """
@@ -16,7 +16,7 @@ from simgrad.bridge.engine.columns import PER_RATE, RISKS, score_columns
 from simgrad.bridge.engine.table import ScoreTable
 from simgrad.dynamics.agreement import partial_spearman, spearman
 from simgrad.errors import InputError
-from simgrad.report.remedies import (
+from simgrad.report.mitigations import (
     Filtered,
     ObjectiveFate,
     Strength,

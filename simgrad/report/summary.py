@@ -9,7 +9,7 @@ import numpy as np
 
 from simgrad.bridge.engine.columns import PREDICTION_COLUMNS, SCORE_COLUMNS, Column
 from simgrad.bridge.engine.table import ScoreTable
-from simgrad.report.remedies import Needed, needed
+from simgrad.report.mitigations import Needed, needed
 from simgrad.theory import Regime
 
 _PAIR = "index n_chosen n_rejected logp_chosen"
@@ -26,7 +26,7 @@ def _shown(columns: Sequence[Column], names: str) -> tuple[Column, ...]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts, worst pairs and remedies of a table.
+    """Counts, worst pairs and mitigations of a table.
 
     Attributes:
         scored: rows in the table.

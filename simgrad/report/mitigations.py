@@ -44,7 +44,7 @@ class ObjectiveFate:
     """Regimes under objectives that give every pair the same one.
 
     Attributes:
-        names: objectives at their defaults, or remedies applied to the scored one.
+        names: objectives at their defaults, or mitigations applied to the scored one.
         ratio: smallest and largest d_w/d_l over pairs and these objectives (infinite where d_l = 0,
             nan where both are 0).
         pushed_down: pairs whose chosen the loss itself pushes down, d_w < 0 (most of any of these
@@ -101,7 +101,7 @@ class Needed:
         shift: the largest factor on the push d_l: d_w / (ρ d_l). From DPO, where d_w = d_l, this is
             DPO-Shift's λ. It is not positive where no factor is enough, because d_w ≤ 0.
 
-    Source: Yuan et al., arXiv 2410.13828, Sec. 3, solved for each remedy.
+    Source: Yuan et al., arXiv 2410.13828, Sec. 3, solved for each mitigation.
     """
 
     ratio: tuple[float, float]
@@ -169,7 +169,7 @@ def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
     """Regimes under every objective that treats each pair by itself, most ideal pairs first.
 
     Hyperparameters are the defaults. Objectives without any difference on these pairs share an
-    entry, as do remedies.
+    entry, as do mitigations.
     """
     with jax.enable_x64(True):
         column = _finite(table)
