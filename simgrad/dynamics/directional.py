@@ -358,26 +358,59 @@ def directional_score(
         ValueError: a sample that is larger than the data, or too small for its groups.
     """
     follow = batch if follow is None else follow
+    return directions(apply, theta, batch, recipe, sample, groups, seed).score(apply, theta, follow)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Where a run goes, seen from all pairs or from a sample.
+
+    Attributes:
+        seen: the direction.
+        parts: those that parts of the sample see; none without a sample.
+        share: what their standard deviation counts for in the error.
+    """
+
+    seen: Theta
+    parts: tuple[Theta, ...] = ()
+    share: float = 0.0
+
+    def score(self, apply: Apply, theta: Theta, batch: Batch) -> DirectionalScore:
+        """Δlog π of any responses, and its error."""
+        change = directional_change(apply, theta, batch, self.seen)
+        if not self.parts:
+            return DirectionalScore(change, jnp.zeros_like(change))
+        each = jnp.stack([directional_change(apply, theta, batch, part) for part in self.parts])
+        return DirectionalScore(change, each.std(0, ddof=1) * self.share)
+
+
+def directions(
+    apply: Apply,
+    theta: Theta,
+    batch: Batch,
+    recipe: Recipe,
+    sample: int | None = None,
+    groups: int = 4,
+    seed: int = 0,
+) -> Directions:
+    """The direction of a run, as :func:`directional_score` takes it, for many batches to be read.
+
+    Raises:
+        ValueError: as there.
+    """
     if sample is None or sample == batch.size:
-        direction = run_direction(apply, theta, batch, recipe)
-        change = directional_change(apply, theta, follow, direction)
-        return DirectionalScore(change, jnp.zeros_like(change))
+        return Directions(run_direction(apply, theta, batch, recipe))
     if not 2 <= groups <= sample <= batch.size:
         raise ValueError(
             f"sample={sample} of {batch.size} pairs in groups={groups}: 2 <= groups <= sample <= "
             "pairs"
         )
+
+    def seen(index: np.ndarray) -> Theta:
+        size = None if recipe.batch_size is None else min(recipe.batch_size, len(index))
+        return run_direction(apply, theta, batch.take(index), recipe.replace(batch_size=size))
+
     drawn = np.random.default_rng(seed).permutation(batch.size)[:sample]
-    size = batch.size if recipe.batch_size is None else recipe.batch_size
-
-    def seen(index: np.ndarray) -> Array:
-        part = recipe.replace(
-            batch_size=None if recipe.batch_size is None else min(size, len(index))
-        )
-        direction = run_direction(apply, theta, batch.take(index), part)
-        return directional_change(apply, theta, follow, direction)
-
     each = sample // groups
-    parts = jnp.stack([seen(drawn[k * each : (k + 1) * each]) for k in range(groups)])
-    error = parts.std(0, ddof=1) * float(np.sqrt((1 - sample / batch.size) / groups))
-    return DirectionalScore(seen(drawn), error)
+    parts = tuple(seen(drawn[k * each : (k + 1) * each]) for k in range(groups))
+    return Directions(seen(drawn), parts, float(np.sqrt((1 - sample / batch.size) / groups)))

@@ -8,10 +8,30 @@ from dataclasses import dataclass
 import numpy as np
 import optax
 
+from simgrad.errors import InputError
 from simgrad.objectives import Objective, batch_coupled
 from simgrad.theory.mitigation import Mitigation, SparseMask
 from simgrad.theory.prediction.steps import require_training
 from simgrad.typing import Int
+
+
+def steps_of(epochs: int, pairs: int, batch_size: int) -> int:
+    """Updates of so many epochs: ⌈pairs / batch size⌉ each, as TRL makes them.
+
+    TRL keeps an epoch's last, smaller batch (``drop_last=False``). Every step here sees a whole
+    one: the last of an epoch takes what it lacks from the next epoch's order.
+
+    >>> steps_of(3, pairs=10, batch_size=4)
+    9
+
+    Raises:
+        InputError: a number below 1.
+    """
+    if min(epochs, pairs, batch_size) < 1:
+        raise InputError(
+            f"epochs={epochs}, pairs={pairs}, batch size={batch_size}: each must be at least 1"
+        )
+    return epochs * -(-pairs // batch_size)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from simgrad.drawing.draw import panel_letters, regime_plane
 from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED
 from simgrad.dynamics import Recipe, directional_score, train
 from simgrad.dynamics.agreement import spearman
+from simgrad.dynamics.recipe import steps_of
 from simgrad.figures.stored import NotDrawn
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
@@ -142,7 +143,7 @@ def compute(config: Config) -> Result:
     size = min(config.batch_size, len(pairs))
     table = score(policy, pairs)
     batch = padded(pairs)
-    steps = -(-config.epochs * len(pairs) // size)
+    steps = steps_of(config.epochs, len(pairs), size)
     recipe = Recipe(DPO(), optax.adam(config.learning_rate), steps, size)
     predicted = np.asarray(
         directional_score(policy.apply, policy.theta, batch, recipe).change[:, 0], float

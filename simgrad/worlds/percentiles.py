@@ -11,6 +11,7 @@ import numpy as np
 
 from simgrad.dynamics import Corpus
 from simgrad.dynamics.predictors import Setting
+from simgrad.dynamics.recipe import steps_of
 from simgrad.models import InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
@@ -141,7 +142,7 @@ class Percentiles(World):
     def settings(self, apply: Any, theta: Any, seed: int) -> dict[str, Setting]:
         """Pairs alone (SGD) and together (SGD and Adam), from one policy."""
         batch = padded(self.pairs(seed), 22, 17)
-        steps = self.n_pairs * self.epochs // self.batch_size
+        steps = steps_of(self.epochs, self.n_pairs, self.batch_size)
         alone, sgd, adam = (
             recipe_for(DPO(self.beta), kind, rate, n, size).replace(seed=seed)
             for kind, rate, n, size in (

@@ -262,7 +262,8 @@ class Refusals(World):
 
     def recipe(self, **changes: Any) -> Recipe:
         """DPO by Adam, ``epochs`` passes over all pairs."""
-        steps = self.n_pairs * self.epochs // self.batch_size
+        # batches run on from one pass into the next, so that only the last pass rounds up
+        steps = -(-self.n_pairs * self.epochs // self.batch_size)
         return recipe_for(
             DPO(self.beta), "adam", self.learning_rate, steps, self.batch_size
         ).replace(**changes)

@@ -52,8 +52,7 @@ def save(policy: Policy, folder: str | Path) -> Path:
 
     Args:
         policy: from :func:`simgrad.load`, or ``Policy(apply, theta, apply.config)`` of a
-            transformer
-            from :func:`simgrad.models.create`.
+            transformer from :func:`simgrad.models.create`.
         folder: made if need be.
 
     Returns:

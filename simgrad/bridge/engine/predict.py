@@ -6,10 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from simgrad.bridge.checkpoints.mesh import mesh_name, mesh_of, whole
@@ -20,7 +19,9 @@ from simgrad.bridge.engine.run import Progress, Task, carry_out, default_budget,
 from simgrad.bridge.engine.table import ScoreTable
 from simgrad.bridge.preferences.encoding import Encoded
 from simgrad.bridge.preferences.inputs import encoded_for
-from simgrad.dynamics import Recipe, RunConfig, Setting, directional_change, run_direction
+from simgrad.dynamics import Recipe, RunConfig, Setting
+from simgrad.dynamics.directional import Directions, directions
+from simgrad.dynamics.recipe import steps_of
 from simgrad.errors import InputError
 from simgrad.experiments.comparison import Comparison, compare
 from simgrad.models import only, responses
@@ -29,25 +30,6 @@ from simgrad.store import described, provenance, write_parquet
 from simgrad.typing import Array, Theta
 
 _GROUPS = 4  # parts of a sample whose separate directions give the error
-
-
-def steps_of(epochs: int, pairs: int, batch_size: int) -> int:
-    """Updates of so many epochs: ⌈pairs / batch size⌉ each, as TRL makes them.
-
-    TRL keeps an epoch's last, smaller batch (``drop_last=False``). Every step here sees a whole
-    one: the last of an epoch takes what it lacks from the next epoch's order.
-
-    >>> steps_of(3, pairs=10, batch_size=4)
-    9
-
-    Raises:
-        InputError: a number below 1.
-    """
-    if min(epochs, pairs, batch_size) < 1:
-        raise InputError(
-            f"epochs={epochs}, pairs={pairs}, batch size={batch_size}: each must be at least 1"
-        )
-    return epochs * -(-pairs // batch_size)
 
 
 def predict(
@@ -77,7 +59,8 @@ def predict(
         pairs: as for :func:`simgrad.score`, with the same guards.
         recipe: how the pairs are trained on. A :class:`simgrad.dynamics.RunConfig` is kept readable
             in the table's metadata.
-        epochs: passes over the pairs, in place of the recipe's steps, see :func:`steps_of`; its
+        epochs: passes over the pairs, in place of the recipe's steps, see
+            :func:`simgrad.dynamics.recipe.steps_of`; its
             batch size is then at most the number of pairs.
         sample: see only so many pairs, drawn at random, for the direction; the error of having seen
             only these is given too.
@@ -113,20 +96,13 @@ def predict(
     settings = {"recipe": run, "sample": sample, "batch_tokens": batch_tokens}
 
     @functools.cache
-    def directions() -> _Directions:
-        return _directions(policy, whole(padded(encoded.pairs), mesh), made, sample)
+    def found() -> Directions:
+        batch = whole(padded(encoded.pairs), mesh)
+        return directions(policy.apply, policy.theta, batch, made, sample, _GROUPS)
 
     def numbers(batch: Batch) -> dict[str, Array]:
-        found = directions()
-
-        def change(direction: Theta) -> Array:
-            return directional_change(policy.apply, policy.theta, batch, direction)
-
-        moved = change(found.seen)
-        error = jnp.zeros_like(moved)
-        if found.parts:
-            error = jnp.stack([change(d) for d in found.parts]).std(0, ddof=1) * found.share
-        read = Read(_logp(policy.apply, policy.theta, batch), moved, error)
+        moved = found().score(policy.apply, policy.theta, batch)
+        read = Read(_logp(policy.apply, policy.theta, batch), moved.change, moved.error)
         asked = [c for c in PREDICTION_COLUMNS if c.needs in ("forward", "direction")]
         return {c.name: c.of(read) for c in asked if c.of is not None}
 
@@ -220,36 +196,6 @@ def _for_epochs(recipe: Recipe | RunConfig, epochs: int | None, pairs: int) -> R
 
 def _readable(recipe: Recipe | RunConfig) -> dict[str, str]:
     return described(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
-
-
-class _Directions(NamedTuple):
-    """Where a run goes: as seen, by parts of the sample, and what their spread counts for."""
-
-    seen: Theta
-    parts: list[Theta]
-    share: float
-
-
-def _directions(policy: Policy, batch: Batch, recipe: Recipe, sample: int | None) -> _Directions:
-    """The direction of a run; from a sample, also of its parts, whose spread is the error.
-
-    The error is their standard deviation over √groups, times √(1 - sample/pairs). Under Adam the
-    parts' own moments make this an estimate.
-    """
-
-    def seen(index: np.ndarray | slice) -> Theta:
-        some = batch.take(index)
-        size = None if recipe.batch_size is None else min(recipe.batch_size, some.size)
-        part = recipe.replace(batch_size=size)
-        return run_direction(policy.apply, policy.theta, some, part)
-
-    if sample is None or sample == batch.size:
-        return _Directions(seen(slice(None)), [], 0.0)
-    drawn = np.random.default_rng(0).permutation(batch.size)[:sample]
-    each = sample // _GROUPS
-    parts = [seen(drawn[k * each : (k + 1) * each]) for k in range(_GROUPS)]
-    share = float(np.sqrt((1 - sample / batch.size) / _GROUPS))
-    return _Directions(seen(drawn), parts, share)
 
 
 @functools.partial(jax.jit, static_argnames="apply")

@@ -78,8 +78,7 @@ class StepChange:
 
         Beyond it a first-order statement about the response means nothing. Infinite where the
         second order vanishes, which may happen to one response of many: then the third order
-            decides, and
-        :attr:`safe_radius` is the better guide.
+        decides, and :attr:`safe_radius` is the better guide.
         """
         return _ratio(jnp.abs(self.first), jnp.abs(self.second))
 
