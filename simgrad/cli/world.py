@@ -45,8 +45,8 @@ class World:
             )
         prepare(host_devices=HOST_DEVICES)
         from simgrad import experiments, worlds
-        from simgrad.bridge.engine.table import save_findings
         from simgrad.cli.display import findings_tables
+        from simgrad.experiments.findings import save_findings
 
         world = worlds.get(self.name, **assignments(self.settings, "--set"))
         begin = time.monotonic()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from simgrad.store import provenance, write_parquet
 
 
 @dataclass(frozen=True)
@@ -166,3 +170,22 @@ class Findings:
             if table.name == name:
                 return table
         raise KeyError(f"no table {name!r}; there are: {', '.join(t.name for t in self.tables)}")
+
+
+def save_findings(found: Findings, folder: str | Path) -> list[Path]:
+    """One parquet file a table, ``WORLD.TABLE.parquet``, with knobs, claims and versions."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for table in found.tables:
+        metadata = {
+            "world": found.world,
+            "knobs": dict(found.knobs),
+            "seeds": list(found.seeds),
+            "caption": table.caption,
+            "claims": [dataclasses.asdict(claim) for claim in found.claims],
+            "provenance": provenance(),
+        }
+        written.append(folder / f"{found.world}.{table.name}.parquet")
+        write_parquet(written[-1], table.columns, metadata)
+    return written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,7 @@ import numpy as np
 
 from simgrad.bridge.preferences.encoding import Skipped
 from simgrad.errors import InputError
-from simgrad.experiments.findings import Findings
-from simgrad.store import provenance, write, write_parquet
+from simgrad.store import write, write_parquet
 
 _KEY = b"simgrad"
 
@@ -90,22 +88,3 @@ class ScoreTable:
         skipped = path.with_name(f"{path.stem}.skipped.jsonl")
         lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else []
         return cls(columns, tuple(Skipped(**json.loads(line)) for line in lines), metadata)
-
-
-def save_findings(found: Findings, folder: str | Path) -> list[Path]:
-    """One parquet file a table, ``WORLD.TABLE.parquet``, with knobs, claims and versions."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for table in found.tables:
-        metadata = {
-            "world": found.world,
-            "knobs": dict(found.knobs),
-            "seeds": list(found.seeds),
-            "caption": table.caption,
-            "claims": [dataclasses.asdict(claim) for claim in found.claims],
-            "provenance": provenance(),
-        }
-        written.append(folder / f"{found.world}.{table.name}.parquet")
-        write_parquet(written[-1], table.columns, metadata)
-    return written
