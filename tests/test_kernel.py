@@ -105,7 +105,7 @@ def test_repeated_tokens_need_the_cross_term_of_a_tied_table():
 
 
 REPEATED = [Pair([4, 4, 4], [4, 4], [4, 5]), Pair([4, 5, 4], [5, 4, 4], [4])]
-"""Tokens that are looked up, predicted, or both, several times; rows and positions of padding."""
+"""Tokens looked up, predicted, or both, several times; rows and positions that are padded."""
 
 
 def tied_table(g):
@@ -126,8 +126,7 @@ def test_a_tied_table_with_repeated_tokens_between_sides(layout, ghost):
 
 
 def test_a_tied_table_with_repeated_tokens_between_tokens():
-    """Each token's gradient by itself: that of its response up to it minus that up to the one
-    before."""
+    """A token's gradient is that of the response up to it minus that up to the one before."""
     apply, theta = model("rope_mqa_gated_tied", pairs=REPEATED)
     apply = only(apply, "embedding/*")
     for pair in REPEATED:
