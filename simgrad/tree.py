@@ -74,7 +74,7 @@ def partition(theta: Theta, patterns: Sequence[str] | None = None) -> tuple[Thet
     leaves, treedef = jax.tree.flatten(theta)
     paths = names(theta)
     for pattern in patterns or ():
-        if not pattern.startswith("!") and not any(fnmatch(name, pattern) for name in paths):
+        if not any(fnmatch(name, pattern.removeprefix("!")) for name in paths):
             raise ValueError(f"no parameter matches {pattern!r}; there are: {', '.join(paths)}")
     keep = [selected(name, patterns) for name in paths]
     if not any(keep):

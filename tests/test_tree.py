@@ -24,6 +24,9 @@ def test_partition_and_combine_are_inverse():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="no parameter matches 'c/"):
         tree.partition(THETA, ["c/*"])
+    # a misspelt exclusion would train what it means to leave out
+    with pytest.raises(ValueError, match="no parameter matches '!c/"):
+        tree.partition(THETA, ["!c/*"])
     with pytest.raises(ValueError, match="no parameter is left"):
         tree.partition(THETA, ["a/*", "!*"])
 
