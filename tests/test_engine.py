@@ -263,7 +263,7 @@ def test_scores_of_another_configuration_are_not_handed_back(policy, tmp_path, f
 
 
 def test_every_part_of_the_identity_counts(policy, tmp_path, monkeypatch):
-    """A weight between two that a sample would look at; other code; another version of JAX."""
+    """A weight between two that a sample would look at; other code; another version of optax."""
     out = tmp_path / "scores.parquet"
     simgrad.score(policy, ROWS, out=out)
     table = policy.theta["embedding"]["table"].at[3, 5].add(1e-12)
@@ -273,8 +273,10 @@ def test_every_part_of_the_identity_counts(policy, tmp_path, monkeypatch):
     with monkeypatch.context() as other, pytest.raises(RunMismatchError, match=r"run \(code: "):
         other.setattr(naming, "code", lambda module: "other")
         simgrad.score(policy, ROWS, out=out)
-    with monkeypatch.context() as other, pytest.raises(RunMismatchError, match=r"run \(jax: "):
-        other.setattr(jax, "__version__", "0.0.1")
+    installed = naming.metadata.version
+    with monkeypatch.context() as other, pytest.raises(RunMismatchError, match=r"run \(optax: "):
+        newer = {"optax": "99.0"}
+        other.setattr(naming.metadata, "version", lambda name: newer.get(name) or installed(name))
         simgrad.score(policy, ROWS, out=out)
     with pytest.raises(RunMismatchError, match=r"run \(tokenizer: "):
         simgrad.score(
