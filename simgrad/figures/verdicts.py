@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -60,7 +61,7 @@ class Result:
 def compute(config: Config) -> Result:
     """Three runs from every seed's policy."""
     world = Verdicts(steps=config.steps)
-    sgd = {"optimizer": optax.sgd(SGD_RATE)}
+    sgd: dict[str, Any] = {"optimizer": optax.sgd(SGD_RATE)}
     cases = (
         ("No ≻ Never", ("No", "Never"), {}),
         ("Yes ≻ Never", ("Yes", "Never"), {}),

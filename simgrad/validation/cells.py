@@ -291,8 +291,9 @@ def _first_alone(base: Base, force: Array) -> np.ndarray:
 
 
 def regimes_of(change: np.ndarray) -> np.ndarray:
-    """Values of :class:`simgrad.theory.Regime` of measured or predicted changes (…, 2)."""
-    return np.asarray(regime(jnp.asarray(change)))
+    """Values of :class:`simgrad.theory.Regime` of measured changes, an oracle for ``regime``."""
+    falls, rises = change[..., 0] < 0, change[..., 1] > 0
+    return np.where(falls, np.where(rises, 3, 1), np.where(rises, 2, 0))
 
 
 def _judged(

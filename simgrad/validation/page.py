@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from simgrad.drawing.style import paper_style
+from simgrad.validation import chart
 from simgrad.validation.validate import Validation
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
