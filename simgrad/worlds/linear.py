@@ -17,7 +17,7 @@ from simgrad.typing import Theta
 from simgrad.worlds.tuning import recipe_for
 from simgrad.worlds.world import World
 
-FROZEN = ("features/*",)
+FROZEN = ("!features/*",)
 
 
 @dataclass(frozen=True)
