@@ -354,6 +354,29 @@ def test_an_interrupt_while_starting_up_is_answered_in_one_line(
     assert done.stderr.strip().splitlines()[-1].startswith("Interrupted.")
 
 
+def test_an_interrupt_that_falls_into_garbage_collection_is_not_lost():
+    code = (
+        "import gc, os, signal, time\n"
+        "import simgrad.cli.commands as commands\n"
+        "from simgrad.cli import main\n"
+        "class Parsed:\n"
+        "    def run(self):\n"
+        "        def collect(phase, info):\n"
+        "            gc.callbacks.clear()\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "        gc.callbacks.append(collect)\n"
+        "        gc.collect()\n"
+        "        time.sleep(60)\n"
+        "commands.parsed = Parsed\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_worlds_are_listed_with_their_knobs_measured_and_saved(tmp_path):
     from simgrad import worlds
 
