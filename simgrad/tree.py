@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from simgrad.typing import Array, Float, Theta
 
 __all__ = [
     "accumulator",
+    "by_name",
     "combine",
     "dot",
     "inner",
@@ -32,6 +34,15 @@ def names(theta: Theta) -> list[str]:
     """
     paths, _ = zip(*jax.tree_util.tree_leaves_with_path(theta), strict=True)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+
+
+def by_name(theta: Theta) -> dict[str, Any]:
+    """Every leaf by its path, in tree order.
+
+    >>> by_name({"embedding": {"table": 0}})
+    {'embedding/table': 0}
+    """
+    return dict(zip(names(theta), jax.tree.leaves(theta), strict=True))
 
 
 def is_layered(name: str) -> bool:

@@ -142,6 +142,20 @@ def test_formulas_that_cannot_be_drawn_are_refused():
             mathml(latex, "block")
 
 
+@pytest.mark.parametrize(("page", "kind"), [("score", "score"), ("predict", "prediction")])
+def test_the_guide_shows_every_column_as_it_is_declared(page, kind):
+    from simgrad.bridge.engine import columns as declared
+
+    expected = {"score": declared.SCORE_COLUMNS, "prediction": declared.PREDICTION_COLUMNS}[kind]
+    made = runpy.run_path(str(DOCS / "tools" / "hooks.py"))["MADE"]
+    assert f"<!-- {kind} columns -->" in (DOCS / f"{page}.md").read_text("utf-8")
+    head, _, *rows = made[f"{kind} columns"]().splitlines()
+    cells = [re.split(r"(?<!\\)\|", row) for row in (head, *rows)]
+    assert {len(row) for row in cells} == {7}  # five, and what stands outside the outer bars
+    assert [row[1].strip(" `") for row in cells[1:]] == [c.name for c in expected]
+    assert all(c.meaning.replace("|", "\\|") in r for c, r in zip(expected, rows, strict=True))
+
+
 @pytest.mark.skipif(not BUILT, reason="needs the docs extra")
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     command = [

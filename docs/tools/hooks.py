@@ -1,7 +1,7 @@
-"""What the site takes from elsewhere when it is built: help texts, gallery, notebooks, MathML.
+"""What the site takes from elsewhere when it is built: help texts, columns, gallery, notebooks.
 
-Pages ask for it with comments (``<!-- help -->``, ``<!-- gallery -->``, ``<!-- notebooks -->``), so
-that nothing on them can go stale. Formulas between dollar signs on pages with ``math: true`` become
+Pages ask for it with comments (``<!-- help -->`` and the other :data:`MADE`), so that nothing on
+them can go stale. Formulas between dollar signs on pages with ``math: true`` become
 MathML, which browsers draw without scripts, fonts or network.
 """
 
@@ -58,7 +58,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in what the page asks for, and set formulas aside."""
-    for comment, make in (("help", help_texts), ("gallery", gallery), ("notebooks", notebooks)):
+    for comment, make in MADE.items():
         mark = f"<!-- {comment} -->"
         if mark in markdown:
             markdown = markdown.replace(mark, make())
@@ -151,6 +151,19 @@ def notebooks() -> str:
     )
 
 
+def columns(kind: str) -> str:
+    """The columns of a table, as :mod:`simgrad.bridge.engine.columns` declares them."""
+    from simgrad.bridge.engine.columns import PREDICTION_COLUMNS, SCORE_COLUMNS
+
+    ends = {1: "high", -1: "low", 0: ""}
+    declared = {"score": SCORE_COLUMNS, "prediction": PREDICTION_COLUMNS}[kind]
+    cells = [(f"`{c.name}`", c.label, c.meaning, c.unit, ends[c.risk]) for c in declared]
+    head = [("column", "", "meaning", "unit", "risky end"), ("---",) * 5]
+    # a bar would begin another cell
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (*head, *cells)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _list(paths: list[Path], line: Callable[[Path], str]) -> str:
     return "\n".join(f"- {line(path)}" for path in paths)
 
@@ -165,3 +178,13 @@ def _introduced(path: Path) -> str:
     return f"[{title.lstrip('# ')}](notebooks/{path.name}){{: download }}" + (
         f": {first}" if first else ""
     )
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "help": help_texts,
+    "gallery": gallery,
+    "notebooks": notebooks,
+    "score columns": lambda: columns("score"),
+    "prediction columns": lambda: columns("prediction"),
+}
+"""What takes the place of a comment."""

@@ -21,10 +21,10 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from simgrad.dynamics.run import State, Training, descend, follow, started
+from simgrad.dynamics.run import State, Training, descend, follow, recorded, started
 from simgrad.dynamics.trajectory import Trajectory
 from simgrad.models import Apply, bind
-from simgrad.models.likelihood import require_shape
+from simgrad.models.likelihood import require_shape, require_wide
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch, in_chunks
 from simgrad.theory.optimizers import begun, updated
@@ -169,9 +169,8 @@ def _require_linear(optimizer: optax.GradientTransformation, steps: int, dtype: 
     if not linear:
         raise ValueError(
             "kernel_flow needs an optimizer that is linear in the gradient and does not read the "
-            "parameters (SGD, "
-            "momentum, schedules): use linearized_run, or the kernel of a frozen preconditioner "
-            "with optax.sgd"
+            "parameters (SGD, momentum, schedules): use linearized_run, or the kernel of a frozen "
+            "preconditioner with optax.sgd"
         )
 
 
@@ -251,11 +250,7 @@ def linearized_run(
         raise ValueError(f"read={read!r}: choose 'linear' or 'ray'")
     order = _checked_order(order, batch.size, steps)
     anchor = bind(apply, theta).trained
-    if narrow := [str(x.dtype) for x in jax.tree.leaves(anchor) if x.dtype.itemsize < 4]:
-        raise ValueError(
-            f"parameters are {narrow[0]}: small steps would be rounded away; convert theta to "
-            "float32"
-        )
+    require_wide(anchor)
     delta = jax.tree.map(jnp.zeros_like, anchor)
     # the run is in δ = θ - θ₀, which keeps the digits of small steps; θ₀ is its memory
     begin = started(optimizer, delta, steps, anchor, anchor)
@@ -280,12 +275,8 @@ def linearized_run(
         return _advance(apply, theta, batch, start, order, objective, optimizer, state, until)
 
     def result(state: State, records: list) -> Training:
-        done, seen = zip(*records, strict=True)
-        columns = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
-        losses = state.losses[: int(state.step)]
-        trajectory = Trajectory(jnp.array(done), losses, start, **columns)
         end = jax.tree.map(jnp.add, state.memory, state.learned)
-        return Training(model.whole(end), state, trajectory)
+        return Training(model.whole(end), state, recorded(state, records, start))
 
     stops = sorted({*range(record or steps, steps, record or steps), steps})
     return follow(advance, begin, stops, observe, result, [(0, first)])

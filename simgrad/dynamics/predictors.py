@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simgrad.dynamics.directional import adapts, directional_change, run_direction
+from simgrad.dynamics.directional import directional_change, run_direction
 from simgrad.dynamics.linearized import linearized_run
+from simgrad.dynamics.moments import adapts
 from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.training import train
-from simgrad.models import Apply, Responses, bind, responses
+from simgrad.models import Apply, Responses, bind, responses, sequence_logp
 from simgrad.pairs import Batch, in_chunks
 from simgrad.theory import pair_kernel
 from simgrad.theory.similarity import (
@@ -150,20 +151,18 @@ def _moved(theta: Theta, direction: Theta, factor: float) -> Theta:
     return jax.tree.map(add, theta, direction, is_leaf=lambda x: x is None)
 
 
-def _logp(s: Setting, theta: Theta) -> Array:
-    return in_chunks(lambda some: responses(s.apply, theta, some).logp, s.batch)
-
-
 def _ray(s: Setting) -> Array:
     direction = run_direction(s.apply, s.theta, s.batch, s.recipe)
-    return _logp(s, _moved(s.theta, direction, 1.0)) - _logp(s, s.theta)
+    return sequence_logp(s.apply, _moved(s.theta, direction, 1.0), s.batch) - sequence_logp(
+        s.apply, s.theta, s.batch
+    )
 
 
 def _two_big_steps(s: Setting) -> Array:
-    start = _logp(s, s.theta)
+    start = sequence_logp(s.apply, s.theta, s.batch)
     halfway = _moved(s.theta, run_direction(s.apply, s.theta, s.batch, s.recipe), 0.5)
     rest = run_direction(s.apply, halfway, s.batch, s.recipe, reference=start)
-    return _logp(s, _moved(halfway, rest, 0.5)) - start
+    return sequence_logp(s.apply, _moved(halfway, rest, 0.5), s.batch) - start
 
 
 def _linearized(refresh: bool, read: str) -> Callable[[Setting], Array]:

@@ -50,21 +50,15 @@ def corpus(sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = No
             f"{len(sequences)} sequences and {len(starts)} starts: one start each, and at least one"
         )
     shape = len(sequences), max(map(len, sequences))
-    tokens, streams, weights = (
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.float32),
-    )
+    tokens, streams = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    weights = np.zeros(shape, np.float32)
     for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
         if not 1 <= start < len(sequence):
             raise ValueError(
                 f"sequence {i} of {len(sequence)} tokens has nothing to learn from token {start} on"
             )
-        (
-            tokens[i, : len(sequence)],
-            streams[i, : len(sequence)],
-            weights[i, start : len(sequence)],
-        ) = sequence, 1, 1
+        end = len(sequence)
+        tokens[i, :end], streams[i, :end], weights[i, start:end] = sequence, 1, 1
     return Corpus(jnp.asarray(tokens), jnp.asarray(streams), jnp.asarray(weights))
 
 
@@ -129,8 +123,7 @@ def fit(
 
 def _loss(apply: Apply, theta: Theta, data: Corpus) -> Float[Array, ""]:
     logits = apply(theta, data.tokens, streams=data.streams).logits[:, :-1]
-    logp = jnp.take_along_axis(logits, data.tokens[:, 1:, None], axis=-1)[
-        ..., 0
-    ] - jax.nn.logsumexp(logits, axis=-1)
+    at_target = jnp.take_along_axis(logits, data.tokens[:, 1:, None], axis=-1)[..., 0]
+    logp = at_target - jax.nn.logsumexp(logits, axis=-1)
     weights = data.weights[:, 1:].astype(logp.dtype)
     return -(weights * logp).sum() / weights.sum()

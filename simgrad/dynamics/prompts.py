@@ -14,6 +14,7 @@ import numpy as np
 
 from simgrad import tree
 from simgrad.models import Apply, LoraApply, merge_lora
+from simgrad.pairs import chunks
 from simgrad.typing import Array, Float, Int, Theta
 
 AT_ONCE = 64
@@ -74,7 +75,7 @@ class Reader:
         self, f: Callable[..., Any], sequences: Sequence[Ids], at_once: int
     ) -> Iterator[tuple[slice, Any]]:
         """``f`` of the sequences, a few at a time: which ones, and the result."""
-        for chunk in chunks(range(len(sequences)), at_once):
+        for chunk in chunks(len(sequences), at_once).tolist():
             here = slice(chunk[0], chunk[-1] + 1)
             result = f(self.apply, self.theta, *self.padded([sequences[i] for i in chunk]))
             yield here, jax.tree.map(lambda x, n=here.stop - here.start: x[:n], result)
@@ -103,8 +104,7 @@ def reader(
         if max_length is not None and len(prompt) + max_tokens > max_length:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens: with max_tokens={max_tokens} that is more "
-                "than the "
-                f"{max_length} that the model reads"
+                f"than the {max_length} that the model reads"
             )
     return Reader(apply, theta, read, vocab_size, max_length)
 
@@ -149,19 +149,6 @@ def _coarse(n: int) -> int:
     while n > 4 * step:
         step *= 2
     return -(-n // step) * step
-
-
-def chunks(items: Sequence[int], most: int) -> list[list[int]]:
-    """Groups of one size, at most ``most``; the last item fills up the last group.
-
-    >>> chunks([5, 6, 7, 8, 9], 3)
-    [[5, 6, 7], [8, 9, 9]]
-    """
-    size = -(-len(items) // -(-len(items) // most))
-    return [
-        [items[min(k, len(items) - 1)] for k in range(i, i + size)]
-        for i in range(0, len(items), size)
-    ]
 
 
 @functools.partial(jax.jit, static_argnames="apply")

@@ -108,6 +108,16 @@ def descend(
     return jax.lax.fori_loop(state.step, jnp.asarray(until, state.step.dtype), body, state)
 
 
+def recorded(
+    state: State, records: Records, reference: Float[Array, "B 2"], **config: Any
+) -> Trajectory:
+    """What a run saw until now."""
+    steps, seen = zip(*records, strict=True)
+    columns = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
+    losses = state.losses[: int(state.step)]
+    return Trajectory(jnp.asarray(steps), losses, reference, **columns, config=config)
+
+
 class DivergedError(FloatingPointError):
     """A run is no longer finite.
 

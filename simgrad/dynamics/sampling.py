@@ -16,13 +16,13 @@ from simgrad import tree
 from simgrad.dynamics.prompts import (
     AT_ONCE,
     Ids,
-    chunks,
     reader,
     require_known,
     require_positive,
     token_ids,
 )
 from simgrad.models import Apply, CachedApply, cached
+from simgrad.pairs import chunks
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
 
@@ -102,8 +102,9 @@ def sample(
     key = jax.random.key(seed)
     by_length = sorted(range(len(reading.prompts)), key=lambda i: len(reading.prompts[i]))
     parts: list[tuple[Any, Samples]] = []
-    for group in chunks(range(count), at_once):
-        for members in chunks(by_length, max(1, at_once // len(group))):
+    for group in chunks(count, at_once):
+        for some in chunks(len(by_length), max(1, at_once // len(group))):
+            members = [by_length[i] for i in some]
             keys = _keys(key, jnp.asarray(members), jnp.asarray(group))
             read = reading.padded([reading.prompts[i] for i in members], max_tokens)
             drawn = generate(*read, keys, stops, temperature or None, max_tokens)

@@ -21,8 +21,8 @@ from simgrad.dynamics.recipe import Recipe
 from simgrad.dynamics.spread import spread_in_rounds
 from simgrad.dynamics.sweep_table import SweepTable, labels
 from simgrad.dynamics.training import advance, begin, policy, prepare
-from simgrad.models import Apply, ContextApply, bind, only, responses
-from simgrad.pairs import Batch, in_chunks
+from simgrad.models import Apply, ContextApply, bind, only, sequence_logp
+from simgrad.pairs import Batch
 from simgrad.store import RowStore, identity, provenance
 from simgrad.typing import Array, Theta
 
@@ -165,7 +165,7 @@ def _running(apply: Apply, recipe: Recipe) -> Any:
         state = replace(state, optimizer=inner)
         state = advance(apply, theta, recipe, data, state, order, recipe.steps)
         after = policy(bind(apply, theta), state.learned)
-        change = in_chunks(lambda some: responses(apply, after, some).logp, batch) - data.reference
+        change = sequence_logp(apply, after, batch) - data.reference
         good = jnp.append(jnp.isfinite(state.losses), jnp.isfinite(change).all())
         bad = ~good.all()
         return {

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from simgrad.dynamics.configs import RunConfig
-from simgrad.store import load_arrays
+from simgrad.store import Columns, load_arrays
 from simgrad.typing import Float
 
 
 @dataclass(frozen=True)
-class SweepTable:
+class SweepTable(Columns):
     """One row a configuration and seed; the seeds of a configuration stand together.
 
     Columns are the configuration's fields and hyperparameters (nan or "" where it has none),
@@ -41,20 +41,8 @@ class SweepTable:
         config: fingerprints of what was run, and ``provenance``.
     """
 
-    columns: dict[str, np.ndarray]
     change: Float[np.ndarray, "runs B 2"]
     config: Mapping[str, Any]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """One column."""
-        try:
-            return self.columns[name]
-        except KeyError:
-            raise KeyError(f"no column {name!r}; there are: {', '.join(self.columns)}") from None
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.change)
 
     @classmethod
     def of(cls, columns: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> SweepTable:

@@ -15,10 +15,10 @@ import numpy as np
 from simgrad.dynamics.gradients import Data, Learned, preference_gradient
 from simgrad.dynamics.prompts import next_token_logp
 from simgrad.dynamics.recipe import Recipe
-from simgrad.dynamics.run import Records, State, Training, descend, follow, started
+from simgrad.dynamics.run import Records, State, Training, descend, follow, recorded, started
 from simgrad.dynamics.trajectory import Trajectory, from_arrays, to_arrays
-from simgrad.models import Apply, Bound, bind, responses
-from simgrad.models.likelihood import require_shape
+from simgrad.models import Apply, Bound, bind, responses, sequence_logp
+from simgrad.models.likelihood import require_shape, require_wide
 from simgrad.pairs import Batch, in_chunks
 from simgrad.store import (
     RunMismatchError,
@@ -110,10 +110,12 @@ def train(
         records = [(0, observe(state))]
         _require_start(records[0][1])
     else:
-        state, records = _continued(resume, state, recipe.steps)
-    result = functools.partial(
-        _result, bind(apply, theta), data, {"identity": run, "provenance": provenance()}
-    )
+        state, records = _continued(resume, recipe.steps)
+    made_by = provenance()
+
+    def result(state: State, records: Records) -> Training:
+        seen = recorded(state, records, data.reference, identity=run, provenance=made_by)
+        return Training(policy(bind(apply, theta), state.learned), state, seen)
 
     def keep(training: Training) -> None:
         if out is not None:
@@ -142,12 +144,7 @@ def prepare(
     reference: Float[Array, "B 2"] | None = None,
 ) -> Data:
     """The run's data with its reference's log-probs."""
-    trained = bind(apply, theta).trained
-    if narrow := [str(x.dtype) for x in jax.tree.leaves(trained) if x.dtype.itemsize < 4]:
-        raise ValueError(
-            f"parameters are {narrow[0]}: small steps would be rounded away; convert theta to "
-            "float32"
-        )
+    require_wide(bind(apply, theta).trained)
     tokens = None
     if reference is None:
         tokens = _reference(apply, theta, batch)
@@ -245,18 +242,8 @@ def _observe(
     force = recipe.objective.force(logp, data.reference, batch.lengths)
     seen |= {"logp": logp, "force": force, "probes": jnp.zeros((0, 2), logp.dtype)}
     if probes is not None:
-        seen["probes"] = in_chunks(lambda some: responses(apply, now, some).logp, probes)
+        seen["probes"] = sequence_logp(apply, now, probes)
     return seen
-
-
-def _result(
-    model: Bound, data: Data, config: dict[str, Any], state: State, records: Records
-) -> Training:
-    steps, seen = zip(*records, strict=True)
-    columns = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
-    losses = state.losses[: int(state.step)]
-    trajectory = Trajectory(jnp.asarray(steps), losses, data.reference, **columns, config=config)
-    return Training(policy(model, state.learned), state, trajectory)
 
 
 def policy(model: Bound, learned: Theta) -> Theta:
@@ -298,12 +285,10 @@ def _require_begun_alike(trajectory: Trajectory, run: Mapping[str, str]) -> None
         )
 
 
-def _continued(run: Training, fresh: State, steps: int) -> tuple[State, Records]:
+def _continued(run: Training, steps: int) -> tuple[State, Records]:
     """State and records of a run that goes on, with room for its further losses."""
     state, seen = run.state, run.trajectory
     done = int(state.step)
-    if jax.tree.structure(state.optimizer) != jax.tree.structure(fresh.optimizer):
-        raise ValueError("the run to resume has the state of another optimizer")
     if done > steps:
         raise ValueError(f"the run has taken {done} steps already, more than steps={steps}")
     room = jnp.full(steps, jnp.nan, state.losses.dtype).at[:done].set(state.losses[:done])

@@ -4,7 +4,7 @@ from simgrad.models.binding import Bound, bind, only
 from simgrad.models.cache import Cache, Rereading, cached
 from simgrad.models.config import InitScales, ModelConfig, Rope
 from simgrad.models.context import ContextApply, contexts_of, linear_softmax, unconstrained_features
-from simgrad.models.likelihood import Responses, prediction_error, responses
+from simgrad.models.likelihood import Responses, prediction_error, responses, sequence_logp
 from simgrad.models.lora import LoraApply, add_lora, merge_lora
 from simgrad.models.output import Apply, CachedApply, Memory, Output, TappedApply, Use
 from simgrad.models.transformer import Transformer, TransformerApply, init_transformer
@@ -39,6 +39,7 @@ __all__ = [
     "only",
     "prediction_error",
     "responses",
+    "sequence_logp",
     "unconstrained_features",
 ]
 

@@ -77,6 +77,14 @@ class Bound:
         """The same token by token."""
         return responses(self.apply, self.whole(trained), batch).token_logp
 
+    def require_step(self, step: Theta) -> None:
+        """Refuse a step in other parameters than those that are trained."""
+        if jax.tree.structure(step) != jax.tree.structure(self.trained):
+            raise ValueError(
+                "step is no tree of the trained parameters: give the model (simgrad.models.only) "
+                "that it was made with"
+            )
+
 
 def bind(apply: Apply, theta: Theta) -> Bound:
     """Tell the trained parameters from the rest, as ``apply.trainable`` says.

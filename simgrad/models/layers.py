@@ -173,9 +173,8 @@ def _yarn(
     factor = rope.attention_factor
     if factor is None and rope.mscale and rope.mscale_all_dim:
         factor = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
-    return frequency * (1 - divide + divide / rope.factor), magnitude(
-        1.0
-    ) if factor is None else factor
+    blended = frequency * (1 - divide + divide / rope.factor)
+    return blended, magnitude(1.0) if factor is None else factor
 
 
 def rotate(
@@ -183,12 +182,10 @@ def rotate(
 ) -> Float[Array, "N T H E"]:
     """Rotate the two halves of each head by its position's angles (Llama layout)."""
     frequency, factor = rope_frequencies(rope, x.shape[-1], max_length)
-    wide = jax.dtypes.canonicalize_dtype(
-        jnp.float64
-    )  # angles grow with position: best precision on offer
-    angle = (
-        positions.astype(wide)[:, :, None, None] * jnp.asarray(frequency, wide)[None, None, None, :]
-    )
+    # angles grow with position: best precision on offer
+    wide = jax.dtypes.canonicalize_dtype(jnp.float64)
+    frequency = jnp.asarray(frequency, wide)[None, None, None, :]
+    angle = positions.astype(wide)[:, :, None, None] * frequency
     cos, sin = ((f(angle) * factor).astype(accumulator(x.dtype)) for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

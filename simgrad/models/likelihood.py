@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from simgrad import tree
 from simgrad.models.output import Apply, Output
-from simgrad.pairs import Batch
+from simgrad.pairs import Batch, in_chunks
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
 
@@ -78,6 +78,12 @@ def read(output: Output, batch: Batch) -> Responses:
     return Responses(token_logp, logits, hidden, last_hidden)
 
 
+@functools.partial(jax.jit, static_argnames="apply")
+def sequence_logp(apply: Apply, theta: Theta, batch: Batch) -> Float[Array, "B 2"]:
+    """Log π(y | x) of both responses of every pair, in nats, a few pairs at a time."""
+    return in_chunks(lambda some: responses(apply, theta, some).logp, batch)
+
+
 def prediction_error(
     logits: Float[Array, "*rows V"],
     targets: Int[Array, "*rows"],
@@ -104,3 +110,12 @@ def require_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
     """Refuse an array of another shape: JAX would clamp indices or broadcast without a word."""
     if x.shape != shape:
         raise ValueError(f"{name} has shape {x.shape}, but {shape} is needed")
+
+
+def require_wide(trained: Theta) -> None:
+    """Refuse trained parameters below float32, in which small steps would be rounded away."""
+    if narrow := [str(x.dtype) for x in jax.tree.leaves(trained) if x.dtype.itemsize < 4]:
+        raise ValueError(
+            f"parameters are {narrow[0]}: small steps would be rounded away; convert theta to "
+            "float32"
+        )

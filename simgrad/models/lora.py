@@ -75,7 +75,7 @@ def add_lora(
         raise ValueError(f"targets takes a list of one or more patterns, got {targets!r}")
     if rank < 1:
         raise ValueError(f"rank must be positive, got {rank}")
-    leaves = dict(zip(tree.names(theta), jax.tree.leaves(theta), strict=True))
+    leaves = tree.by_name(theta)
     matrices = [name for name in leaves if name.endswith("/kernel")]
     for target in targets:
         if not any(fnmatch(name, target) for name in matrices):
@@ -106,13 +106,12 @@ def merge_lora(apply: LoraApply, theta: Theta) -> Theta:
     >>> merge_lora(LoraApply(apply, 2.0), theta)["w"].tolist()
     [[1.0, 6.0], [0.0, 1.0]]
     """
-    leaves, treedef = jax.tree.flatten(theta["base"])
     merged = []
-    for name, leaf in zip(tree.names(theta["base"]), leaves, strict=True):
+    for name, leaf in tree.by_name(theta["base"]).items():
         if name in theta["lora"]:
             a, b = theta["lora"][name]["a"], theta["lora"][name]["b"]
             leaf = leaf + jnp.asarray(apply.scale, leaf.dtype) * jnp.matmul(
                 a, b, precision="highest"
             )
         merged.append(leaf)
-    return treedef.unflatten(merged)
+    return jax.tree.structure(theta["base"]).unflatten(merged)

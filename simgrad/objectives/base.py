@@ -1,4 +1,4 @@
-"""Objectives: a loss per pair, its two coefficients by automatic differentiation, and sums."""
+"""Objectives: a loss per pair, its force by automatic differentiation, and sums."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Objective:
         reference: Float[Array, "*pairs 2"],
         lengths: Int[Array, "*pairs 2"],
     ) -> Float[Array, "*pairs 2"]:
-        """C = (d_w, -d_l) = -∂ΣL/∂log π: what the loss does to each log-prob, positive is up.
+        """The force c = (d_w, -d_l) = -∂ΣL/∂log π on each log-prob; positive is up.
 
         By automatic differentiation of the sum over all pairs given, so that objectives which
         couple pairs are differentiated whole.

@@ -5,6 +5,7 @@ the same identity give the same numbers, so that a stored result may stand for a
 interrupted run may go on (:class:`RowStore`).
 """
 
+from simgrad.store.columns import Columns
 from simgrad.store.content import digest
 from simgrad.store.files import cache_folder, load_arrays, save_arrays, write, write_parquet
 from simgrad.store.naming import (
@@ -19,6 +20,7 @@ from simgrad.store.rows import RowStore
 from simgrad.store.source import code
 
 __all__ = [
+    "Columns",
     "RowStore",
     "RunMismatchError",
     "cache_folder",

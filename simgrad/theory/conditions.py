@@ -149,11 +149,11 @@ class IdealRange:
 def ideal_range(kernel: PairKernel) -> IdealRange:
     """How much more weight the chosen needs, and may have, to rise while the rejected falls.
 
-        ⟨g_w,g_l⟩/‖g_w‖² ≤ d_w/d_l ≤ ‖g_l‖²/⟨g_w,g_l⟩     (d_l > 0; no upper bound for ⟨g_w,g_l⟩ ≤
-        0)
+        ⟨g_w,g_l⟩/‖g_w‖² ≤ d_w/d_l ≤ ‖g_l‖²/⟨g_w,g_l⟩        (d_l > 0)
 
-    It is never empty, by Cauchy-Schwarz. An objective whose d_w/d_l is below ``lower`` loses the
-    chosen (both fall); DPO, IPO and the like have d_w/d_l = 1, SimPO |y_l|/|y_w|.
+    and there is no upper bound for ⟨g_w,g_l⟩ ≤ 0. The range is never empty, by Cauchy-Schwarz. An
+    objective whose d_w/d_l is below ``lower`` loses the chosen (both fall); DPO, IPO and the like
+    have d_w/d_l = 1, SimPO |y_l|/|y_w|.
 
     Source: Yuan et al., arXiv 2410.13828, Sec. 3, solved for d_w/d_l; the case d_l < 0 is derived
     here.

@@ -3,12 +3,11 @@
 A group update is -∇L = Σ_j a_j ∇ log π(y_j), a_j > 0 for responses to be reinforced. To first order
 (and for the unembedding W alone, from the forward pass),
 
-    d/dt log π(y_i) = Σ_j a_j K_ij,    K_ij = Σ_{k,m} ⟨h_k^i, h_m^j⟩ α_km^{ij},    α_km^{ij} =
-    ⟨e_k^i, e_m^j⟩
+    d/dt log π(y_i) = Σ_j a_j K_ij,    K_ij = Σ_{k,m} ⟨h_k^i, h_m^j⟩ α_km^{ij}
 
-with errors e = e_y - π. Everything is accumulated over blocks of R x G R token pairs, one response
-at a time; no gradient and no token x token x vocabulary array is formed. ``G`` counts a group's
-responses.
+with α_km^{ij} = ⟨e_k^i, e_m^j⟩ of the errors e = e_y - π. Everything is accumulated over blocks of
+R x G R token pairs, one response at a time; no gradient and no token x token x vocabulary array is
+formed. ``G`` counts a group's responses.
 
 How a paper scales a_j (division by the standard deviation, by lengths, by G) differs between papers
 and between implementations, so the weights are an argument; :func:`group_advantages` is one choice.

@@ -29,14 +29,11 @@ from simgrad.typing import Theta
 
 _ORDER = ("llama", "gpt2", "qwen2", "mistral")
 _INDEX = "model.safetensors.index.json"
-_TOKEN_IDS = (
-    "bos_token_id",
-    "eos_token_id",
-)  # not pad's: transformers keeps gradients from its embedding
+# not pad's: transformers keeps gradients from its embedding
+_TOKEN_IDS = ("bos_token_id", "eos_token_id")
 _TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-    "added_tokens.json "
-    "vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json".split()
+    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json vocab.json "
+    "vocab.txt added_tokens.json merges.txt chat_template.jinja chat_template.json".split()
 )
 
 
@@ -60,13 +57,12 @@ def save(policy: Policy, folder: str | Path) -> Path:
 
     Raises:
         UnsupportedCheckpointError: no family expresses the model; names the nearest one, and each
-        attribute
-            that would have to be different. Or transformers would not read the tokenizer back as it
-            is.
+            attribute that would have to be different. Or transformers would not read the tokenizer
+            back as it is.
         InputError: parameters that do not fit the configuration, by name; adapters that are not
-        merged. FileExistsError: the folder holds an adapter, another program's config.json, or a
-        tokenizer while
-            the policy has none.
+            merged.
+        FileExistsError: the folder holds an adapter, another program's config.json, or a tokenizer
+            while the policy has none.
     """
     folder = Path(folder)
     leaves = _leaves(policy)
@@ -83,9 +79,8 @@ def save(policy: Policy, folder: str | Path) -> Path:
         tensors = _tensors(kind, policy.config, leaves)
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         _write_texts(temporary, text, policy.tokenizer)
-        shutil.copymode(
-            temporary / "config.json", temporary / "model.safetensors"
-        )  # else for its owner only
+        # else for its owner only
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         written = [
             path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()
         ]
@@ -117,14 +112,8 @@ def _leaves(policy: Policy) -> dict[str, np.ndarray]:
     if _meaning(vars(apply.config)) != _meaning(vars(config)):
         raise InputError("policy.apply.config and policy.config describe different models")
     abstract = jax.eval_shape(lambda: init_transformer(replace(config, dtype="float32")))
-    shapes = {
-        p: x.shape for p, x in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True)
-    }
-    given = (
-        dict(zip(tree.names(theta), jax.tree.leaves(theta), strict=True))
-        if jax.tree.leaves(theta)
-        else {}
-    )
+    shapes = {path: x.shape for path, x in tree.by_name(abstract).items()}
+    given = tree.by_name(theta) if jax.tree.leaves(theta) else {}
     problems = [f"{path} is missing" for path in shapes if path not in given]
     problems += [f"{path} has no place in the model" for path in given if path not in shapes]
     dtype = jnp.dtype(config.dtype)

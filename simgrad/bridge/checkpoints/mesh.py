@@ -24,14 +24,8 @@ from simgrad.typing import Array, Theta
 _DATA, MODEL = "data", "model"
 """Names of the axes."""
 
-_OUTPUT = (
-    "query",
-    "key",
-    "value",
-    "up",
-    "gate",
-)  # their outputs are split, and what reads these by its inputs
-_INPUT = ("output", "down")
+# linear maps whose outputs are split, and those that read these, split by their inputs
+_OUTPUT, _INPUT = ("query", "key", "value", "up", "gate"), ("output", "down")
 
 
 def device_mesh(data: int = 1, model: int = 1) -> Mesh:
@@ -136,10 +130,8 @@ def placed(theta: Theta, config: ModelConfig, mesh: Mesh) -> Theta:
         sharding, host = NamedSharding(mesh, spec(path, config, mesh.shape[MODEL])), np.asarray(x)
         return split_array(host.shape, sharding, lambda index: host[index])
 
-    leaves, treedef = jax.tree.flatten(theta)
-    return treedef.unflatten(
-        [place(path, x) for path, x in zip(tree.names(theta), leaves, strict=True)]
-    )
+    parts = [place(path, x) for path, x in tree.by_name(theta).items()]
+    return jax.tree.structure(theta).unflatten(parts)
 
 
 def mesh_of(theta: Theta) -> Mesh | None:

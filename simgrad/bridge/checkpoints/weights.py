@@ -58,10 +58,7 @@ def parameters(
             the headers.
     """
     abstract = jax.eval_shape(lambda: init_transformer(config))
-    shapes = {
-        path: x.shape
-        for path, x in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True)
-    }
+    shapes = {path: x.shape for path, x in tree.by_name(abstract).items()}
     sources, dtype = family.sources(config), jnp.dtype(config.dtype)
     tensors = _tensors(_weight_files(folder), family, config, shapes)
 

@@ -1,7 +1,7 @@
 """The columns of tables, each declared once, and the program that computes them.
 
-The engine, ``help(simgrad.score)``, the printed summary and the report read these declarations. To
-add a score, add one :class:`Column`.
+The engine, ``help(simgrad.score)``, the printed summary, the report and the documentation read
+these declarations. To add a score, add one :class:`Column`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from simgrad.dynamics.directional import Directions, directions
 from simgrad.dynamics.recipe import steps_of
 from simgrad.errors import InputError
 from simgrad.experiments.comparison import Comparison, compare
-from simgrad.models import only, responses
+from simgrad.models import only, sequence_logp
 from simgrad.pairs import Batch, Pair, padded
 from simgrad.store import described, provenance, write_parquet
-from simgrad.typing import Array, Theta
+from simgrad.typing import Array
 
 _GROUPS = 4  # parts of a sample whose separate directions give the error
 
@@ -60,8 +60,8 @@ def predict(
         recipe: how the pairs are trained on. A :class:`simgrad.dynamics.RunConfig` is kept readable
             in the table's metadata.
         epochs: passes over the pairs, in place of the recipe's steps, see
-            :func:`simgrad.dynamics.recipe.steps_of`; its
-            batch size is then at most the number of pairs.
+            :func:`simgrad.dynamics.recipe.steps_of`; its batch size is then at most the number of
+            pairs.
         sample: see only so many pairs, drawn at random, for the direction; the error of having seen
             only these is given too.
         max_length: longest prompt + response in tokens (None: what the model allows).
@@ -102,7 +102,7 @@ def predict(
 
     def numbers(batch: Batch) -> dict[str, Array]:
         moved = found().score(policy.apply, policy.theta, batch)
-        read = Read(_logp(policy.apply, policy.theta, batch), moved.change, moved.error)
+        read = Read(sequence_logp(policy.apply, policy.theta, batch), moved.change, moved.error)
         asked = [c for c in PREDICTION_COLUMNS if c.needs in ("forward", "direction")]
         return {c.name: c.of(read) for c in asked if c.of is not None}
 
@@ -196,8 +196,3 @@ def _for_epochs(recipe: Recipe | RunConfig, epochs: int | None, pairs: int) -> R
 
 def _readable(recipe: Recipe | RunConfig) -> dict[str, str]:
     return described(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
-
-
-@functools.partial(jax.jit, static_argnames="apply")
-def _logp(apply: Callable[..., Any], theta: Theta, batch: Batch) -> Array:
-    return responses(apply, theta, batch).logp

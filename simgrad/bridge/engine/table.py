@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from simgrad.bridge.preferences.encoding import Skipped
 from simgrad.errors import InputError
-from simgrad.store import write, write_parquet
+from simgrad.store import Columns, write, write_parquet
 
 _KEY = b"simgrad"
 
 
 @dataclass(frozen=True)
-class ScoreTable:
+class ScoreTable(Columns):
     """Scores as arrays: ``table["ches"]``.
 
     Attributes:
@@ -29,34 +27,8 @@ class ScoreTable:
             were read), ``provenance`` (versions, device) and ``counts``.
     """
 
-    columns: dict[str, np.ndarray]
     skipped: tuple[Skipped, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """One column."""
-        try:
-            return self.columns[name]
-        except KeyError:
-            raise KeyError(f"no column {name!r}; there are: {', '.join(self.columns)}") from None
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is such a column."""
-        return name in self.columns
-
-    def __iter__(self) -> Iterator[str]:
-        """Column names."""
-        return iter(self.columns)
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(next(iter(self.columns.values()), ()))
-
-    def to_pandas(self):
-        """The columns as a pandas DataFrame."""
-        import pandas
-
-        return pandas.DataFrame(self.columns)
 
     def save(self, path: str | Path) -> None:
         """Write a parquet file at once; skipped rows go to ``<stem>.skipped.jsonl``."""

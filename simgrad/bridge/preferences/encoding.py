@@ -298,7 +298,5 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
 def _ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
     try:
         return list(tokenizer(text, **options)["input_ids"])
-    except (
-        Exception
-    ) as error:  # tokenizers raises plain exceptions, for words it does not know for example
+    except Exception as error:  # tokenizers raises plain ones, for words it does not know say
         raise _UnusableRowError(f"the tokenizer refuses this row: {error}") from error

@@ -87,7 +87,7 @@ def collect(
     result = read(output, batch)
     error = prediction_error(result.logits, batch.targets, batch.valid)
     pull = jax.vjp(lambda h: apply.readout(theta, h), result.hidden)[1](error)[0]
-    leaves = dict(zip(tree.names(theta), jax.tree.leaves(theta), strict=True))
+    leaves = tree.by_name(theta)
     wanted = {n for n in leaves if tree.selected(n, apply.trainable)}
     (head,) = output.uses["readout"].sites
     states = _rows(result.hidden, tokens)

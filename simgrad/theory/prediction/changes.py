@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from simgrad.models import Apply, Bound, bind
+from simgrad.models import Apply, bind
 from simgrad.pairs import Batch, in_chunks, one_by_one
 from simgrad.theory.kernel.gram import PairKernel
 from simgrad.typing import Array, Float, Theta
@@ -131,17 +131,8 @@ def displacement(apply: Apply, theta: Theta, batch: Batch, step: Theta) -> StepC
     >>> displacement(apply, theta, padded([Pair([1, 2], [3], [4, 5])]), nowhere).total.tolist()
     [[0.0, 0.0]]
     """
-    require_step(bind(apply, theta), step)
+    bind(apply, theta).require_step(step)
     return _displacement(apply, theta, batch, step)
-
-
-def require_step(model: Bound, step: Theta) -> None:
-    """Refuse a step in other parameters than those that are trained."""
-    if jax.tree.structure(step) != jax.tree.structure(model.trained):
-        raise ValueError(
-            "step is no tree of the trained parameters: give the model (simgrad.models.only) that "
-            "it was made with"
-        )
 
 
 @functools.partial(jax.jit, static_argnames="apply")

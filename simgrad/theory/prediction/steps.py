@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simgrad.models import Apply, Bound, bind
+from simgrad.models import Apply, Bound, bind, sequence_logp
 from simgrad.models.likelihood import require_shape
 from simgrad.objectives import Objective
-from simgrad.pairs import AT_ONCE, Batch, chunks, in_chunks
+from simgrad.pairs import AT_ONCE, Batch, chunks
 from simgrad.theory.optimizers import begun, updated
 from simgrad.typing import Array, Float, Theta
 
@@ -77,7 +77,7 @@ def loss_gradient(
     """
     model = bind(apply, theta)
     # the force first, from forward passes alone, then the gradient a few pairs at a time
-    logp = in_chunks(lambda some: model.logp(model.trained, some), batch)
+    logp = sequence_logp(apply, theta, batch)
     against = logp if reference is None else reference
     require_shape("reference", against, (batch.size, 2))
     force = objective.force(logp, against, batch.lengths) / batch.size
