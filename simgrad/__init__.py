@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Policy", "ScoreTable", "load", "save", "score", "write_report"]
-_MODULES = ("bridge", "dynamics", "models", "objectives", "pairs", "theory", "tree", "worlds")
+_MODULES = tuple(
+    "bridge dynamics experiments models objectives pairs report store theory tree worlds".split()
+)
 
 
 def __dir__() -> list[str]:

@@ -6,8 +6,8 @@ A mitigation acts in one of four places:
   are in :mod:`simgrad.objectives`;
 * on the force (d_w, -d_l) of a pair, given its kernel: :class:`PairwiseNormalized`,
   :class:`Calibrated`, :class:`RunningCalibrated`, :class:`Projected` here. Theory predicts with the
-  changed numbers (:func:`simgrad.theory.first_order`), training differentiates
-  :func:`surrogate_loss`;
+  changed force (:func:`simgrad.theory.first_order`), training steps along it
+  (:func:`simgrad.theory.prediction.ascent`);
 * on tokens: weights in the log-probs, :func:`contrastive_mask` and :class:`SparseMask` here, whose
   kernel is :func:`simgrad.theory.kernel.masked_kernel`;
 * on the data: :func:`keep_lowest` of any score.
@@ -40,7 +40,6 @@ __all__ = [
     "contrastive_mask",
     "keep_lowest",
     "masked_logp",
-    "surrogate_loss",
 ]
 
 
@@ -216,23 +215,6 @@ class Projected(Stateless):
         square = jnp.where(kernel.sq_chosen > 0, kernel.sq_chosen, 1.0)
         conflict = -force[..., 1] * kernel.inner / square
         return force.at[..., 0].add(jnp.maximum(conflict, 0.0))
-
-
-def surrogate_loss(
-    logp: Float[Array, "*pairs 2"], force: Float[Array, "*pairs 2"]
-) -> Float[Array, "*pairs"]:
-    """Loss of each pair whose gradient is -(d_w g_w - d_l g_l) with the force held constant.
-
-    Its value means nothing; differentiate it in a training step after a :class:`Mitigation` has set
-    the force.
-
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> force = jnp.array([[2.0, -3.0]])
-    >>> jax.grad(lambda logp: surrogate_loss(logp, force).sum())(jnp.zeros((1, 2))).tolist()
-    [[-2.0, 3.0]]
-    """
-    return -(jax.lax.stop_gradient(force) * logp).sum(-1)
 
 
 def contrastive_mask(batch: Batch) -> Float[Array, "B 2 R"]:
