@@ -38,7 +38,7 @@ class SweepTable(Columns):
     Attributes:
         columns: one array a column.
         change: Δlog π of every pair, (chosen, rejected).
-        config: fingerprints of what was run, and ``provenance``.
+        config: identity of what was run, and ``provenance``.
     """
 
     change: Float[np.ndarray, "runs B 2"]
