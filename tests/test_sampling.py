@@ -15,7 +15,7 @@ from helpers import TRANSFORMERS, VOCAB, close, model, tolerance
 
 from simgrad.dynamics import enumerate_responses, next_token_logp, sample
 from simgrad.dynamics.prompts import token_ids
-from simgrad.models import CachedApply, Rereading, add_lora, cached, merge_lora
+from simgrad.models import Apply, CachedApply, Rereading, add_lora, cached, merge_lora
 from simgrad.pairs import Pair, padded
 from simgrad.theory import responses
 
@@ -158,16 +158,14 @@ def test_models_without_a_cache_give_the_same_samples():
     apply, theta = model("rope_mqa_gated_tied")
 
     @dataclass(frozen=True)
-    class Plain:
+    class Plain(Apply):
         """A user's model: nothing but what every model has."""
-
-        trainable: tuple[str, ...] = ()
 
         def readout(self, theta, hidden):
             return apply.readout(theta, hidden)
 
-        def __call__(self, theta, tokens, positions=None, streams=None, rows=None):
-            return apply(theta, tokens, positions, streams, rows)
+        def read(self, theta, inputs):
+            return apply.read(theta, inputs)
 
     assert isinstance(cached(Plain()), Rereading)
     fast, slow = (sample(one, theta, PROMPTS, 6, STOP, count=3) for one in (apply, Plain()))
@@ -233,15 +231,13 @@ def test_sampling_stops_when_all_have_ended():
     calls = []
 
     @dataclass(frozen=True)
-    class Counted:
-        trainable: tuple[str, ...] = ()
-
+    class Counted(Apply):
         def readout(self, theta, hidden):
             return apply.readout(theta, hidden)
 
-        def __call__(self, *arguments):
+        def read(self, theta, inputs):
             jax.debug.callback(lambda: calls.append(1))
-            return apply(*arguments)
+            return apply.read(theta, inputs)
 
     samples = sample(Counted(), theta, PROMPTS, 27, STOP, temperature=5.0)
     jax.effects_barrier()

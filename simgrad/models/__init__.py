@@ -6,7 +6,7 @@ from simgrad.models.config import InitScales, ModelConfig, Rope
 from simgrad.models.context import ContextApply, contexts_of, linear_softmax, unconstrained_features
 from simgrad.models.likelihood import Responses, prediction_error, responses, sequence_logp
 from simgrad.models.lora import LoraApply, add_lora, merge_lora
-from simgrad.models.output import Apply, CachedApply, Memory, Output, TappedApply, Use
+from simgrad.models.output import Apply, CachedApply, Inputs, Memory, Output, TappedApply, Use
 from simgrad.models.transformer import Transformer, TransformerApply, init_transformer
 from simgrad.typing import Theta
 
@@ -17,6 +17,7 @@ __all__ = [
     "CachedApply",
     "ContextApply",
     "InitScales",
+    "Inputs",
     "LoraApply",
     "Memory",
     "ModelConfig",

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simgrad.models.layers import Tape, visible
-from simgrad.models.output import Use, Visit
-from simgrad.typing import Array, Float, Int
+from simgrad.models.output import Inputs, Use, Visit
+from simgrad.typing import Array, Float
 
 
 def backward(
     model: Any,
-    positions: Int[Array, "N T"],
-    streams: Int[Array, "N T"],
+    inputs: Inputs,
     uses: dict[str, Use],
     cotangents: Float[Array, "J N T D"],
     visit: Visit,
@@ -44,7 +43,8 @@ def backward(
             if name.startswith("layers/")
         }
         graph, stacked = nnx.split(model.layers)
-        at, mask = (_copied(x, copies) for x in (positions, visible(positions, streams)))
+        mask = visible(inputs.positions, inputs.streams)
+        at, mask = (_copied(x, copies) for x in (inputs.positions, mask))
 
         def step(signal: Array, layer: tuple[Any, dict[str, Use]]) -> tuple[Array, dict[str, Any]]:
             block = nnx.merge(graph, layer[0])
@@ -88,9 +88,8 @@ def _through(
         _copied(uses["state"].input, copies),
         taps,
     )
-    signal, at = jax.lax.optimization_barrier(
-        pullback(signal)
-    )  # each signal is made once, then read
+    # each signal is made once, then read
+    signal, at = jax.lax.optimization_barrier(pullback(signal))
     found: dict[str, Any] = {}
     for use in operations:
         found |= visit(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from simgrad.models.output import Apply, CachedApply, Output
+from simgrad.models.output import Apply, CachedApply, Inputs, Output
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
 
@@ -73,7 +73,7 @@ class TokenCache:
 
 
 @dataclass(frozen=True)
-class Rereading:
+class Rereading(CachedApply):
     """Any model as a :class:`simgrad.models.CachedApply`, rereading everything for each token.
 
     >>> from simgrad.models import linear_softmax
@@ -87,25 +87,13 @@ class Rereading:
 
     base: Apply
 
-    @property
-    def trainable(self) -> tuple[str, ...]:
-        """Patterns of the parameters that are trained."""
-        return self.base.trainable
+    def read(self, theta: Theta, inputs: Inputs) -> Output:
+        """The model's own output."""
+        return self.base.read(theta, inputs)
 
     def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """The model's own."""
         return self.base.readout(theta, hidden)
-
-    def __call__(
-        self,
-        theta: Theta,
-        tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"] | None = None,
-        streams: Int[Array, "N T"] | None = None,
-        rows: Int[Array, "N Q"] | None = None,
-    ) -> Output:
-        """The model's own output."""
-        return self.base(theta, tokens, positions, streams, rows)
 
     def cache(self, theta: Theta, sequences: int, size: int) -> TokenCache:
         """No tokens yet."""

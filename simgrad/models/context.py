@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad.models.layers import unembedded, visible
-from simgrad.models.output import Output, plain
+from simgrad.models.output import Apply, Inputs, Output
 from simgrad.pairs import Pair
 from simgrad.tree import accumulator
 from simgrad.typing import Array, Float, Int, Theta
@@ -37,7 +37,7 @@ def contexts_of(pairs: Sequence[Pair]) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclass(frozen=True)
-class ContextApply:
+class ContextApply(Apply):
     """``apply`` of a context table; theta = {"features": {"table"}, "unembedding": {"table"}}.
 
     A context that the table does not hold has features NaN, so that it cannot pass unnoticed.
@@ -46,29 +46,22 @@ class ContextApply:
     contexts: tuple[tuple[int, ...], ...]
     trainable: tuple[str, ...] = ()
 
-    def __call__(
-        self,
-        theta: Theta,
-        tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"] | None = None,
-        streams: Int[Array, "N T"] | None = None,
-        rows: Int[Array, "N Q"] | None = None,
-    ) -> Output:
+    def read(self, theta: Theta, inputs: Inputs) -> Output:
         """Logits ``W h`` and the features h."""
-        positions, streams = plain(tokens, positions, streams)
-        index = self._lookup(tokens, positions, streams)
+        index = self._lookup(inputs)
         features = theta["features"]["table"]
         hidden = jnp.where((index >= 0)[:, :, None], features[index], jnp.nan)
-        hidden = jnp.where((streams > 0)[:, :, None], hidden, jnp.zeros((), features.dtype))
-        read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
-        return Output(self.readout(theta, read), hidden)
+        there = (inputs.streams > 0)[:, :, None]
+        hidden = jnp.where(there, hidden, jnp.zeros((), features.dtype))
+        return Output(self.readout(theta, inputs.wanted(hidden)), hidden)
 
     def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """W h."""
         return unembedded(hidden, theta["unembedding"]["table"])
 
-    def _lookup(self, tokens: Array, positions: Array, streams: Array) -> Int[Array, "N T"]:
+    def _lookup(self, inputs: Inputs) -> Int[Array, "N T"]:
         """Row of the context read at each position, -1 where there is none."""
+        tokens, positions = inputs.tokens, inputs.positions
         longest = max(len(c) for c in self.contexts)
         table = np.full((len(self.contexts), longest), -1, np.int32)
         for i, context in enumerate(self.contexts):
@@ -78,7 +71,7 @@ class ContextApply:
             positions[:, None, :, None]
             == jnp.arange(longest, dtype=positions.dtype)[None, None, None, :]
         )
-        seen = visible(positions, streams)[:, :, :, None] & at
+        seen = visible(positions, inputs.streams)[:, :, :, None] & at
         prefix = jnp.where(seen, tokens[:, None, :, None] + 1, 0).max(axis=2) - 1
         same = (prefix[:, :, None, :] == jnp.asarray(table, tokens.dtype)[None, None]).all(-1)
         same = same & (positions < longest)[:, :, None]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models.output import Apply, Output
+from simgrad.models.output import Apply, Inputs, Output
 from simgrad.pairs import Batch, in_chunks
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
@@ -38,10 +38,13 @@ class Responses:
         return self.token_logp.sum(-1)
 
 
-def flat_rows(batch: Batch) -> Int[Array, "N Q"]:
-    """The batch's rows as each of its N = B S sequences wants them (Q = 2 R / S)."""
-    b, s, _ = batch.tokens.shape
-    return batch.rows.reshape(b * s, -1)
+def sequences(batch: Batch) -> Inputs:
+    """The N = B S sequences of a batch, logits asked for on the response rows (Q = 2 R / S)."""
+    b, s, t = batch.tokens.shape
+    tokens, positions, streams = (
+        x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams)
+    )
+    return Inputs(tokens, positions, streams, batch.rows.reshape(b * s, -1))
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -56,12 +59,10 @@ def responses(apply: Apply, theta: Theta, batch: Batch) -> Responses:
     >>> responses(apply, theta, packed([Pair([1, 2], [3], [4, 5])])).logp.shape
     (1, 2)
     """
-    b, s, t = batch.tokens.shape
-    flat = (x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams))
-    return read(apply(theta, *flat, rows=flat_rows(batch)), batch)
+    return arranged(apply.read(theta, sequences(batch)), batch)
 
 
-def read(output: Output, batch: Batch) -> Responses:
+def arranged(output: Output, batch: Batch) -> Responses:
     """Arrange a model's output on the batch's sequences by pair and response."""
     b, s, t = batch.tokens.shape
     rows, last = batch.rows, batch.last

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models.output import Apply, Output
-from simgrad.typing import Array, Float, Int, Theta
+from simgrad.models.output import Apply, Inputs, Output
+from simgrad.typing import Array, Float, Theta
 
 
 @dataclass(frozen=True)
-class LoraApply:
+class LoraApply(Apply):
     """``apply`` with adapters: theta = {"base": frozen parameters, "lora": {path: {"a", "b"}}}.
 
     A matrix W (inputs first) acts as W + scale · A B; see :func:`add_lora`.
@@ -26,16 +26,9 @@ class LoraApply:
     scale: float
     trainable: tuple[str, ...] = ("!base/*",)
 
-    def __call__(
-        self,
-        theta: Theta,
-        tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"] | None = None,
-        streams: Int[Array, "N T"] | None = None,
-        rows: Int[Array, "N Q"] | None = None,
-    ) -> Output:
+    def read(self, theta: Theta, inputs: Inputs) -> Output:
         """The base model's output at the merged parameters."""
-        return self.base(merge_lora(self, theta), tokens, positions, streams, rows)
+        return self.base.read(merge_lora(self, theta), inputs)
 
     def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """The base model's, which adapters leave alone."""

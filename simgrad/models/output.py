@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -58,36 +59,55 @@ class Output:
     uses: dict[str, Use] = field(default_factory=dict)
 
 
-def plain(
-    tokens: Int[Array, "N T"],
-    positions: Int[Array, "N T"] | None,
-    streams: Int[Array, "N T"] | None,
-) -> tuple[Int[Array, "N T"], Int[Array, "N T"]]:
-    """Positions and streams; those of plain sequences where they are not given."""
-    if positions is None:
-        here = jnp.arange(tokens.shape[1], dtype=tokens.dtype)
-        positions = jnp.broadcast_to(here[None], tokens.shape)
-    return positions, jnp.ones_like(tokens) if streams is None else streams
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """N sequences of T tokens as a model reads them.
 
-
-@runtime_checkable
-class Apply(Protocol):
-    """A model as a pure, hashable function of parameters and tokens.
-
-    ``positions`` restart at each response of a packed sequence. ``streams`` are bit sets: a token
-    sees another when it stands no earlier and all its streams are also the other's, so a prompt
-    (streams 1 and 2) is read by both responses and neither reads the other; 0 is padding. ``rows``
-    are the positions that need logits. Missing arguments mean one plain sequence.
+    Attributes:
+        tokens: ids.
+        positions: of each token; they restart at each response of a packed sequence.
+        streams: bit sets. A token sees another when it stands no earlier and all its streams are
+            also the other's, so a prompt (streams 1 and 2) is read by both responses and neither
+            reads the other; 0 is padding.
+        rows: positions that need logits (None: all).
     """
 
-    @property
-    def trainable(self) -> tuple[str, ...]:
-        """Patterns of the parameters that are trained (:func:`simgrad.tree.selected`); (): all."""
-        ...
+    tokens: Int[Array, "N T"]
+    positions: Int[Array, "N T"]
+    streams: Int[Array, "N T"]
+    rows: Int[Array, "N Q"] | None
 
-    def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """Logits of hidden states, in float32 or better."""
-        ...
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[Array, "N T"],
+        positions: Int[Array, "N T"] | None = None,
+        streams: Int[Array, "N T"] | None = None,
+        rows: Int[Array, "N Q"] | None = None,
+    ) -> Inputs:
+        """Plain sequences, but for what is given."""
+        if positions is None:
+            here = jnp.arange(tokens.shape[1], dtype=tokens.dtype)
+            positions = jnp.broadcast_to(here[None], tokens.shape)
+        return cls(tokens, positions, jnp.ones_like(tokens) if streams is None else streams, rows)
+
+    def wanted(self, hidden: Float[Array, "N T D"]) -> Float[Array, "N Q D"]:
+        """The states whose logits are asked for."""
+        if self.rows is None:
+            return hidden
+        return jnp.take_along_axis(hidden, self.rows[:, :, None], axis=1)
+
+
+class Apply(ABC):
+    """A model as a pure, hashable function of parameters and tokens: ``apply(theta, tokens, ...)``.
+
+    A subclass (a frozen dataclass) says which parameters are trained, how a batch is read and how
+    logits are read off hidden states.
+    """
+
+    trainable: tuple[str, ...] = ()
+    """Patterns of the parameters that are trained (:func:`simgrad.tree.selected`); (): all."""
 
     def __call__(
         self,
@@ -97,30 +117,30 @@ class Apply(Protocol):
         streams: Int[Array, "N T"] | None = None,
         rows: Int[Array, "N Q"] | None = None,
     ) -> Output:
+        """Logits and hidden states; see :class:`Inputs` for what is left out."""
+        return self.read(theta, Inputs.of(tokens, positions, streams, rows))
+
+    @abstractmethod
+    def read(self, theta: Theta, inputs: Inputs) -> Output:
         """Logits and hidden states."""
-        ...
+
+    @abstractmethod
+    def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Logits of hidden states, in float32 or better."""
 
 
-@runtime_checkable
-class TappedApply(Apply, Protocol):
+class TappedApply(Apply):
     """A model that can also report what its parameters acted on, and send signals back to them."""
 
-    def record(
-        self,
-        theta: Theta,
-        tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"],
-        streams: Int[Array, "N T"],
-        rows: Int[Array, "N Q"],
-    ) -> Output:
+    @abstractmethod
+    def record(self, theta: Theta, inputs: Inputs) -> Output:
         """The forward pass, with ``Output.uses`` filled in."""
-        ...
 
+    @abstractmethod
     def backward(
         self,
         theta: Theta,
-        positions: Int[Array, "N T"],
-        streams: Int[Array, "N T"],
+        inputs: Inputs,
         uses: dict[str, Use],
         cotangents: Float[Array, "J N T D"],
         visit: Visit,
@@ -131,7 +151,6 @@ class TappedApply(Apply, Protocol):
         layer are there at a time. The readout is the caller's: it reads no more than the hidden
         states.
         """
-        ...
 
 
 @runtime_checkable
@@ -143,14 +162,14 @@ class Memory(Protocol):
         ...
 
 
-@runtime_checkable
-class CachedApply(Apply, Protocol):
+class CachedApply(Apply):
     """A model that can go on from the tokens that it has read."""
 
+    @abstractmethod
     def cache(self, theta: Theta, sequences: int, size: int) -> Memory:
         """Memory for ``sequences`` sequences of at most ``size`` tokens, none of them read."""
-        ...
 
+    @abstractmethod
     def extend(
         self,
         theta: Theta,
@@ -167,4 +186,3 @@ class CachedApply(Apply, Protocol):
         replaces what was there, so a right-padded prompt is read whole and its row goes on at its
         own length.
         """
-        ...

@@ -15,7 +15,7 @@ from simgrad.models.backward import backward
 from simgrad.models.cache import Cache, Slots
 from simgrad.models.config import ModelConfig
 from simgrad.models.layers import Block, Lookup, Norm, Tape, unembedded, visible
-from simgrad.models.output import Output, Use, Visit, plain
+from simgrad.models.output import CachedApply, Inputs, Output, TappedApply, Use, Visit
 from simgrad.typing import Array, Bool, Float, Int, Theta
 
 
@@ -38,15 +38,10 @@ class Transformer(nnx.Module):
             self.unembedding = Lookup(config.vocab_size, config.width, std, dtype, rngs)
 
     def __call__(
-        self,
-        tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"],
-        mask: Bool[Array, "N T L"],
-        rows: Int[Array, "N Q"] | None,
-        tape: Tape,
-        cache: Cache | None = None,
+        self, inputs: Inputs, mask: Bool[Array, "N T L"], tape: Tape, cache: Cache | None = None
     ) -> tuple[Output, Any]:
-        """Logits at ``rows`` (everywhere if None), hidden states everywhere, the extended cache."""
+        """Logits where they are asked for, hidden states everywhere, the extended cache."""
+        tokens, positions = inputs.tokens, inputs.positions
         (x,) = tape("lookup", tokens, {"embedding": self.embedding.table[...][tokens]})
         if self.config.positions == "learned":
             (p,) = tape("lookup", positions, {"positions": self.positions.table[...][positions]})
@@ -56,7 +51,7 @@ class Transformer(nnx.Module):
         if tape.record:
             tape.uses["state"] = Use("state", (), x)
         hidden = self.final_norm(x, "final_norm", tape) if hasattr(self, "final_norm") else x
-        read = hidden if rows is None else jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
+        read = inputs.wanted(hidden)
         (logits,) = tape("readout", read, {self.head: self.readout(read)})
         return Output(logits, hidden, tape.uses), cache
 
@@ -101,7 +96,7 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
 
 
 @dataclass(frozen=True)
-class TransformerApply:
+class TransformerApply(TappedApply, CachedApply):
     """The transformer of a configuration as a pure function: ``apply(theta, tokens, ...)``.
 
     See :class:`simgrad.models.Apply` for the arguments. ``theta`` is a nested dictionary whose
@@ -118,26 +113,23 @@ class TransformerApply:
     config: ModelConfig
     trainable: tuple[str, ...] = ()
 
-    def __call__(
-        self,
-        theta: Theta,
-        tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"] | None = None,
-        streams: Int[Array, "N T"] | None = None,
-        rows: Int[Array, "N Q"] | None = None,
-    ) -> Output:
+    def read(self, theta: Theta, inputs: Inputs) -> Output:
         """Logits and hidden states."""
-        positions, streams = plain(tokens, positions, streams)
-        return self._read(theta, tokens, positions, streams, rows, Tape())
+        return self._read(theta, inputs, Tape())
 
-    def _read(self, theta: Theta, *inputs: Any) -> Output:
-        tokens, positions, streams, rows, tape = inputs
-        mask = visible(positions, streams)
-        return nnx.merge(_graph(self.config), theta)(tokens, positions, mask, rows, tape)[0]
+    def record(self, theta: Theta, inputs: Inputs) -> Output:
+        """The forward pass, and what the parameters acted on."""
+        return self._read(theta, inputs, Tape(record=True))
+
+    def _read(self, theta: Theta, inputs: Inputs, tape: Tape) -> Output:
+        return self._model(theta)(inputs, visible(inputs.positions, inputs.streams), tape)[0]
+
+    def _model(self, theta: Theta) -> Any:
+        return nnx.merge(_graph(self.config), theta)
 
     def readout(self, theta: Theta, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Logits of hidden states."""
-        return nnx.merge(_graph(self.config), theta).readout(hidden)
+        return self._model(theta).readout(hidden)
 
     def cache(self, theta: Theta, sequences: int, size: int) -> Cache:
         """Empty key and value slots for ``sequences`` sequences of at most ``size`` tokens."""
@@ -166,25 +158,13 @@ class TransformerApply:
         >>> bool(jnp.allclose(output.logits[0, 0], whole[0, 2], atol=1e-5))
         True
         """
-        model, mask = nnx.merge(_graph(self.config), theta), cache.visible(positions)
-        return model(tokens, positions, mask, rows, Tape(), cache)
-
-    def record(
-        self,
-        theta: Theta,
-        tokens: Int[Array, "N T"],
-        positions: Int[Array, "N T"],
-        streams: Int[Array, "N T"],
-        rows: Int[Array, "N Q"],
-    ) -> Output:
-        """The forward pass, and what the parameters acted on."""
-        return self._read(theta, tokens, positions, streams, rows, Tape(record=True))
+        inputs = Inputs.of(tokens, positions, rows=rows)
+        return self._model(theta)(inputs, cache.visible(positions), Tape(), cache)
 
     def backward(
         self,
         theta: Theta,
-        positions: Int[Array, "N T"],
-        streams: Int[Array, "N T"],
+        inputs: Inputs,
         uses: dict[str, Use],
         cotangents: Float[Array, "J N T D"],
         visit: Visit,
@@ -193,9 +173,7 @@ class TransformerApply:
 
         They come layer by layer.
         """
-        return backward(
-            nnx.merge(_graph(self.config), theta), positions, streams, uses, cotangents, visit
-        )
+        return backward(self._model(theta), inputs, uses, cotangents, visit)
 
 
 def init_transformer(config: ModelConfig, seed: int = 0) -> Theta:

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from simgrad import tree
-from simgrad.models import TappedApply
+from simgrad.models import Inputs, TappedApply
 from simgrad.typing import Array, Theta
 
 
@@ -115,7 +115,7 @@ class Shapes:
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 
         def arrays(theta: Theta, ids: Array) -> tuple[dict[tuple[str, ...], tuple], Array, Array]:
-            output = apply.record(theta, ids, ids, ids, ids)
+            output = apply.record(theta, Inputs(ids, ids, ids, ids))
             linear = {
                 use.sites: (use.input, use.outputs)
                 for use in output.uses.values()

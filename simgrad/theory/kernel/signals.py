@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from simgrad import tree
 from simgrad.models import Responses, TappedApply, Use, prediction_error
-from simgrad.models.likelihood import flat_rows, read
+from simgrad.models.likelihood import arranged, sequences
 from simgrad.pairs import Batch
 from simgrad.typing import Array, Float, Int, Theta
 
@@ -81,10 +81,9 @@ def collect(
         reduce: what is made of a leaf's gradients, one row a side, or K with ``tokens``.
         tokens: indices of response tokens whose gradients are wanted (None: whole responses).
     """
-    b, s, t = batch.tokens.shape
-    flat = [x.reshape(b * s, t) for x in (batch.tokens, batch.positions, batch.streams)]
-    output = apply.record(theta, flat[0], flat[1], flat[2], flat_rows(batch))
-    result = read(output, batch)
+    (b, s, _), inputs = batch.tokens.shape, sequences(batch)
+    output = apply.record(theta, inputs)
+    result = arranged(output, batch)
     error = prediction_error(result.logits, batch.targets, batch.valid)
     pull = jax.vjp(lambda h: apply.readout(theta, h), result.hidden)[1](error)[0]
     leaves = tree.by_name(theta)
@@ -112,7 +111,7 @@ def collect(
         return {path: reduce(gradient) for path, gradient in found.items() if path in wanted}
 
     cotangents = _cotangents(batch, pull, tokens)
-    found = apply.backward(theta, flat[1], flat[2], output.uses, cotangents, visit)
+    found = apply.backward(theta, inputs, output.uses, cotangents, visit)
     if (path := f"{head}/table") in wanted - set(found):
         found[path] = reduce((readout,))
     return {n: found[n] for n in leaves if n in found}, result
