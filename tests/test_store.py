@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,48 @@ def test_functions_are_named_by_what_they_do():
         return endless(n - 1)
 
     assert store.digest(endless) == store.digest(endless)
+
+
+USERS = """
+from dataclasses import dataclass
+from simgrad.objectives import Objective
+
+WEIGHT = {weight}
+
+def shaped(margin):
+    return {shape}
+
+def loss(margin):
+    return WEIGHT * shaped(margin)
+
+@dataclass(frozen=True)
+class Mine(Objective):
+    beta: float = 0.1
+
+    def per_pair(self, x):
+        return {sign}loss(self.beta * x.margin)
+"""
+
+
+def test_what_a_user_wrote_counts_down_to_what_it_calls_by_name(monkeypatch):
+    """A notebook's cell that is run again with another body must not find the old result."""
+
+    def named(weight="1.0", shape="margin**2", sign="-"):
+        module = types.ModuleType("a_notebook")
+        module.__file__ = "/home/user/a_notebook.py"
+        monkeypatch.setitem(sys.modules, "a_notebook", module)
+        exec(USERS.format(weight=weight, shape=shape, sign=sign), vars(module))
+        return store.identity("simgrad.tree", objective=module.Mine(), loss=module.loss)
+
+    first = named()
+    assert first == named()
+    assert "Mine(beta=0.1)" in first["objective"]  # still readable in a message
+    for changed in ({"weight": "2.0"}, {"shape": "margin**3"}, {"sign": "+"}):
+        other = named(**changed)
+        assert other["objective"] != first["objective"]
+        assert (other["loss"] != first["loss"]) == (changed != {"sign": "+"})
+    # of simgrad's own the code has a name already, and the text is enough
+    assert store.identity("simgrad.tree", objective=get("dpo"))["objective"] == "DPO(beta=0.1)"
 
 
 def test_digests_are_the_same_in_every_process():

@@ -6,13 +6,19 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import sys
+import sysconfig
 import types
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+PACKAGE = Path(__file__).parents[1]
+"""The folder of simgrad."""
 
 _SLAB = 2**26  # bytes of an array that are brought to the host at once
 
@@ -21,8 +27,9 @@ def digest(*things: Any) -> str:
     """Name of the full content of trees of arrays, configurations, functions and texts.
 
     Equal things have equal names in every process and on every mesh. All values count. Of a
-    function (an optimizer's update, say), its code and everything that it has closed over count.
-    Arrays of JAX never change, so that each is read once only.
+    function (an optimizer's update, say), its code and everything that it has closed over count; of
+    what a user wrote, also the functions and values that its code calls by name, and the methods of
+    its class. Arrays of JAX never change, so that each is read once only.
 
     >>> digest({"a": np.zeros(2)}) == digest({"a": np.zeros(2)}), digest(1) == digest(2)
     (True, False)
@@ -42,6 +49,22 @@ def is_record(thing: Any) -> bool:
     return dataclasses.is_dataclass(thing) and not isinstance(thing, type)
 
 
+@functools.cache
+def _is_users(module: str) -> bool:
+    """Whether a module is a user's: neither of a library nor of simgrad, whose code has a name."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    libraries = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
+    there = Path(file or "/").resolve()
+    return module == "__main__" or (
+        file is not None and not any(there.is_relative_to(x) for x in (PACKAGE, *libraries))
+    )
+
+
+def is_users(thing: Any) -> bool:
+    """Whether a user wrote this function, or the class of this object."""
+    return _is_users(getattr(thing, "__module__", ""))
+
+
 def _content(leaf: Any, within: tuple[int, ...]) -> str:
     """Text that says all about a leaf; ``within`` are the things it is part of, for cycles."""
     if isinstance(leaf, jax.Array | np.ndarray):
@@ -58,12 +81,16 @@ def _content(leaf: Any, within: tuple[int, ...]) -> str:
     if isinstance(leaf, functools.partial):
         parts: Any = (leaf.func, leaf.args, leaf.keywords)
     elif is_record(leaf):
-        parts = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+        fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+        methods = {n: f for n, f in vars(type(leaf)).items() if inspect.isfunction(f)}
+        parts = (fields, methods) if is_users(leaf) else fields
     elif callable(leaf) and hasattr(inspect.unwrap(leaf), "__code__"):
         f: Any = inspect.unwrap(leaf)
         cells = [cell.cell_contents for cell in f.__closure__ or ()]
         bound = getattr(f, "__self__", None)
-        parts = (f.__code__, f.__defaults__, f.__kwdefaults__, cells, bound)
+        known = f.__globals__ if is_users(f) else {}
+        named = {name: known[name] for name in f.__code__.co_names if name in known}
+        parts = (f.__code__, f.__defaults__, f.__kwdefaults__, cells, bound, named)
         return f"{f.__module__}.{f.__qualname__}{_digest(parts, inside)}"
     elif isinstance(leaf, set | frozenset):
         parts = sorted(_content(x, inside) for x in leaf)

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from simgrad.errors import InputError
-from simgrad.store.content import digest, is_record
-from simgrad.store.source import PACKAGE, code
+from simgrad.store.content import PACKAGE, digest, is_record, is_users
+from simgrad.store.source import code
 
 _LIBRARIES = ("jax", "jaxlib", "numpy", "optax", "scipy")  # what numbers depend on
 _READABLE = 100  # characters of a part of an identity that is kept as text
@@ -59,8 +59,8 @@ def described(**parts: Any) -> dict[str, str]:
 def _described(name: str, part: Any) -> dict[str, str]:
     text: str = part if type(part) is str else repr(part)
     if len(text) <= _READABLE and _is_plain(part):
-        return {name: text}
-    if not is_record(part):
+        return {name: f"{text} {digest(part)}" if is_users(part) else text}
+    if not is_record(part) or is_users(part):
         return {name: digest(part)}
     record: Any = part
     fields = {f"{name}.{f.name}": getattr(part, f.name) for f in dataclasses.fields(record)}

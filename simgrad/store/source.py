@@ -6,10 +6,7 @@ import ast
 import functools
 from pathlib import Path
 
-from simgrad.store.content import digest
-
-PACKAGE = Path(__file__).parents[1]
-"""The folder of simgrad."""
+from simgrad.store.content import PACKAGE, digest
 
 
 @functools.cache
