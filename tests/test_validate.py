@@ -19,7 +19,7 @@ from simgrad.validation.checks import Check, gap
 from simgrad.validation.grid import Arithmetic, Grid, optimizer
 from simgrad.validation.measure import difference, measured_along, pulled
 from simgrad.validation.statements import statements
-from simgrad.validation.subjects import subject, twin
+from simgrad.validation.subjects import base_of, subject, twin
 from simgrad.validation.validate import validate
 
 TINY = Grid(
@@ -144,24 +144,21 @@ def test_the_record_is_json_and_reproducible(tmp_path):
     assert all(before[setting(c)] == c for c in again.cells)
 
 
-WHERE = {"arithmetic": "float64", "device": "cpu"}
-
-
 @functools.cache
 def base(dtype="float64", name="linear-softmax"):
-    return cells.base_of(subject(name, TINY, dtype), TINY.objectives)
+    return base_of(subject(name, TINY, dtype), TINY.objectives, Arithmetic(dtype))
 
 
 def steps():
-    return [cells.alone(base(), base(), "dpo", TINY, WHERE)], []
+    return [cells.alone(base(), base(), "dpo", TINY)], []
 
 
 def identities():
     some = [
-        *agreement.against_reference(base(), base(), WHERE, True, False),
-        *agreement.routes(base(), TINY.rates, WHERE),
+        *agreement.against_reference(base(), base(), thorough=False),
+        *agreement.agreed(base(), agreement.routes(base(), TINY.rates)),
     ]
-    return [], [*some, *agreement.repeated(base(), TINY.rates, WHERE)]
+    return [], [*some, agreement.repeated(base(), TINY.rates)]
 
 
 def forms():
@@ -222,8 +219,8 @@ def test_steps_and_runs_of_a_transformer():
     """Routes that context tables do not take: ghost kernels, training, runs linearised anew."""
     toy = base(name="transformer")
     checks = [
-        *agreement.against_reference(toy, toy, WHERE, True, True),
-        *agreement.runs(toy, WHERE, ["adam"]),
+        *agreement.against_reference(toy, toy, thorough=True),
+        *agreement.agreed(toy, agreement.runs(toy, ["adam"])),
     ]
     assert {"pair kernel, ghost", "pair kernel, explicit", "pair kernel, plain"} <= {
         c.name for c in checks
@@ -232,13 +229,12 @@ def test_steps_and_runs_of_a_transformer():
 
 
 def test_low_precision_is_shown_but_not_judged():
-    where, low = {**WHERE, "arithmetic": "bfloat16"}, base("bfloat16")
-    wide = cells.base_of(twin(low.subject), TINY.objectives)
-    cell = cells.alone(low, wide, "dpo", TINY, where)
-    names = {
-        s.name: s
-        for s in statements([cell], [*agreement.against_reference(low, wide, where, True, False)])
-    }
+    low = base("bfloat16")
+    wide = twin(subject(low.name, TINY, "bfloat16"))
+    wide = base_of(wide, TINY.objectives, Arithmetic("float64"))
+    cell = cells.alone(low, wide, "dpo", TINY)
+    checks = agreement.against_reference(low, wide, thorough=False)
+    names = {s.name: s for s in statements([cell], checks)}
     assert names["signs/bfloat16"].holds is None
     assert names["float64/bfloat16"].holds is None
     assert names["kernels/bfloat16"].holds

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-_ORDER = "scoring logprobs gradients tokens dataset directional".split()
+    from simgrad.validation.bench.sweeps import SweepMeasurement
 
 
 @dataclass
@@ -55,8 +54,9 @@ class Bench:
         """Measure and print a line at a time."""
         from rich.console import Console
 
-        console = Console()
-        record = self._sweeps(console) if self.only == "sweeps" else self._tasks(console)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        measure = self._sweeps if self.only == "sweeps" else self._tasks
+        record = measure(console.print)
         if record["provenance"]["torch"] is None:
             console.print("torch is not installed: no comparison (pip install 'simgrad[parity]')")
         if self.out is not None:
@@ -65,101 +65,76 @@ class Bench:
             write(record, self.out)
         return 0
 
-    def _tasks(self, console: Console) -> dict[str, Any]:
+    def _tasks(self, show: Callable[[str], None]) -> dict[str, Any]:
         from simgrad.cli.runtime import prepare
 
         prepare()
-        from simgrad.validation.bench import Config, bench
+        from simgrad.validation.bench import TASKS, Config, bench
 
-        config = Config(
-            lengths=self.lengths,
-            token_lengths=self.token_lengths,
-            pairs=self.pairs,
-            repeats=self.repeats,
-            shape=self.shape,
-            depth=self.depth,
-            dtype=self.dtype,
-        )
-
-        def show(found: Any) -> None:
-            console.print(_line(found), highlight=False, soft_wrap=True)
-
-        if self.only not in ("routes", "growth"):
-            console.print(_HEAD, highlight=False, soft_wrap=True)
-        record = bench(config, show, _ORDER if self.only is None else (self.only,))
-        if record["measurements"]:
-            ceiling = max(m["ceiling"] for m in record["measurements"]) / 1e9
-            console.print(
-                f"ceiling: {ceiling:.0f} GFLOP/s, a large {self.dtype} matrix product",
-                highlight=False,
-            )
+        given = {name: x for name, x in vars(self).items() if name not in ("out", "only")}
+        tasks = tuple(TASKS) if self.only is None else (self.only,)
+        if set(tasks) & set(TASKS):
+            show("".join(f"{title:>{width}}" for title, width in _COLUMNS))
+        record = bench(Config(**given), lambda found: show(_line(found)), tasks)
+        if measured := record["measurements"]:
+            best = max(m["ceiling"] for m in measured) / 1e9
+            show(f"ceiling: {best:.0f} GFLOP/s, a large {self.dtype} matrix product")
         return record
 
-    def _sweeps(self, console: Console) -> dict[str, Any]:
+    def _sweeps(self, show: Callable[[str], None]) -> dict[str, Any]:
         from simgrad.cli.runtime import HOST_DEVICES, prepare
 
         prepare(host_devices=HOST_DEVICES)
-        from simgrad.validation.bench.sweeps import SweepConfig, SweepMeasurement, bench_sweeps
+        from simgrad.validation.bench.sweeps import SweepConfig, bench_sweeps
 
-        def show(m: SweepMeasurement) -> None:
-            line = (
-                f"{m.task:<20} {m.batch_size:>2} pairs a step  {m.runs:>4} runs   "
-                f"{m.seconds:8.4f} s/run"
-            )
-            if m.ratio is not None and m.ratio_range is not None:
-                low, high = m.ratio_range
-                line += (
-                    f"   {m.ratio:6.1f}x a PyTorch loop ({low:.1f} to {high:.1f}), "
-                    f"agrees to {m.error:.0e}"
-                )
-            console.print(
-                f"{line}   {m.compiling:.1f} s to compile", highlight=False, soft_wrap=True
-            )
-
-        return bench_sweeps(SweepConfig(repeats=self.repeats), show)
+        return bench_sweeps(SweepConfig(repeats=self.repeats), lambda m: show(_sweep_line(m)))
 
 
 _COLUMNS = (
     ("", 12), ("tokens", 10), ("s/pair", 8), ("times faster", 24), ("error", 7), ("own passes", 21),
     ("GFLOP", 8), ("ceiling", 8), ("GB moved", 10), ("memory", 9),
 )  # fmt: skip
-_HEAD = "".join(f"{title:>{width}}" for title, width in _COLUMNS)
 
 
 def _line(found: Any) -> str:
+    """A task's line of the table, or a line or two on routes or growth."""
     from simgrad.validation.bench import Growth, Route
 
     if isinstance(found, Growth):
         each = ", ".join(f"{n}: {s:.3g} s" for n, s in zip(found.sizes, found.seconds, strict=True))
         return f"{found.task:<10} by {found.grows:<7} {each}   exponent {found.exponent:.2f}"
     if isinstance(found, Route):
-        each = "   ".join(
-            f"{n} {p:.2f} ({found.measured[n]:.2f})" for n, p in found.predicted.items()
-        )
+        ways = (f"{n} {p:.2f} ({found.measured[n]:.2f})" for n, p in found.predicted.items())
         picked = f"picks {found.chosen}, fastest {found.fastest}"
-        return f"{found.prompt} + {found.response}: predicted (measured) {each}\n   {picked}"
-    low, high = found.own_range
-    ratio, error = "no torch", ""
+        lengths = f"{found.prompt} + {found.response}"
+        return f"{lengths}: predicted (measured) {'   '.join(ways)}\n   {picked}"
+    faster, error = "no torch", ""
     if found.ratio is not None:
-        ratio, error = (
-            "{:.2f} ({:.2f} to {:.2f})".format(found.ratio, *found.ratio_range),
-            f"{found.error:.0e}",
-        )
-    own, tokens = (
-        f"{found.own_limit:.2f} ({low:.2f} to {high:.2f})",
-        f"{found.prompt} + {found.response}",
-    )
+        faster, error = _ranged(found.ratio, found.ratio_range), f"{found.error:.0e}"
     values = (
-        tokens,
+        f"{found.prompt} + {found.response}",
         f"{found.seconds:.3f}",
-        ratio,
+        faster,
         error,
-        own,
+        _ranged(found.own_limit, found.own_range),
         f"{found.flops / 1e9:.3g}",
         f"{found.achieved:.0%}",
         f"{found.bytes / 1e9:.2g}",
         f"{found.temporary / 1e6:.0f} MB",
     )
-    return f"{found.task:<12}" + "".join(
-        f"{v:>{w}}" for v, (_, w) in zip(values, _COLUMNS[1:], strict=True)
-    )
+    columns = zip(values, _COLUMNS[1:], strict=True)
+    return f"{found.task:<12}" + "".join(f"{value:>{width}}" for value, (_, width) in columns)
+
+
+def _sweep_line(m: SweepMeasurement) -> str:
+    runs = f"{m.task:<20} {m.batch_size:>2} pairs a step  {m.runs:>4} runs"
+    parts = [runs, f"{m.seconds:8.4f} s/run"]
+    if m.ratio is not None and m.ratio_range is not None:
+        low, high = m.ratio_range
+        times = f"{m.ratio:6.1f}x a PyTorch loop ({low:.1f} to {high:.1f})"
+        parts.append(f"{times}, agrees to {m.error:.0e}")
+    return "   ".join([*parts, f"{m.compiling:.1f} s to compile"])
+
+
+def _ranged(median: float, reach: tuple[float, float]) -> str:
+    return f"{median:.2f} ({reach[0]:.2f} to {reach[1]:.2f})"

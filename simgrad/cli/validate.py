@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from simgrad.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from simgrad.validation.grid import Grid
     from simgrad.validation.validate import Validation
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
@@ -73,66 +76,43 @@ class Validate:
         from simgrad.validation.page import write_page
         from simgrad.validation.validate import validate
 
-        grid = self._grid()
+        grid, record = self._grid(), self.out / "validation.json"
         self.out.mkdir(parents=True, exist_ok=True)
         with progress_bar(Console(stderr=True), "Validating", unit="pieces") as progress:
             found = validate(grid, lambda what, done, of: progress(done, of))
-        found.save(self.out / "validation.json")
-        written = write_page(found, self.out)
-        _show(found, Console(), [self.out / "validation.json", *written])
+        found.save(record)
+        _show(found, Console(highlight=False), [record, *write_page(found, self.out)])
         return 1 if found.failed else 0
 
-    def _grid(self) -> Any:
+    def _grid(self) -> Grid:
         from simgrad.validation.grid import FULL, QUICK
 
-        given: dict[str, Any] = {"seed": self.seed}
-        for name in (
-            "objectives",
-            "optimizers",
-            "dtypes",
-            "precisions",
-            "learning_rates",
-            "model",
-            "data",
-            "pairs",
-        ):
-            value = getattr(self, name)
-            if value is not None and value != ():
-                given[name] = value
-        if self.models:
-            given["models"] = () if self.models == ("none",) else self.models
-        if self.max_length is not None:
-            given["max_length"] = self.max_length
+        names = {f.name for f in dataclasses.fields(QUICK)} & set(vars(self))
+        given = {name: x for name in names if (x := getattr(self, name)) not in (None, ())}
+        if self.models == ("none",):
+            given["models"] = ()
         return dataclasses.replace(FULL if self.full else QUICK, **given)
 
 
-def _show(found: Validation, console: Any, files: Sequence[Path]) -> None:
+def _show(found: Validation, console: Console, files: Sequence[Path]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "statement", "goal", "worst"):
-        right, least = title in ("goal", "worst"), {"": 5, "goal": 8}.get(title)
-        table.add_column(title, no_wrap=True, min_width=least, justify="right" if right else "left")
-    table.add_column(
-        "where", no_wrap=True, overflow="ellipsis", max_width=max(12, console.width - 64)
-    )
+    table.add_column("", no_wrap=True, min_width=5)
+    table.add_column("statement", no_wrap=True)
+    table.add_column("goal", no_wrap=True, min_width=8, justify="right")
+    table.add_column("worst", no_wrap=True, justify="right")
+    room = max(12, console.width - 64)
+    table.add_column("where", no_wrap=True, overflow="ellipsis", max_width=room)
     marks = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "[dim]shown[/]"}
     for s in found.statements:
         table.add_row(marks[s.holds], *map(escape, (s.name, s.goal, s.worst, s.where)))
     console.print(table)
-    console.print(_summary(found), highlight=False)
-    console.print("→ " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
-
-
-def _summary(found: Validation) -> str:
-    devices = found.provenance["devices"]
-    judged = [s for s in found.statements if s.holds is not None]
-    line = (
-        f"{len(found.cells)} settings, {len(found.checks)} identities on {len(devices)} x "
-        f"{devices[0]}: "
-        f"{sum(bool(s.holds) for s in judged)} of {len(judged)} statements hold"
-    )
-    if found.failed:
-        line += f"; [bold red]failed: {', '.join(s.name for s in found.failed)}[/]"
-    return line
+    devices, good = found.provenance["devices"], len(found.judged) - len(found.failed)
+    settings = f"{len(found.cells)} settings, {len(found.checks)} identities"
+    holding = f"{good} of {len(found.judged)} statements hold"
+    failed = f"; [bold red]failed: {', '.join(s.name for s in found.failed)}[/]"
+    where = f"{settings} on {len(devices)} x {devices[0]}"
+    console.print(f"{where}: {holding}{failed if found.failed else ''}")
+    console.print("→ " + ", ".join(map(str, files)), soft_wrap=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,244 +27,165 @@ from simgrad.theory import (
     token_kernel,
 )
 from simgrad.theory.kernel.pair import Method
-from simgrad.validation.cells import Base, first_update, step_of
 from simgrad.validation.checks import Check, gap
-from simgrad.validation.grid import optimizer
+from simgrad.validation.grid import TABLES, Grid, optimizer
 from simgrad.validation.measure import difference, measured_along, pulled
+from simgrad.validation.subjects import Base, joined, step_of
 
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
 """Allowed distance of kernels from float64, relative to their own norms: some hundred roundoffs."""
+ROUTES = 1e-9
+"""Allowed distance of two routes to one quantity in float64."""
 
-Where = dict[str, str]
-
-
-def _check(
-    group: str, name: str, base: Base, where: Where, error: float, limit: float | None
-) -> Check:
-    return Check(group, name, base.subject.name, error=error, limit=limit, **where)
+Both = tuple[str, Any, Any]
+"""What must agree, and two routes to it."""
 
 
-def against_reference(
-    base: Base, reference: Base, where: Where, judged: bool, thorough: bool
-) -> Iterator[Check]:
+def identities(grid: Grid, base: Base, reference: Base) -> Iterator[Check]:
+    """Everything that must agree for one model in one arithmetic."""
+    rates, tables = grid.learning_rates or grid.rates, base.name in TABLES
+    yield from against_reference(base, reference, grid.thorough)
+    yield repeated(base, rates)
+    alone = grid.subjects == (base.name,)
+    if base.arithmetic.dtype == "float64" and (grid.thorough or alone or not tables):
+        trained = ("sgd", "adam") if grid.thorough else ("adam",)
+        parts = routes(base, rates), updates(base, grid.optimizers), runs(base, trained)
+        yield from agreed(base, itertools.chain(*parts))
+
+
+def agreed(base: Base, found: Iterable[Both]) -> Iterator[Check]:
+    """Judge what :func:`routes`, :func:`updates` and :func:`runs` give."""
+    for name, ours, theirs in found:
+        yield base.check("routes", name, gap(ours, theirs), ROUTES)
+
+
+def against_reference(base: Base, reference: Base, thorough: bool) -> Iterator[Check]:
     """Kernels and log-probs against the same numbers in float64 on the CPU.
 
     The distance of a kernel is relative to ‖g‖‖g'‖, so that a small inner product of long gradients
     counts as such.
     """
-    s, dtype = base.subject, where["arithmetic"].split()[0]
-    limit = LIMITS[dtype] if judged else None
-    own = base.every[: len(s.pairs)]
+    dtype = base.arithmetic.dtype
+    limit = LIMITS[dtype] if base.arithmetic.precision == "highest" else None
+    exact, kernels = dtype == "float64", {}
     if reference is not base:
-        for (
-            objective,
-            force,
-        ) in base.alone.items():  # some amplify the rounding of log-probs: shown, but for float64
+        # some objectives amplify the rounding of log-probs: shown, but for float64
+        for objective, force in base.alone.items():
             error = gap(force, reference.alone[objective])
-            yield _check(
-                "d_w, d_l", objective, base, where, error, limit if dtype == "float64" else None
-            )
-        yield _check("kernels", "log-probs", base, where, gap(base.logp, reference.logp), limit)
-        yield _check(
-            "kernels", "pair kernel", base, where, _distance(base.kernel, reference.kernel), limit
-        )
-    methods: tuple[Method, ...] = ()  # a context table has no other route than the plain one
-    if isinstance(s.apply, TappedApply):
-        methods = (
-            ("plain", "ghost", "explicit") if thorough else ("plain",) if dtype == "float64" else ()
-        )
+            yield base.check("d_w, d_l", objective, error, limit if exact else None)
+        yield base.check("kernels", "log-probs", gap(base.logp, reference.logp), limit)
+        kernels["pair kernel"] = base.kernel
+    methods: tuple[Method, ...] = ()
+    if isinstance(base.apply, TappedApply):  # a context table has no other route than the plain one
+        methods = ("plain", "ghost", "explicit") if thorough else ("plain",) if exact else ()
     for method in methods:
-        kernel = _joined([pair_kernel(s.apply, s.theta, pair, method=method) for pair in own])
-        yield _check(
-            "kernels",
-            f"pair kernel, {method}",
-            base,
-            where,
-            _distance(kernel, reference.kernel),
-            limit,
-        )
-    if dtype == "float64" or thorough:
-        tokens = jnp.concatenate([token_kernel(s.apply, s.theta, pair).sum((2, 4)) for pair in own])
-        total = PairKernel(tokens[:, 0, 0], tokens[:, 0, 1], tokens[:, 1, 1])
-        yield _check(
-            "kernels",
-            "token kernel, summed",
-            base,
-            where,
-            _distance(total, reference.kernel),
-            limit,
-        )
+        found = (pair_kernel(*base.policy, pair, method=method) for pair in base.trained)
+        kernels[f"pair kernel, {method}"] = joined(found)
+    if exact or thorough:
+        tokens = (token_kernel(*base.policy, pair) for pair in base.trained)
+        kernels["token kernel, summed"] = joined(summed(kernel) for kernel in tokens)
+    for name, kernel in kernels.items():
+        yield base.check("kernels", name, _distance(kernel, reference.kernel), limit)
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+def summed(tokens: jax.Array) -> PairKernel:
+    """The pair kernel that a token kernel of shape (B, 2, R, 2, R) adds up to."""
+    total = tokens.sum((2, 4))
+    return PairKernel(total[:, 0, 0], total[:, 0, 1], total[:, 1, 1])
 
 
 def _distance(kernel: PairKernel, exact: PairKernel) -> float:
-    w, l = (np.sqrt(np.asarray(x, float)) for x in (exact.sq_chosen, exact.sq_rejected))  # noqa: E741
-    scales = (w * w, w * l, l * l)
-    names = ("sq_chosen", "inner", "sq_rejected")
-    parts = [
-        np.abs(np.asarray(getattr(kernel, n), float) - np.asarray(getattr(exact, n), float))
-        / np.maximum(scale, 1e-300)
-        for n, scale in zip(names, scales, strict=True)
-    ]
-    return float(np.max(parts))
+    ours, theirs = (np.asarray(x.matrix, float) for x in (kernel, exact))
+    norms = np.sqrt(np.diagonal(theirs, axis1=-2, axis2=-1))
+    scale = norms[..., :, None] * norms[..., None, :]
+    return float(np.max(np.abs(ours - theirs) / np.maximum(scale, 1e-300)))
 
 
-def routes(
-    base: Base, rates: Sequence[float], where: Where, limit: float = 1e-9
-) -> Iterator[Check]:
+def routes(base: Base, rates: Sequence[float]) -> Iterator[Both]:
     """Library functions that must agree, in float64; ``rates`` only set array shapes."""
-    s, pair = base.subject, base.every[0]
+    pair, two = base.every[0], base.every[:2]
+    force = base.alone["dpo"][:2]
+    steps = [pulled(*base.policy, p, f[None]) for p, f in zip(two, force, strict=True)]
+    change = displacement(*base.policy, pair, steps[0])
+    own = own_steps(*base.policy, pair, force[:1])
+    yield "own steps are steps on one pair", own, change
 
-    def check(name: str, ours: Any, theirs: Any) -> Check:
-        return _check("routes", name, base, where, gap(ours, theirs), limit)
-
-    force = base.alone["dpo"]
-    step = pulled(s.apply, s.theta, pair, force[:1])
-    change = displacement(s.apply, s.theta, pair, step)
-    yield check(
-        "own steps are steps on one pair", own_steps(s.apply, s.theta, pair, force[:1]), change
-    )
     rate = jnp.asarray(0.1 / float(jnp.abs(change.first).max()))
-    yield check(
-        "the path integral is the difference",
-        measured_along(s.apply, s.theta, pair, step, rate * jnp.asarray(rates) / max(rates))[-1],
-        difference(s.apply, s.theta, pair, step, rate),
-    )
-    two = s.followed.take(np.arange(2))
-    steps = [
-        pulled(s.apply, s.theta, p, f[None]) for p, f in zip(base.every[:2], force[:2], strict=True)
-    ]
+    along = rate * jnp.asarray(rates) / max(rates)
+    path = measured_along(*base.policy, pair, steps[0], along)[-1]
+    plain = difference(*base.policy, pair, steps[0], rate)
+    yield "the path integral is the difference", path, plain
+
+    kernel = entanglement_kernel(*base.policy, base.followed.take(np.arange(2)))
+    moved = jnp.einsum("uv,v->u", kernel, force.reshape(-1), precision="highest").reshape(-1, 2)
     both = jax.tree.map(jnp.add, *steps)
-    kernel = entanglement_kernel(s.apply, s.theta, two)
-    yield check(
-        "K c is the first order of a joint step",
-        jnp.einsum("uv,v->u", kernel, force[:2].reshape(-1), precision="highest").reshape(-1, 2),
-        _joined([displacement(s.apply, s.theta, p, both).first for p in base.every[:2]]),
-    )
+    first = joined(displacement(*base.policy, p, both).first for p in two)
+    yield "K c is the first order of a joint step", moved, first
 
 
-def updates(
-    base: Base, optimizers: Sequence[str], where: Where, limit: float = 1e-9
-) -> Iterator[Check]:
+def updates(base: Base, optimizers: Sequence[str]) -> Iterator[Both]:
     """Every optimizer's first update by the library against the one that the cells step along."""
-    s, loss = base.subject, objectives.get("dpo")
+    loss, reference = objectives.get("dpo"), base.references(base.logp)
     for name in optimizers:
-        reference = s.references(base.logp)
-        ours = optimizer_step(
-            s.apply, s.theta, s.batch, loss, optimizer(name), reference=reference
-        ).direction
-        yield _check(
-            "routes",
-            f"first update of {name}",
-            base,
-            where,
-            gap(ours, first_update(base, "dpo", name)),
-            limit,
-        )
+        chain = optimizer(name)
+        ours = optimizer_step(*base.policy, base.batch, loss, chain, reference=reference)
+        theirs = step_of(base, base.together["dpo"], name, settled=False)
+        yield f"first update of {name}", ours.direction, theirs
 
 
-def runs(
-    base: Base, where: Where, optimizers: Sequence[str], limit: float = 1e-9
-) -> Iterator[Check]:
+def runs(base: Base, optimizers: Sequence[str]) -> Iterator[Both]:
     """Training takes the predicted steps; relinearising at every step gives the run itself."""
-    s, loss, steps = base.subject, objectives.get("dpo"), 6
-    trained = base.every[: len(s.pairs)]
+    loss, steps = objectives.get("dpo"), 6
     for name in optimizers:
-        unit = jnp.abs(
-            _joined(
-                [
-                    displacement(s.apply, s.theta, p, step_of(base, "dpo", name)).first
-                    for p in trained
-                ]
-            )
-        )
-        recipe = Recipe(loss, optimizer(name, 0.3 / float(unit.max()) / steps), steps, batch_size=2)
-        order = jnp.asarray(recipe.order(len(s.pairs)))
-        run = train(s.apply, s.theta, s.batch, recipe, record=[1, steps])
-        step = optimizer_step(
-            s.apply, s.theta, s.batch.take(order[0]), loss, recipe.optimizer
-        ).direction
-        one = _joined([difference(s.apply, s.theta, p, step, jnp.asarray(1.0)) for p in trained])
-        error = gap(run.trajectory.change[1], one)
-        yield _check(
-            "routes", f"training takes the predicted first step ({name})", base, where, error, limit
-        )
-        same = linearized_run(
-            s.apply,
-            s.theta,
-            s.batch,
-            loss,
-            recipe.optimizer,
-            steps,
-            order=order,
-            refresh=1,
-            read="ray",
-        ).trajectory
-        error = gap(same.change[-1], run.trajectory.change[-1])
-        yield _check(
-            "routes",
-            f"linearised anew at every step it is the run ({name})",
-            base,
-            where,
-            error,
-            limit,
-        )
+        unit = step_of(base, base.together["dpo"], name)
+        change = joined(displacement(*base.policy, p, unit).first for p in base.trained)
+        rate = 0.3 / float(jnp.abs(change).max()) / steps
+        recipe = Recipe(loss, optimizer(name, rate), steps, batch_size=2)
+        order = jnp.asarray(recipe.order(len(base.pairs)))
+        run = train(*base.policy, base.batch, recipe, record=[1, steps]).trajectory.change
+
+        first = base.batch.take(order[0])
+        step = optimizer_step(*base.policy, first, loss, recipe.optimizer).direction
+        one = joined(difference(*base.policy, p, step, jnp.asarray(1.0)) for p in base.trained)
+        yield f"training takes the predicted first step ({name})", run[1], one
+
+        task = *base.policy, base.batch, loss, recipe.optimizer, steps
+        same = linearized_run(*task, order=order, refresh=1, read="ray").trajectory.change
+        yield f"linearised anew at every step it is the run ({name})", same[-1], run[-1]
 
 
-def repeated(base: Base, rates: Sequence[float], where: Where) -> Iterator[Check]:
+def repeated(base: Base, rates: Sequence[float]) -> Check:
     """Bit for bit the same when done again, at some rates.
 
     Scattered additions on GPUs are not, unless XLA_FLAGS holds --xla_gpu_deterministic_ops=true:
     without it the difference is only shown there.
     """
-    s = base.subject
-    step = step_of(base, "dpo", "sgd")
-    once, again = (
-        [
-            pair_kernel(s.apply, s.theta, base.every[0]),
-            displacement(s.apply, s.theta, base.every[-1], step),
-            measured_along(
-                s.apply, s.theta, base.every[-1], step, jnp.asarray(rates, base.logp.dtype)
-            ),
-            step_of(base, "dpo", "sgd"),
-        ]
-        for _ in range(2)
-    )
-    same = all(
-        np.array_equal(x, y)
-        for x, y in zip(*(jax.tree.leaves(r) for r in (once, again)), strict=True)
-    )
-    exact = _platform(base) in ("cpu", "tpu") or "xla_gpu_deterministic_ops=true" in os.environ.get(
-        "XLA_FLAGS", ""
-    )
+    step = step_of(base, base.together["dpo"], "sgd")
+    last, along = base.every[-1], jnp.asarray(rates, base.logp.dtype)
+
+    def everything() -> list[jax.Array]:
+        kernel = pair_kernel(*base.policy, base.every[0])
+        change = displacement(*base.policy, last, step)
+        path = measured_along(*base.policy, last, step, along)
+        again = step_of(base, base.together["dpo"], "sgd")
+        return jax.tree.leaves([kernel, change, path, again])
+
+    same = all(map(np.array_equal, everything(), everything()))
+    flags = os.environ.get("XLA_FLAGS", "")
+    exact = base.device.platform in ("cpu", "tpu") or "xla_gpu_deterministic_ops=true" in flags
     name = "kernel, prediction, measurement and step, done twice"
-    yield _check("determinism", name, base, where, float(not same), 0.0 if exact else None)
+    return base.check("determinism", name, float(not same), 0.0 if exact else None)
 
 
-def _platform(base: Base) -> str:
-    return next(iter(base.logp.devices())).platform
-
-
-def between_devices(base: Base, where: Where, devices: Sequence[Any]) -> Iterator[Check]:
+def between_devices(base: Base, devices: Sequence[Any]) -> Check:
     """A loss gradient with the pairs spread over all devices against one device's."""
-    s, loss = base.subject, objectives.get("dpo")
-    count = len(devices)
-    batch = s.batch.take(
-        np.arange(count * -(-len(s.pairs) // count)) % len(s.pairs)
-    )  # some twice: equally many each
-    mesh = Mesh(np.array(devices[:count]), ("data",))
+    loss, count = objectives.get("dpo"), len(devices)
+    each = -(-len(base.pairs) // count)  # equally many on every device: some pairs come twice
+    batch = base.batch.take(np.arange(count * each) % len(base.pairs))
+    mesh = Mesh(np.array(devices), ("data",))
     spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    everywhere = jax.device_put(s.theta, NamedSharding(mesh, PartitionSpec()))
-    ours = loss_gradient(s.apply, everywhere, spread, loss)
-    limit = 100 * float(jnp.finfo(where["arithmetic"].split()[0]).eps)
-    yield _check(
-        "devices",
-        f"a gradient over {count} devices",
-        base,
-        where,
-        gap(ours, loss_gradient(s.apply, s.theta, batch, loss)),
-        limit,
-    )
+    everywhere = jax.device_put(base.theta, NamedSharding(mesh, PartitionSpec()))
+    ours = loss_gradient(base.apply, everywhere, spread, loss)
+    error = gap(ours, loss_gradient(*base.policy, batch, loss))
+    limit = 200 * base.arithmetic.rounding
+    return base.check("devices", f"a gradient over {count} devices", error, limit)

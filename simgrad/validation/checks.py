@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,27 @@ def gap(a: Any, b: Any) -> float:
         difference = np.abs(x - y).max(initial=0.0)
         if not np.isfinite(difference):
             return float("inf")
-        worst = max(
-            worst,
-            float(difference / max(np.abs(y).max(initial=0.0), 1e-300)) if difference else 0.0,
-        )
+        if difference:
+            worst = max(worst, float(difference / max(np.abs(y).max(), 1e-300)))
     return worst
+
+
+def grouped(items: Iterable[Item], *names: str) -> dict[tuple[Any, ...], list[Item]]:
+    """Items by the values of some of their attributes, in the order of first appearance.
+
+    >>> grouped([1 + 2j, 3 + 2j, 1 + 4j], "real")
+    {(1.0,): [(1+2j), (1+4j)], (3.0,): [(3+2j)]}
+    """
+    groups: dict[tuple[Any, ...], list[Item]] = {}
+    for item in items:
+        groups.setdefault(tuple(getattr(item, name) for name in names), []).append(item)
+    return groups
+
+
+def short(model: str) -> str:
+    """A checkpoint's folder without the way to it.
+
+    >>> short("runs/llama/")
+    'llama'
+    """
+    return model.rstrip("/").split("/")[-1]

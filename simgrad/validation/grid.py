@@ -89,49 +89,40 @@ class Grid:
     max_length: int = 128
 
     def __post_init__(self) -> None:
-        """Keep tuples; refuse what cannot be validated, before anything is compiled."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-            elif isinstance(value, str) and field.name not in ("model", "data"):
-                raise ValueError(
-                    f"{field.name} takes a list of names: [{value!r}] instead of {value!r}"
-                )
+        """Keep sorted tuples; refuse what cannot be validated, before anything is compiled."""
         known = {
             "models": MODELS,
             "objectives": objectives.names(),
             "optimizers": STEPS,
             "dtypes": DTYPES,
+            "precisions": PRECISIONS,
         }
-        for name, choices in {**known, "precisions": PRECISIONS}.items():
-            for given in getattr(self, name):
-                if given not in choices:
-                    raise ValueError(
-                        f"{name}: {given!r} is unknown; there are {', '.join(choices)}"
-                    )
-        if self.model is not None and self.data is None:
-            raise ValueError("a checkpoint needs preference pairs: give data (--data) too")
-        if self.data is not None and self.model is None:
-            raise ValueError("data belongs to a checkpoint: give model (--model) too")
-        if not (self.models or self.model):
-            raise ValueError("no models: name some, or a checkpoint")
-        if not self.dtypes:
-            raise ValueError("no dtypes: name at least one")
-        if not self.optimizers:
-            raise ValueError("no optimizers: name at least one")
-        if self.pairs < 2 or self.probes < 1:
-            raise ValueError(
-                f"pairs must be at least 2 and probes at least 1, got {self.pairs} and "
-                f"{self.probes}"
-            )
+        for name, choices in known.items():
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise ValueError(f"{name} takes a list of names: [{given!r}] instead of {given!r}")
+            if unknown := [x for x in given if x not in choices]:
+                there = ", ".join(choices)
+                raise ValueError(f"{name}: {unknown[0]!r} is unknown; there are {there}")
+            object.__setattr__(self, name, tuple(given))
         for name in ("rates", "learning_rates"):
             values = [float(x) for x in getattr(self, name)]
             if not all(0 < x < np.inf for x in values):
                 raise ValueError(f"{name} must be positive and finite, got {values}")
             object.__setattr__(self, name, tuple(sorted(values)))
-        if not (self.rates or self.learning_rates):
-            raise ValueError("no learning rates: give rates or learning_rates")
+        few = f"and probes at least 1, got {self.pairs} and {self.probes}"
+        data, model = self.data is not None, self.model is not None
+        for there, problem in (
+            (data or not model, "a checkpoint needs preference pairs: give data (--data) too"),
+            (model or not data, "data belongs to a checkpoint: give model (--model) too"),
+            (self.subjects, "no models: name some, or a checkpoint"),
+            (self.dtypes, "no dtypes: name at least one"),
+            (self.optimizers, "no optimizers: name at least one"),
+            (self.rates or self.learning_rates, "no learning rates: give rates or learning_rates"),
+            (self.pairs > 1 and self.probes > 0, f"pairs must be at least 2 {few}"),
+        ):
+            if not there:
+                raise ValueError(problem)
 
     @property
     def objective_names(self) -> tuple[str, ...]:
@@ -154,19 +145,15 @@ class Grid:
 
     def arithmetics(self, platform: str, model: str) -> list[Arithmetic]:
         """Dtypes and precisions in which a model is run on a platform."""
-        result = []
-        others = any(name not in TABLES for name in self.subjects) and {"float64", "float32"} & set(
-            self.dtypes
-        )
-        spared = model in TABLES and others and not self.thorough
-        for dtype in self.dtypes:
-            if spared and dtype in ("bfloat16", "float16"):
-                continue
-            precisions = self.precisions or (PRECISIONS if platform != "cpu" else ("highest",))
-            result += [
-                Arithmetic(dtype, p) for p in (precisions if dtype == "float32" else ("highest",))
-            ]
-        return result
+        others = any(name not in TABLES for name in self.subjects)
+        precise = [dtype for dtype in self.dtypes if dtype in ("float64", "float32")]
+        spared = model in TABLES and others and precise and not self.thorough
+        both = self.precisions or (("highest",) if platform == "cpu" else PRECISIONS)
+        return [
+            Arithmetic(dtype, precision)
+            for dtype in (precise if spared else self.dtypes)
+            for precision in (both if dtype == "float32" else ("highest",))
+        ]
 
     def record(self) -> dict[str, Any]:
         """The grid in plain values."""
@@ -180,22 +167,8 @@ FULL = Grid(
     thorough=True,
     pairs=6,
     rates=(
-        1e-6,
-        1e-5,
-        1e-4,
-        3e-4,
-        1e-3,
-        3e-3,
-        1e-2,
-        0.02,
-        0.05,
-        0.1,
-        0.2,
-        0.5,
-        1.0,
-        2.0,
-        5.0,
-        10.0,
+        *(1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.02),
+        *(0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
     ),
 )
 

@@ -14,7 +14,6 @@ digits enough and is taken.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,29 +38,6 @@ def _moved(trained: Theta, step: Theta, by: Array) -> Theta:
     return jax.tree.map(add, trained, step)
 
 
-def _path(
-    logp: Callable[[Theta], Array], trained: Theta, step: Theta, rates: Float[Array, " E"]
-) -> Array:
-    x, w = np.polynomial.legendre.leggauss(NODES)
-    nodes = jnp.asarray((x + 1) / 2, rates.dtype)
-    weights = jnp.asarray(w / 2, rates.dtype)
-
-    start = logp(trained)
-
-    def one(eta: Array) -> Array:
-        def rate(node: tuple[Array, Array]) -> Array:
-            s, weight = node
-            slope = jax.jvp(logp, (_moved(trained, step, s * eta),), (step,))[1]
-            return weight.astype(slope.dtype) * slope
-
-        total = jax.lax.map(rate, (nodes, weights)).sum(0)
-        small = eta.astype(total.dtype) * total
-        plain = logp(_moved(trained, step, eta)) - start
-        return jnp.where(jnp.abs(plain) < 1, small, plain)
-
-    return jax.lax.map(one, rates)
-
-
 @functools.partial(jax.jit, static_argnames="apply")
 def measured_along(
     apply: Apply, theta: Theta, batch: Batch, step: Theta, rates: Float[Array, " E"]
@@ -78,7 +54,22 @@ def measured_along(
     True
     """
     model = bind(apply, theta)
-    return _path(lambda t: model.logp(t, batch), model.trained, step, rates)
+    x, w = np.polynomial.legendre.leggauss(NODES)
+    nodes = jnp.asarray((x + 1) / 2, rates.dtype), jnp.asarray(w / 2, rates.dtype)
+    start = model.logp(model.trained, batch)
+
+    def one(eta: Array) -> Array:
+        def rate(node: tuple[Array, Array]) -> Array:
+            s, weight = node
+            point = _moved(model.trained, step, s * eta)
+            slope = jax.jvp(lambda t: model.logp(t, batch), (point,), (step,))[1]
+            return weight.astype(slope.dtype) * slope
+
+        total = jax.lax.map(rate, nodes).sum(0)
+        plain = model.logp(_moved(model.trained, step, eta), batch) - start
+        return jnp.where(jnp.abs(plain) < 1, eta.astype(total.dtype) * total, plain)
+
+    return jax.lax.map(one, rates)
 
 
 @functools.partial(jax.jit, static_argnames="apply")

@@ -7,7 +7,9 @@ those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,22 +20,21 @@ if TYPE_CHECKING:
     from simgrad.pairs import Pair
 
 
-def random_model(shape: dict[str, Any], max_length: int, seed: int = 0) -> Any:
-    """A random-weight transformers GPT-2 (with a gated MLP, a Llama), in evaluation mode."""
+def random_model(shape: dict[str, int], max_length: int, seed: int = 0) -> Any:
+    """A random-weight transformers GPT-2 (with key heads, a Llama), in evaluation mode."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    width, depth, heads, vocab_size = (
-        shape[name] for name in ("width", "depth", "heads", "vocab_size")
-    )
-    if shape.get("mlp") != "gated":
-        gpt2 = GPT2Config(
-            vocab_size=vocab_size, n_positions=max_length, n_embd=width, n_layer=depth, n_head=heads
-        )
-        return GPT2LMHeadModel(gpt2).eval()
+    size, width, depth, heads = (shape[k] for k in ("vocab_size", "width", "depth", "heads"))
+    if "kv_heads" not in shape:
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=size, n_positions=max_length, n_embd=width, n_layer=depth, n_head=heads
+            )
+        ).eval()
     llama = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=size,
         max_position_embeddings=max_length,
         hidden_size=width,
         num_hidden_layers=depth,
@@ -53,13 +54,15 @@ def _response(
 
     ids = torch.tensor([[*prompt, *response]], device=model.device)
     output = model(ids, output_hidden_states=states)
-    logp = (
-        output.logits[0, :-1]
-        .float()
-        .log_softmax(-1)
-        .gather(-1, ids[0, 1:, None])[-len(response) :, 0]
-    )
+    every = output.logits[0, :-1].float().log_softmax(-1)
+    logp = every.gather(-1, ids[0, 1:, None])[-len(response) :, 0]
     return logp, output.hidden_states[-1][0, len(prompt) - 1 : -1] if states else None
+
+
+def _both(model: Any, pair: Pair) -> Iterator[torch.Tensor]:
+    """Log π_w, then log π_l."""
+    for response in (pair.chosen, pair.rejected):
+        yield _response(model, pair.prompt, response)[0].sum()
 
 
 def _flat_gradient(model: Any, value: torch.Tensor, keep: bool = False) -> torch.Tensor:
@@ -69,83 +72,84 @@ def _flat_gradient(model: Any, value: torch.Tensor, keep: bool = False) -> torch
     return torch.cat([g.reshape(-1) for g in gradient])
 
 
-def log_probs(model: Any, pair: Pair) -> tuple[float, float]:
-    """Log π_w and log π_l."""
+def log_probs(model: Any, pairs: Sequence[Pair], wide: bool = False) -> list[list[float]]:
+    """Log π_w and log π_l of every pair (there are no dot products to be ``wide``)."""
     import torch
 
     with torch.no_grad():
-        chosen, rejected = (
-            _response(model, pair.prompt, r)[0].sum().item() for r in (pair.chosen, pair.rejected)
-        )
-        return chosen, rejected
+        return [[logp.item() for logp in _both(model, pair)] for pair in pairs]
 
 
-def forward_scores(model: Any, pair: Pair) -> tuple[float, float, float]:
-    """Log π_w, log π_l and CHES."""
+def forward_scores(
+    model: Any, pairs: Sequence[Pair], wide: bool = False
+) -> list[tuple[float, float, float]]:
+    """Log π_w, log π_l and CHES of every pair, ``wide`` or not."""
     import torch
 
+    found = []
     with torch.no_grad():
-        chosen, states_w = _response(model, pair.prompt, pair.chosen, True)
-        rejected, states_l = _response(model, pair.prompt, pair.rejected, True)
-        w, l = states_w.sum(0), states_l.sum(0)  # noqa: E741
-        return chosen.sum().item(), rejected.sum().item(), (w @ l - w @ w).item()
+        for pair in pairs:
+            chosen, states_w = _response(model, pair.prompt, pair.chosen, True)
+            rejected, states_l = _response(model, pair.prompt, pair.rejected, True)
+            w, l = states_w.sum(0), states_l.sum(0)  # noqa: E741
+            found.append((chosen.sum().item(), rejected.sum().item(), (w @ l - w @ w).item()))
+    return found
 
 
-def gradient_scalars(model: Any, pair: Pair, wide: bool = False) -> tuple[float, float, float]:
+def gradient_scalars(
+    model: Any, pairs: Sequence[Pair], wide: bool = False
+) -> list[tuple[float, float, float]]:
     """‖g_w‖², ⟨g_w,g_l⟩, ‖g_l‖²; ``wide`` takes the dot products in float64 (as a reference)."""
-    flat = [
-        _flat_gradient(model, _response(model, pair.prompt, r)[0].sum())
-        for r in (pair.chosen, pair.rejected)
-    ]
-    w, l = (g.double() for g in flat) if wide else flat  # noqa: E741
-    return (w @ w).item(), (w @ l).item(), (l @ l).item()
+    found = []
+    for pair in pairs:
+        flat = [_flat_gradient(model, logp) for logp in _both(model, pair)]
+        w, l = (g.double() for g in flat) if wide else flat  # noqa: E741
+        found.append(((w @ w).item(), (w @ l).item(), (l @ l).item()))
+    return found
 
 
-def token_kernel(model: Any, pair: Pair, tokens: Sequence[int], wide: bool = False) -> np.ndarray:
-    """Inner products of these chosen-response tokens' gradients: one backward pass a token."""
-    import torch
+def token_kernel(
+    model: Any, pairs: Sequence[Pair], tokens: Sequence[int], wide: bool = False
+) -> np.ndarray:
+    """Inner products of these tokens' gradients in the first pair's chosen response.
 
-    logp, _ = _response(model, pair.prompt, pair.chosen)
-    rows = torch.stack([_flat_gradient(model, logp[i], keep=True) for i in tokens])
-    return _products(rows, wide)
+    This takes one backward pass a token.
+    """
+    logp, _ = _response(model, pairs[0].prompt, pairs[0].chosen)
+    return _products([_flat_gradient(model, logp[i], keep=True) for i in tokens], wide)
 
 
 def dataset_kernel(model: Any, pairs: Sequence[Pair], wide: bool = False) -> np.ndarray:
     """Inner products of all responses' gradients, all kept: one backward pass a response."""
-    import torch
-
-    responses = [(p.prompt, r) for p in pairs for r in (p.chosen, p.rejected)]
-    rows = torch.stack(
-        [_flat_gradient(model, _response(model, x, r)[0].sum()) for x, r in responses]
-    )
+    rows = [_flat_gradient(model, logp) for pair in pairs for logp in _both(model, pair)]
     return _products(rows, wide)
 
 
-def _products(rows: torch.Tensor, wide: bool) -> np.ndarray:
+def _products(gradients: Sequence[torch.Tensor], wide: bool) -> np.ndarray:
+    import torch
+
     if not wide:
+        rows = torch.stack([*gradients])
         return (rows @ rows.T).float().cpu().numpy()
-    return np.array([[(a.double() @ b.double()).item() for b in rows] for a in rows])
+    return np.array([[(a.double() @ b.double()).item() for b in gradients] for a in gradients])
 
 
 def directional_changes(
     model: Any, pairs: Sequence[Pair], coefficient: float, wide: bool = False
-) -> list[tuple[float, float]]:
+) -> list[list[float]]:
     """⟨∇log π(y), D⟩ of every response, with D = coefficient · mean (g_w - g_l).
 
     This takes two rounds of backward passes.
     """
-    direction = None
-    for pair in pairs:
-        chosen, rejected = (
-            _response(model, pair.prompt, r)[0].sum() for r in (pair.chosen, pair.rejected)
-        )
-        step = _flat_gradient(model, (chosen - rejected) * (coefficient / len(pairs)))
-        direction = step if direction is None else direction + step
-    assert direction is not None
+
+    def push(pair: Pair) -> torch.Tensor:
+        chosen, rejected = _both(model, pair)
+        return _flat_gradient(model, (chosen - rejected) * (coefficient / len(pairs)))
+
+    direction = functools.reduce(operator.add, map(push, pairs))
     direction = direction.double() if wide else direction
 
-    def change(prompt: Sequence[int], response: Sequence[int]) -> float:
-        gradient = _flat_gradient(model, _response(model, prompt, response)[0].sum())
-        return (gradient.to(direction.dtype) @ direction).item()
+    def change(logp: torch.Tensor) -> float:
+        return (_flat_gradient(model, logp).to(direction.dtype) @ direction).item()
 
-    return [(change(p.prompt, p.chosen), change(p.prompt, p.rejected)) for p in pairs]
+    return [[change(logp) for logp in _both(model, pair)] for pair in pairs]

@@ -2,126 +2,107 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as f
 
-from simgrad.models import ModelConfig
+from simgrad.models import ContextApply, ModelConfig
 from simgrad.pairs import Pair
 from simgrad.typing import Float, Int, Theta
 
 
-class _Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d, self.heads = config.width, config.heads
-        self.attention_norm, self.mlp_norm = (
-            nn.RMSNorm(d, config.norm_eps),
-            nn.RMSNorm(d, config.norm_eps),
-        )
-        self.qkv, self.output = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+@dataclass(frozen=True)
+class Model:
+    """A policy and its pairs.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, t, d = x.shape
-        q, k, v = (
-            self.qkv(self.attention_norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )
-        mixed = f.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.output(mixed.transpose(1, 2).reshape(n, t, d))
-        return x + self.down(f.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
-
-
-class Transformer(nn.Module):
-    """A model with learned positions, RMSNorm first and a plain MLP.
-
-    Weights come from ``theta`` of a :class:`ModelConfig` like it.
+    Attributes:
+        parameters: what is trained.
+        logp: log-probs of some of the pairs, chosen responses first, then rejected.
+        count: pairs.
     """
 
-    def __init__(self, theta: Theta, config: ModelConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Embedding(config.max_length, config.width)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.unembedding = nn.Linear(config.width, config.vocab_size, bias=False)
-        layers = theta["layers"]
-        weights = {
-            "embedding.weight": theta["embedding"]["table"],
-            "positions.weight": theta["positions"]["table"],
-            "norm.weight": theta["final_norm"]["scale"],
-            "unembedding.weight": theta["unembedding"]["table"],
-        }
-        for i in range(config.depth):
-            attention = {name: x["kernel"][i] for name, x in layers["attention"].items()}
-            weights |= {
-                f"blocks.{i}.attention_norm.weight": layers["attention_norm"]["scale"][i],
-                f"blocks.{i}.mlp_norm.weight": layers["mlp_norm"]["scale"][i],
-                f"blocks.{i}.qkv.weight": np.concatenate(
-                    [attention[k] for k in ("query", "key", "value")], 1
-                ).T,
-                f"blocks.{i}.output.weight": attention["output"].T,
-                f"blocks.{i}.up.weight": layers["mlp"]["up"]["kernel"][i].T,
-                f"blocks.{i}.down.weight": layers["mlp"]["down"]["kernel"][i].T,
-            }
-        self.load_state_dict({name: torch.tensor(np.array(x)) for name, x in weights.items()})
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits at every position."""
-        x = self.embedding(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.unembedding(self.norm(x))
-
-    def log_probs(self, pairs: Sequence[Pair]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Log-probs at an index, chosen then rejected responses, all of the same length."""
-        start = len(pairs[0].prompt)
-        chosen = torch.tensor([[*p.prompt, *p.chosen] for p in pairs])
-        rejected = torch.tensor([[*p.prompt, *p.rejected] for p in pairs])
-
-        def logp(index: torch.Tensor) -> torch.Tensor:
-            ids = torch.cat([chosen[index], rejected[index]])
-            logits = self(ids)[:, start - 1 : -1]
-            return logits.log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0].sum(-1)
-
-        return logp
+    parameters: list[torch.Tensor]
+    logp: Callable[[torch.Tensor], torch.Tensor]
+    count: int
 
 
-class Linear(nn.Module):
-    """Logits = W h with a feature vector h for each pair's prompt."""
+def _tensors(tree: Any) -> Any:
+    return jax.tree.map(lambda x: torch.tensor(np.array(x), requires_grad=True), tree)
 
-    def __init__(
-        self, features: Float[np.ndarray, "B D"], unembedding: Float[np.ndarray, "V D"]
-    ) -> None:
-        super().__init__()
-        self.features = torch.tensor(features)
-        self.weight = nn.Parameter(torch.tensor(unembedding))
 
-    def log_probs(self, pairs: Sequence[Pair]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Log-probs of the chosen, then of the rejected tokens at an index."""
-        targets = torch.tensor([[p.chosen[0], p.rejected[0]] for p in pairs])
+def transformer(theta: Theta, config: ModelConfig, pairs: Sequence[Pair]) -> Model:
+    """A model with learned positions, RMSNorm first and a plain MLP; responses of equal length."""
+    names = ("embedding", "positions", "final_norm", "unembedding")
+    ends = _tensors({name: theta[name] for name in names})
+    layers = [
+        _tensors(_layer(jax.tree.map(lambda x, i=i: np.asarray(x[i]), theta["layers"])))
+        for i in range(config.depth)
+    ]
+    sides = [[[*p.prompt, *response] for response in (p.chosen, p.rejected)] for p in pairs]
+    tokens, start = torch.tensor(sides), len(pairs[0].prompt)
 
-        def logp(index: torch.Tensor) -> torch.Tensor:
-            logits = self.features[index] @ self.weight.T
-            return logits.log_softmax(-1).gather(-1, targets[index]).T.reshape(-1)
+    def norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return f.rms_norm(x, scale.shape, scale, config.norm_eps)
 
-        return logp
+    def block(p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        n, t, d = x.shape
+        each = f.linear(norm(x, p["attention_norm"]), p["qkv"])
+        q, k, v = each.view(n, t, 3, config.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = f.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + f.linear(mixed.transpose(1, 2).reshape(n, t, d), p["output"])
+        wide = f.linear(norm(x, p["mlp_norm"]), p["up"])
+        return x + f.linear(f.gelu(wide, approximate="tanh"), p["down"])
+
+    def logp(index: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat([tokens[index, 0], tokens[index, 1]])
+        x = f.embedding(ids, ends["embedding"]["table"])
+        x = x + ends["positions"]["table"][: ids.shape[1]]
+        for layer in layers:
+            x = block(layer, x)
+        logits = f.linear(norm(x, ends["final_norm"]["scale"]), ends["unembedding"]["table"])
+        every = logits[:, start - 1 : -1].log_softmax(-1)
+        return every.gather(-1, ids[:, start:, None])[..., 0].sum(-1)
+
+    return Model(jax.tree.leaves([ends, layers]), logp, len(pairs))
+
+
+def _layer(theta: Theta) -> dict[str, np.ndarray]:
+    """One layer's arrays as PyTorch lays them out: (out, in), one map for q, k and v."""
+    kernels = {name: x["kernel"] for name, x in theta["attention"].items()}
+    qkv = np.concatenate([kernels[name] for name in ("query", "key", "value")], 1)
+    mlp = {name: theta["mlp"][name]["kernel"].T for name in ("up", "down")}
+    norms = {name: theta[name]["scale"] for name in ("attention_norm", "mlp_norm")}
+    return {"qkv": qkv.T, "output": kernels["output"].T, **mlp, **norms}
+
+
+def linear(apply: ContextApply, theta: Theta, pairs: Sequence[Pair]) -> Model:
+    """Logits = W h with a frozen feature vector h for each pair's prompt; one-token responses."""
+    prompts = [apply.contexts.index(tuple(p.prompt)) for p in pairs]
+    features = torch.tensor(np.asarray(theta["features"]["table"])[prompts])
+    weight = _tensors(theta["unembedding"]["table"])
+    targets = torch.tensor([[p.chosen[0], p.rejected[0]] for p in pairs])
+
+    def logp(index: torch.Tensor) -> torch.Tensor:
+        logits = features[index] @ weight.T
+        return logits.log_softmax(-1).gather(-1, targets[index]).T.reshape(-1)
+
+    return Model([weight], logp, len(pairs))
 
 
 def tune(
-    model: Transformer | Linear,
-    pairs: Sequence[Pair],
-    order: Int[np.ndarray, "E M"],
-    learning_rate: float,
-    beta: float,
+    model: Model, order: Int[np.ndarray, "E M"], learning_rate: float, beta: float
 ) -> tuple[float, Float[np.ndarray, "B 2"]]:
     """DPO by SGD on the batches of ``order``: loop seconds, and the change in each log-prob."""
-    logp, size, count = model.log_probs(pairs), order.shape[1], len(pairs)
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    torch.set_num_threads(os.cpu_count() or 1)
+    logp, size, count = model.logp, order.shape[1], model.count
+    optimizer = torch.optim.SGD(model.parameters, lr=learning_rate)
     steps, every = torch.tensor(order, dtype=torch.long), torch.arange(count)
     with torch.no_grad():
         reference = logp(every)

@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from simgrad.store import provenance
-from simgrad.validation.agreement import (
-    against_reference,
-    between_devices,
-    repeated,
-    routes,
-    runs,
-    updates,
-)
-from simgrad.validation.cells import Base, Cell, alone, base_of, together
+from simgrad.store import provenance, write
+from simgrad.validation.agreement import between_devices, identities
+from simgrad.validation.cells import Cell, alone, together
 from simgrad.validation.checks import Check
 from simgrad.validation.closed_forms import closed_forms
 from simgrad.validation.grid import QUICK, TABLES, Arithmetic, Grid
 from simgrad.validation.statements import Statement, statements
-from simgrad.validation.subjects import subject, twin
+from simgrad.validation.subjects import Base, base_of, subject, twin
 
 Report = Callable[[str, int, int], None]
-
-
-class Found(NamedTuple):
-    """What one piece of work gives."""
-
-    piece: str
-    cells: list[Cell]
-    checks: list[Check]
-
-
-Piece = Callable[[], Found]
-Part = Callable[[Grid, Base, Base, dict[str, str], Arithmetic], Iterable[Any]]
+Found = list[Cell | Check]
+Piece = tuple[str, Callable[[], Found]]
+"""What a piece of work is about, and the work."""
+Part = Callable[[Grid, Base, Base], Iterable[Cell | Check | None]]
+"""Cells or checks of a model in one arithmetic, and of its twin in float64."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +56,27 @@ class Validation:
     provenance: dict[str, Any]
 
     @property
+    def judged(self) -> tuple[Statement, ...]:
+        """Statements that hold or fail; the others are only reported."""
+        return tuple(s for s in self.statements if s.holds is not None)
+
+    @property
     def failed(self) -> tuple[Statement, ...]:
         """Statements that do not hold."""
-        return tuple(s for s in self.statements if s.holds is False)
+        return tuple(s for s in self.judged if not s.holds)
 
     def record(self) -> dict[str, Any]:
         """Everything in plain values."""
         return {
+            **dataclasses.asdict(self),
             "grid": self.grid.record(),
-            "statements": [dataclasses.asdict(s) for s in self.statements],
-            "cells": [dataclasses.asdict(c) for c in self.cells],
             "checks": [{**dataclasses.asdict(c), "holds": c.holds} for c in self.checks],
-            "provenance": self.provenance,
         }
 
     def save(self, path: Path) -> None:
         """Write :meth:`record` as JSON (numbers that are not finite as null)."""
         text = json.dumps(_finite(self.record()), indent=1, sort_keys=True, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write(path, text + "\n")
 
 
 def _finite(x: Any) -> Any:
@@ -117,141 +109,93 @@ def validate(grid: Grid = QUICK, report: Report = lambda what, done, of: None) -
             "the float64 reference runs on the CPU: set JAX_PLATFORMS to include cpu, or unset it"
         ) from error
     devices = jax.local_devices()
-    with jax.enable_x64(True):
-        for (
-            name
-        ) in grid.subjects:  # unreadable checkpoints and data are found before anything is compiled
-            if name == grid.model:
-                subject(name, grid, "float32")
-    pieces = _pieces(grid, devices, host)
+    if grid.model:  # unreadable checkpoints and data are found before anything is compiled
+        with jax.enable_x64(True):
+            subject(grid.model, grid, "float32")
     workers = max(len(devices), min(2, os.cpu_count() or 1))
-    cells: list[Cell] = []
-    checks: list[Check] = []
+    found: Found = []
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(piece) for piece in pieces]
+        jobs = [(name, pool.submit(work)) for name, work in _pieces(grid, devices, host)]
         try:
-            for done, job in enumerate(jobs, 1):
-                found = job.result()
-                cells += found.cells
-                checks += found.checks
-                report(found.piece, done, len(jobs))
+            for done, (name, job) in enumerate(jobs, 1):
+                found += job.result()
+                report(name, done, len(jobs))
         finally:
             pool.shutdown(cancel_futures=True)
+    cells = tuple(x for x in found if isinstance(x, Cell))
+    checks = tuple(x for x in found if isinstance(x, Check))
     if not cells:
         raise ValueError("no setting moves any pair: name other objectives, models or dtypes")
-    return Validation(
-        grid, tuple(statements(cells, checks)), tuple(cells), tuple(checks), _provenance(grid)
-    )
+    return Validation(grid, tuple(statements(cells, checks)), cells, checks, _provenance(grid))
 
 
 def _pieces(grid: Grid, devices: Sequence[Any], host: Any) -> list[Piece]:
     """All pieces of work, ordered so that no two with the same programs run at the same time."""
 
+    def piece(name: str, arithmetic: Arithmetic, part: Part, device: Any) -> Piece:
+        work = functools.partial(_work, grid, name, arithmetic, part, device, host)
+        return f"{name}, {arithmetic}", work
+
     def of(name: str, part: Part, exact: bool) -> list[Piece]:
         return [
-            _piece(
-                grid,
-                name,
-                arithmetic,
-                devices[(grid.subjects.index(name) + i) % len(devices)],
-                host,
-                part,
-            )
+            piece(name, arithmetic, part, devices[(grid.subjects.index(name) + i) % len(devices)])
             for i, arithmetic in enumerate(grid.arithmetics(devices[0].platform, name))
             if (arithmetic.dtype == "float64") == exact
         ]
 
     tables = [name for name in grid.subjects if name in TABLES]
     networks = [name for name in reversed(grid.subjects) if name not in TABLES]
-    pieces = [piece for name in networks for piece in of(name, _cells, True)]
-    pieces += [_closed(grid, device) for device in {d.device_kind: d for d in devices}.values()]
-    pieces += [
-        p
-        for name in tables
-        for exact in (True, False)
-        for part in (_cells, _checks)
-        for p in of(name, part, exact)
-    ]
-    for part, exact in ((_checks, True), (_cells, False), (_checks, False)):
-        pieces += [piece for name in networks for piece in of(name, part, exact)]
+    pieces = [p for name in networks for p in of(name, _cells, True)]
+    for device in {d.device_kind: d for d in devices}.values():
+        pieces.append(("closed forms", functools.partial(_closed_forms, grid, device)))
+    for name, exact, part in itertools.product(tables, (True, False), (_cells, identities)):
+        pieces += of(name, part, exact)
+    for part, exact in ((identities, True), (_cells, False), (identities, False)):
+        pieces += [p for name in networks for p in of(name, part, exact)]
     if len(devices) > 1:
-        pieces.append(
-            _piece(grid, grid.subjects[-1], Arithmetic("float64"), devices[0], host, _spread)
-        )
+        pieces.append(piece(grid.subjects[-1], Arithmetic("float64"), _spread, devices[0]))
     return pieces
 
 
-def _closed(grid: Grid, device: Any) -> Piece:
-    def work() -> Found:
-        with (
-            jax.enable_x64(True),
-            jax.default_device(device),
-            jax.default_matmul_precision("highest"),
-        ):
-            return Found("closed forms", [], closed_forms(grid.seed, device.device_kind))
-
-    return work
+@contextmanager
+def _computing(device: Any, precision: str = "highest") -> Iterator[None]:
+    """Double precision, a device and a precision of matrix products, in this thread."""
+    with jax.enable_x64(True), jax.default_device(device), jax.default_matmul_precision(precision):
+        yield
 
 
-def _piece(
-    grid: Grid, name: str, arithmetic: Arithmetic, device: Any, host: Any, part: Part
-) -> Piece:
+def _closed_forms(grid: Grid, device: Any) -> Found:
+    with _computing(device):
+        return [*closed_forms(grid.seed, device.device_kind)]
+
+
+def _work(
+    grid: Grid, name: str, arithmetic: Arithmetic, part: Part, device: Any, host: Any
+) -> Found:
     """One part of what is found for one model in one arithmetic on one device."""
-
-    def work() -> Found:
-        where = {"arithmetic": str(arithmetic), "device": device.device_kind}
-        names = tuple(
-            dict.fromkeys(("dpo", *grid.objective_names))
-        )  # the identities are about steps of DPO
-        with jax.enable_x64(True):
-            with jax.default_device(device), jax.default_matmul_precision(arithmetic.precision):
-                base = base_of(subject(name, grid, arithmetic.dtype), names)
-            reference = base
-            if (arithmetic.dtype, device.platform) != ("float64", "cpu"):
-                with jax.default_device(host), jax.default_matmul_precision("highest"):
-                    wide = twin(base.subject)
-                    if device != host:
-                        wide = dataclasses.replace(wide, theta=jax.device_put(wide.theta, host))
-                    reference = base_of(wide, names)
-            with jax.default_device(device), jax.default_matmul_precision(arithmetic.precision):
-                found = [x for x in part(grid, base, reference, where, arithmetic) if x is not None]
-        cells, checks = (
-            [x for x in found if isinstance(x, Cell)],
-            [x for x in found if isinstance(x, Check)],
-        )
-        return Found(f"{name}, {arithmetic}", cells, checks)
-
-    return work
+    # the identities are about steps of DPO, whatever objectives the cells are about
+    names = tuple(dict.fromkeys(("dpo", *grid.objective_names)))
+    with _computing(device, arithmetic.precision):
+        start = subject(name, grid, arithmetic.dtype)
+        base = reference = base_of(start, names, arithmetic)
+    if arithmetic.dtype != "float64" or device.platform != "cpu":
+        with _computing(host):
+            theta = start.theta if device == host else jax.device_put(start.theta, host)
+            wide = twin(dataclasses.replace(start, theta=theta))
+            reference = base_of(wide, names, Arithmetic("float64"))
+    with _computing(device, arithmetic.precision):
+        return [x for x in part(grid, base, reference) if x is not None]
 
 
-def _cells(
-    grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic
-) -> Iterable[Any]:
+def _cells(grid: Grid, base: Base, reference: Base) -> Iterator[Cell | None]:
     for objective in grid.objective_names:
-        yield alone(base, reference, objective, grid, where)
+        yield alone(base, reference, objective, grid)
     for objective, name in grid.joint_cells():
-        yield together(base, reference, objective, name, grid, where)
+        yield together(base, reference, objective, name, grid)
 
 
-def _checks(
-    grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic
-) -> Iterable[Any]:
-    exact = arithmetic.dtype == "float64"
-    judged, rates = arithmetic.precision == "highest", grid.learning_rates or grid.rates
-    yield from against_reference(base, reference, where, judged, grid.thorough)
-    yield from repeated(base, rates, where)
-    if exact and (
-        grid.thorough or base.subject.name not in TABLES or grid.subjects == (base.subject.name,)
-    ):
-        yield from routes(base, rates, where)
-        yield from updates(base, grid.optimizers, where)
-        yield from runs(base, where, ("sgd", "adam") if grid.thorough else ("adam",))
-
-
-def _spread(
-    grid: Grid, base: Base, reference: Base, where: dict[str, str], arithmetic: Arithmetic
-) -> Iterable[Any]:
-    yield from between_devices(base, where, jax.local_devices())
+def _spread(grid: Grid, base: Base, reference: Base) -> Iterator[Check]:
+    yield between_devices(base, jax.local_devices())
 
 
 def _provenance(grid: Grid) -> dict[str, Any]:

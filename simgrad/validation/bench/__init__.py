@@ -6,16 +6,16 @@ ratios are medians over repeats of the within-repeat ratio, with their range.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from simgrad.store import provenance
+from simgrad import store
 from simgrad.validation.bench.tables import Growth, Route, growth, routes
 from simgrad.validation.bench.tasks import TASKS, Measurement, measure
-from simgrad.validation.bench.workbench import SHAPES, Config, Workbench, set_up, version
+from simgrad.validation.bench.workbench import SHAPES, Config, Workbench, machine, set_up
 
 __all__ = [
     "SHAPES",
@@ -50,32 +50,31 @@ def bench(
         if task not in TASKS and task not in TABLES:
             raise ValueError(f"task {task!r}: choose from {', '.join([*TASKS, *TABLES])}")
     here = set_up(config)
-    record: dict[str, Any] = {
-        "config": asdict(config),
-        "shape": asdict(here.policy.config),
-        "provenance": {**provenance(), "cores": os.cpu_count(), "torch": version("torch")},
-        "measurements": [],
-    }
-    lengths = {
-        "tokens": (config.token_lengths,),
-        "dataset": config.lengths[:1],
-        "directional": config.lengths[:1],
-    }
-    for task in (task for task in TASKS if task in tasks):
-        for prompt, response in lengths.get(task, config.lengths):
-            found = measure(task, here, prompt, response)
-            report(found)
-            record["measurements"].append(asdict(found))
-    for table in (name for name in TABLES if name in tasks):
-        rows = TABLES[table](here)
+    first = config.lengths[:1]
+    lengths = {"tokens": (config.token_lengths,), "dataset": first, "directional": first}
+
+    def reported(rows: Iterable[Any]) -> list[dict[str, Any]]:
+        found = []
         for row in rows:
             report(row)
-        record[table] = [asdict(row) for row in rows]
-    return record
+            found.append(asdict(row))
+        return found
+
+    measurements = (
+        measure(task, here, prompt, response)
+        for task in TASKS
+        if task in tasks
+        for prompt, response in lengths.get(task, config.lengths)
+    )
+    return {
+        "config": asdict(config),
+        "shape": asdict(here.policy.config),
+        "provenance": machine(),
+        "measurements": reported(measurements),
+        **{name: reported(table(here)) for name, table in TABLES.items() if name in tasks},
+    }
 
 
 def write(record: dict[str, Any], path: Path) -> None:
     """Save a record of :func:`bench` as JSON."""
-    import json
-
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    store.write(path, json.dumps(record, indent=1, sort_keys=True) + "\n")

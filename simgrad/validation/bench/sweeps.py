@@ -8,10 +8,9 @@ the log-probs.
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,9 +22,9 @@ from simgrad.dynamics.sweep import sweep
 from simgrad.models import Apply, ModelConfig, create, linear_softmax
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, packed
-from simgrad.store import provenance
 from simgrad.typing import Theta
-from simgrad.validation.bench.workbench import version
+from simgrad.validation.bench.workbench import machine, race, ratio, torch_version
+from simgrad.validation.checks import gap
 
 BETA = DPO().beta
 
@@ -71,7 +70,7 @@ class SweepConfig:
     loops: int = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepMeasurement:
     """One task. Times are medians in seconds per run without compilation, ratios within a repeat.
 
@@ -91,28 +90,27 @@ class SweepMeasurement:
     batch_size: int
     runs: int
     seconds: float
-    loop: float | None
-    ratio: float | None
-    ratio_range: tuple[float, float] | None
+    loop: float | None = None
+    ratio: float | None = None
+    ratio_range: tuple[float, float] | None = None
     compiling: float
-    error: float | None
+    error: float | None = None
 
 
 def bench_sweeps(
     config: SweepConfig = SweepConfig(), report: Callable[[SweepMeasurement], None] = lambda _: None
 ) -> dict[str, Any]:
     """Time sweeps of a transformer and of a linear-softmax model; returns a record for JSON."""
+    tasks = [functools.partial(_transformer, batch_size=size) for size in config.batch_sizes]
     measurements = []
-    for batch_size in config.batch_sizes:
-        measurements.append(_transformer(config, batch_size))
-        report(measurements[-1])
-    measurements.append(_linear(config))
-    report(measurements[-1])
-    here = {"cores": os.cpu_count(), "devices": jax.local_device_count(), "torch": version("torch")}
+    for task in (*tasks, _linear):
+        found = task(config)
+        report(found)
+        measurements.append(asdict(found))
     return {
         "config": asdict(config),
-        "provenance": {**provenance(), **here},
-        "measurements": [asdict(m) for m in measurements],
+        "provenance": {**machine(), "devices": jax.local_device_count()},
+        "measurements": measurements,
     }
 
 
@@ -123,10 +121,8 @@ def _pairs(config: SweepConfig, count: int, prompt: int, response: int) -> list[
     prompts[:, 0] = np.arange(count)
     chosen = random.integers(0, size, (count, response))
     rejected = (chosen + random.integers(1, size, chosen.shape)) % size
-    return [
-        Pair(*sides)
-        for sides in zip(prompts.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
-    ]
+    tokens = zip(prompts.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
+    return [Pair(*sides) for sides in tokens]
 
 
 def _transformer(config: SweepConfig, batch_size: int) -> SweepMeasurement:
@@ -138,98 +134,69 @@ def _transformer(config: SweepConfig, batch_size: int) -> SweepMeasurement:
         max_length=config.prompt + config.response,
     )
     policies = [create(shape, seed) for seed in range(config.seeds)]
-    configs = grid(
-        optimizer="sgd",
-        learning_rate=config.learning_rate,
-        steps=config.steps,
-        batch_size=batch_size,
-    )
+    rate, steps = config.learning_rate, config.steps
+    configs = grid(optimizer="sgd", learning_rate=rate, steps=steps, batch_size=batch_size)
 
-    def copy() -> Any:
-        from simgrad.validation.torch_loop import Transformer
-
-        return Transformer(jax.tree.map(np.asarray, policies[0][1]), shape)
-
-    return _race(
-        f"{config.depth}-layer transformer",
-        config,
-        policies[0][0],
-        [t for _, t in policies],
-        pairs,
-        configs,
-        copy,
-    )
+    name = f"{config.depth}-layer transformer"
+    copy = lambda torch_loop: torch_loop.transformer(policies[0][1], shape, pairs)  # noqa: E731
+    return _race(name, config, policies, pairs, configs, copy)
 
 
 def _linear(config: SweepConfig) -> SweepMeasurement:
-    pairs = _pairs(config, config.linear_pairs, 1, 1)
-    policies = [
-        linear_softmax(pairs, config.vocab_size, config.linear_width, s)
-        for s in range(config.linear_seeds)
-    ]
-    apply, theta = policies[0]
+    pairs, width = _pairs(config, config.linear_pairs, 1, 1), config.linear_width
+    seeds = range(config.linear_seeds)
+    policies = [linear_softmax(pairs, config.vocab_size, width, seed) for seed in seeds]
     rates = np.geomspace(10, 100, config.linear_rates) * config.learning_rate
     configs = grid(optimizer="sgd", learning_rate=rates, steps=config.steps)
 
-    def copy() -> Any:
-        from simgrad.validation.torch_loop import Linear
-
-        prompts = [apply.contexts.index(tuple(p.prompt)) for p in pairs]
-        features = np.asarray(theta["features"]["table"])[prompts]
-        return Linear(features, np.array(theta["unembedding"]["table"]))
-
-    return _race("linear-softmax", config, apply, [t for _, t in policies], pairs, configs, copy)
+    copy = lambda torch_loop: torch_loop.linear(*policies[0], pairs)  # noqa: E731
+    return _race("linear-softmax", config, policies, pairs, configs, copy)
 
 
 def _race(
     task: str,
     config: SweepConfig,
-    apply: Apply,
-    thetas: list[Theta],
+    policies: Sequence[tuple[Apply, Theta]],
     pairs: list[Pair],
     configs: list[RunConfig],
-    copy: Callable[[], Any],
+    copy: Callable[[Any], Any],
 ) -> SweepMeasurement:
-    """Both contestants in turn within each repeat; ``copy`` makes the first policy in PyTorch."""
-    stacked, batch, seeds = (
-        jax.tree.map(lambda *xs: np.stack(xs), *thetas),
-        packed(pairs),
-        range(len(thetas)),
-    )
-    first, runs = configs[0], len(configs) * len(thetas)
+    """Both contestants in turn within each repeat.
 
-    def ours() -> tuple[float, np.ndarray]:
+    ``copy`` makes the first policy in PyTorch, given :mod:`simgrad.validation.torch_loop`.
+    """
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *(theta for _, theta in policies))
+    batch, seeds, first = packed(pairs), range(len(policies)), configs[0]
+    runs, changes = len(configs) * len(policies), {}
+
+    def ours() -> float:
         begin = time.perf_counter()
-        found = sweep(apply, stacked, batch, configs, seeds=seeds)
-        return time.perf_counter() - begin, found.change[0]
+        found = sweep(policies[0][0], stacked, batch, configs, seeds=seeds)
+        changes["simgrad"] = found.change[0]
+        return (time.perf_counter() - begin) / runs
 
-    def loop() -> tuple[float, np.ndarray]:
-        import torch
+    def once() -> float:
+        from simgrad.validation import torch_loop
 
-        from simgrad.validation.torch_loop import tune
+        order, model = first.recipe(seeds[0]).order(len(pairs)), copy(torch_loop)
+        seconds, changes["loop"] = torch_loop.tune(model, order, first.learning_rate, BETA)
+        return seconds
 
-        torch.set_num_threads(os.cpu_count() or 1)
-        order = first.recipe(seeds[0]).order(len(pairs))
-        return tune(copy(), pairs, order, first.learning_rate, BETA)
-
-    cold, change = ours()
-    theirs = loop()[1] if importlib.util.find_spec("torch") is not None else None
-    own, their = [], []
-    for _ in range(config.repeats):
-        own.append(ours()[0] / runs)
-        if theirs is not None:
-            their.append(np.mean([loop()[0] for _ in range(config.loops)]))
-    ratios = np.array(their) / np.array(own) if their else None
+    contestants = {"simgrad": ours}
+    if torch_version() is not None:
+        contestants["loop"] = lambda: float(np.mean([once() for _ in range(config.loops)]))
+    cold = race(contestants, 1)["simgrad"][0]
+    times, beside = race(contestants, config.repeats), {}
+    seconds = float(np.median(times["simgrad"]))
+    if "loop" in times:
+        beside["loop"] = float(np.median(times["loop"]))
+        beside["ratio"], beside["ratio_range"] = ratio(times["loop"], times["simgrad"])
+        beside["error"] = gap(changes["simgrad"], changes["loop"])
     return SweepMeasurement(
         task=task,
         batch_size=first.batch_size or len(pairs),
         runs=runs,
-        seconds=float(np.median(own)),
-        loop=None if ratios is None else float(np.median(their)),
-        ratio=None if ratios is None else float(np.median(ratios)),
-        ratio_range=None if ratios is None else (float(ratios.min()), float(ratios.max())),
-        compiling=cold - runs * float(np.median(own)),
-        error=None
-        if theirs is None
-        else float(np.abs(change - theirs).max() / np.abs(theirs).max()),
+        seconds=seconds,
+        compiling=runs * float(cold - seconds),
+        **beside,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -9,12 +10,7 @@ import numpy as np
 
 from simgrad.pairs import packed, padded
 from simgrad.theory import pair_kernel, responses
-from simgrad.theory.kernel.cost import kernel_flops
-from simgrad.theory.kernel.pair import Method
-from simgrad.validation.bench.tasks import compiled
-from simgrad.validation.bench.workbench import Workbench, race
-
-_ROUTES: tuple[Method, ...] = ("ghost", "explicit")
+from simgrad.validation.bench.workbench import Reading, Workbench
 
 
 @dataclass(frozen=True)
@@ -42,29 +38,15 @@ def routes(here: Workbench) -> list[Route]:
     """Time both layouts with both routes, forced for every leaf, on each length."""
     found = []
     for prompt, response in here.config.lengths:
-        pairs, flops, calls = here.pairs(prompt, response), {}, {}
-        for layout, method in itertools.product(("padded", "packed"), _ROUTES):
-            batch = (packed if layout == "packed" else padded)(pairs)
-            name, length = f"{layout} {method}", batch.tokens.shape[-1]
-            flops[name] = kernel_flops(
-                here.shapes, length, response, layout == "packed", method == "ghost"
-            ).total
-            calls[name], _ = compiled(
-                lambda theta, b=batch, m=method: pair_kernel(here.policy.apply, theta, b, method=m),
-                here.policy.theta,
-            )
-        times = {name: float(np.median(t)) for name, t in race(calls, here.config.repeats).items()}
-        base = "padded ghost"
-        found.append(
-            Route(
-                prompt,
-                response,
-                {name: f / flops[base] for name, f in flops.items()},
-                {name: t / times[base] for name, t in times.items()},
-                min(flops, key=lambda name: flops[name]),
-                min(times, key=lambda name: times[name]),
-            )
-        )
+        flops, calls = {}, {}
+        for layout, method in itertools.product((padded, packed), ("ghost", "explicit")):
+            batch, name = layout(here.pairs(prompt, response)), f"{layout.__name__} {method}"
+            flops[name] = here.flops(batch, method == "ghost").total
+            calls[name] = functools.partial(pair_kernel, method=method), batch
+        costs = flops, here.medians(calls)
+        predicted, measured = ({n: x / c["padded ghost"] for n, x in c.items()} for c in costs)
+        chosen, fastest = (min(c, key=c.__getitem__) for c in (predicted, measured))
+        found.append(Route(prompt, response, predicted, measured, chosen, fastest))
     return found
 
 
@@ -89,29 +71,18 @@ class Growth:
 
 def growth(here: Workbench) -> list[Growth]:
     """Time 1, 2 and 4 times as many pairs, and prompts and responses 1, 2 and 4 times as long."""
-    (prompt, response), apply = here.config.lengths[0], here.policy.apply
+    (prompt, response), count = here.config.lengths[0], here.config.pairs
     batches = {
-        "pairs": {
-            k * here.config.pairs: here.pairs(prompt, response, k * here.config.pairs)
-            for k in (1, 2, 4)
-        },
+        "pairs": {k * count: here.pairs(prompt, response, k * count) for k in (1, 2, 4)},
         "tokens": {
             k * (prompt + response): here.pairs(k * prompt, k * response) for k in (1, 2, 4)
         },
     }
     found = []
-    for grows, sized in batches.items():
-        for task in ("scoring", "gradients"):
-            calls = {}
-            for size, pairs in sized.items():
-                batch = packed(pairs)
-                run = (
-                    (lambda theta, b=batch: responses(apply, theta, b).logp)
-                    if task == "scoring"
-                    else (lambda theta, b=batch: pair_kernel(apply, theta, b))
-                )
-                calls[str(size)] = compiled(run, here.policy.theta)[0]
-            times = tuple(float(np.median(t)) for t in race(calls, here.config.repeats).values())
-            slope = float(np.polyfit(np.log(list(sized)), np.log(times), 1)[0])
-            found.append(Growth(task, grows, tuple(sized), times, slope))
+    run: dict[str, Reading] = {"scoring": lambda *at: responses(*at).logp, "gradients": pair_kernel}
+    for (grows, sized), task in itertools.product(batches.items(), run):
+        calls = {str(size): (run[task], packed(pairs)) for size, pairs in sized.items()}
+        times = tuple(here.medians(calls).values())
+        slope = float(np.polyfit(np.log(list(sized)), np.log(times), 1)[0])
+        found.append(Growth(task, grows, tuple(sized), times, slope))
     return found

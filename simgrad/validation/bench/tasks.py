@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,17 +16,17 @@ from simgrad import objectives
 from simgrad.bridge.engine.columns import score_batch
 from simgrad.dynamics.directional import directional_score
 from simgrad.dynamics.recipe import Recipe
+from simgrad.models import Apply
 from simgrad.pairs import Batch, Pair, packed, padded
 from simgrad.theory import entanglement_kernel, pair_kernel, responses, token_kernel
-from simgrad.theory.kernel import kernel_plan
-from simgrad.theory.kernel.cost import kernel_flops, packing_pays, token_flops
-from simgrad.theory.kernel.dataset import jacobian
+from simgrad.theory.kernel import jacobian, kernel_plan
+from simgrad.theory.kernel.cost import packing_pays, token_flops
 from simgrad.typing import Array, Theta
 from simgrad.validation import published
-from simgrad.validation.bench.workbench import Workbench, race
+from simgrad.validation.bench.workbench import Reading, Workbench, race, ratio, timed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One task on pairs of one length. Times are medians in seconds per pair.
 
@@ -55,9 +57,9 @@ class Measurement:
     prompt: int
     response: int
     seconds: float
-    published: float | None
-    ratio: float | None
-    ratio_range: tuple[float, float] | None
+    published: float | None = None
+    ratio: float | None = None
+    ratio_range: tuple[float, float] | None = None
     own_limit: float
     own_range: tuple[float, float]
     bare: str
@@ -66,26 +68,40 @@ class Measurement:
     ceiling: float
     bytes: int
     temporary: int
-    error: float | None
+    error: float | None = None
+
+
+def _numbers(got: Any) -> np.ndarray:
+    return np.asarray(got, np.float64)
 
 
 @dataclass(frozen=True)
 class Task:
     """Contestants and what they are held against.
 
-    ``scale`` multiplies the published time (it may do a part of the work), ``bare_times`` the bare
-    pass's.
+    Attributes:
+        ours: simgrad's way.
+        temporary: bytes of temporary memory it needs.
+        bare: simgrad's bare passes.
+        bare_name: what those are.
+        published: the published procedure on a model and pairs; ``wide``, with dot products in
+            float64, it is the reference.
+        flops: operations a pair.
+        passes: over the parameters.
+        read: numbers of simgrad's result.
+        scale: multiplies the published time, as the procedure may do a part of the work.
+        bare_times: multiplies the bare passes' time.
+        entries: whether errors are relative to the largest number.
     """
 
     ours: Callable[[], Any]
-    read: Callable[[Any], np.ndarray]
+    temporary: int
     bare: Callable[[], Any]
     bare_name: str
-    published: Callable[[Any], Any]
-    reference: Callable[[Any], Any]
+    published: Callable[..., Any]
     flops: int
     passes: int
-    temporary: int
+    read: Callable[[Any], np.ndarray] = _numbers
     scale: float = 1.0
     bare_times: float = 1.0
     entries: bool = False
@@ -97,109 +113,89 @@ def measure(task: str, here: Workbench, prompt: int, response: int) -> Measureme
     made = TASKS[task](here, pairs)
     contestants = {"simgrad": made.ours, "bare": made.bare, "product": here.product}
     if here.model is not None:
-        contestants["published"] = lambda: made.published(here.model)
-    times = race(contestants, here.config.repeats)
-    limit = times["simgrad"] / (times["bare"] * made.bare_times)
-    ratios = error = None
+        contestants["published"] = lambda: made.published(here.model, pairs)
+    clocks = {name: timed(call) for name, call in contestants.items()}
+    times, beside = race(clocks, here.config.repeats), {}
     if here.model is not None:
-        times["published"] = times["published"] * made.scale
-        ratios = times["published"] / times["simgrad"]
-        ours, theirs = made.read(made.ours()), np.asarray(made.reference(here.model))
-        error = float(
-            np.max(
-                np.abs(ours - theirs) / (np.abs(theirs).max() if made.entries else np.abs(theirs))
-            )
-        )
-    each = float(np.median(times["simgrad"])) / len(pairs)
-    speed, ceiling = (
-        made.flops * len(pairs) / times["simgrad"],
-        here.product_flops / times["product"],
-    )
+        theirs = times["published"] * made.scale
+        beside["published"] = float(np.median(theirs)) / len(pairs)
+        beside["ratio"], beside["ratio_range"] = ratio(theirs, times["simgrad"])
+        reference = np.asarray(made.published(here.model, pairs, wide=True))
+        size = np.abs(reference).max() if made.entries else np.abs(reference)
+        beside["error"] = float(np.max(np.abs(made.read(made.ours()) - reference) / size))
+    own_limit, own_range = ratio(times["simgrad"], times["bare"] * made.bare_times)
+    work = made.flops * len(pairs) / here.product_flops
     return Measurement(
         task=task,
         prompt=prompt,
         response=response,
-        seconds=each,
-        published=None if ratios is None else float(np.median(times["published"])) / len(pairs),
-        ratio=None if ratios is None else float(np.median(ratios)),
-        ratio_range=None if ratios is None else (float(ratios.min()), float(ratios.max())),
-        own_limit=float(np.median(limit)),
-        own_range=(float(limit.min()), float(limit.max())),
+        seconds=float(np.median(times["simgrad"])) / len(pairs),
+        own_limit=own_limit,
+        own_range=own_range,
         bare=made.bare_name,
         flops=made.flops,
-        achieved=float(np.median(speed / ceiling)),
-        ceiling=float(ceiling.max()),
+        achieved=work * ratio(times["product"], times["simgrad"])[0],
+        ceiling=float(here.product_flops / times["product"].min()),
         bytes=made.passes * sum(x.nbytes for x in jax.tree.leaves(here.policy.theta)),
         temporary=made.temporary,
-        error=error,
+        **beside,
     )
 
 
-def compiled(f: Callable[[Theta], Any], theta: Theta) -> tuple[Callable[[], Any], int]:
-    """The compiled call, and the temporary memory it needs."""
-    program = jax.jit(f).lower(theta).compile()
-    memory = program.memory_analysis()
-    return lambda: program(theta), 0 if memory is None else memory.temp_size_in_bytes
+def _logp(apply: Apply, theta: Theta, batch: Batch) -> Array:
+    return responses(apply, theta, batch).logp
+
+
+def _gradient(apply: Apply, theta: Theta, batch: Batch) -> Theta:
+    return jax.grad(lambda t: _logp(apply, t, batch).sum())(theta)
+
+
+_BARE = {"forward": _logp, "forward + backward": _gradient}
+
+
+def _task(
+    here: Workbench,
+    ours: Reading,
+    batch: Batch,
+    bare: Literal["forward", "forward + backward"] = "forward + backward",
+    once: str = "",
+    bare_batch: Batch | None = None,
+    **rest: Any,
+) -> Task:
+    """A compiled task on a batch; ``once`` says per what its bare passes count."""
+    call, temporary = here.compiled(ours, batch)
+    passes, _ = here.compiled(_BARE[bare], batch if bare_batch is None else bare_batch)
+    return Task(call, temporary, passes, bare + once, **rest)
 
 
 def _columns(*arrays: Array) -> np.ndarray:
-    return np.stack([np.asarray(x, np.float64) for x in arrays], -1)
-
-
-def _gradient(here: Workbench, batch: Batch) -> Callable[[], Any]:
-    """A bare forward and backward pass."""
-    apply = here.policy.apply
-    return compiled(jax.grad(lambda t: responses(apply, t, batch).logp.sum()), here.policy.theta)[0]
-
-
-def _forward_task(
-    here: Workbench, pairs: list[Pair], ours: Callable[[Theta, Batch], Any], **rest: Any
-) -> Task:
-    apply, theta, batch = here.policy.apply, here.policy.theta, packed(pairs)
-    call, temporary = compiled(lambda theta: ours(theta, batch), theta)
-    length, rows = batch.tokens.shape[-1], batch.targets.shape[-1]
-    flops = kernel_flops(here.shapes, length, rows, packed=True).forward
-    bare = compiled(lambda theta: responses(apply, theta, batch).logp, theta)[0]
-    return Task(
-        ours=call,
-        bare=bare,
-        bare_name="forward",
-        flops=flops,
-        passes=1,
-        temporary=temporary,
-        **rest,
-    )
+    return np.stack([_numbers(x) for x in arrays], -1)
 
 
 def _scoring(here: Workbench, pairs: list[Pair]) -> Task:
-    objective = objectives.get("dpo")
-
-    def published_scores(model: Any) -> list[tuple[float, float, float]]:
-        return [published.forward_scores(model, p) for p in pairs]
-
-    return _forward_task(
+    objective, batch = objectives.get("dpo"), packed(pairs)
+    return _task(
         here,
-        pairs,
-        lambda theta, batch: score_batch(
-            here.policy.apply, theta, batch, objective, 1.0, gradients=False
-        ),
+        lambda *at: score_batch(*at, objective, 1.0, gradients=False),
+        batch,
+        "forward",
         read=lambda got: _columns(got["logp_chosen"], got["logp_rejected"], got["ches"]),
-        published=published_scores,
-        reference=published_scores,
+        published=published.forward_scores,
+        flops=here.flops(batch).forward,
+        passes=1,
     )
 
 
 def _log_probs(here: Workbench, pairs: list[Pair]) -> Task:
-    def published_log_probs(model: Any) -> list[tuple[float, float]]:
-        return [published.log_probs(model, p) for p in pairs]
-
-    return _forward_task(
+    batch = packed(pairs)
+    return _task(
         here,
-        pairs,
-        lambda theta, batch: responses(here.policy.apply, theta, batch).logp,
-        read=np.asarray,
-        published=published_log_probs,
-        reference=published_log_probs,
+        _logp,
+        batch,
+        "forward",
+        published=published.log_probs,
+        flops=here.flops(batch).forward,
+        passes=1,
     )
 
 
@@ -207,38 +203,30 @@ def _gradients(here: Workbench, pairs: list[Pair]) -> Task:
     prompt, response = len(pairs[0].prompt), len(pairs[0].chosen)
     layout = packed if packing_pays(here.shapes, prompt, response, response) else padded
     batch = layout(pairs)
-    call, temporary = compiled(
-        lambda theta: pair_kernel(here.policy.apply, theta, batch), here.policy.theta
-    )
-    return Task(
-        ours=call,
+    return _task(
+        here,
+        pair_kernel,
+        batch,
+        bare_batch=padded(pairs),
         read=lambda got: _columns(got.sq_chosen, got.inner, got.sq_rejected),
-        bare=_gradient(here, padded(pairs)),
-        bare_name="forward + backward",
-        published=lambda model: [published.gradient_scalars(model, p) for p in pairs],
-        reference=lambda model: [published.gradient_scalars(model, p, wide=True) for p in pairs],
-        flops=kernel_flops(here.shapes, batch.tokens.shape[-1], response, layout is packed).total,
+        published=published.gradient_scalars,
+        flops=here.flops(batch).total,
         passes=2,
-        temporary=temporary,
     )
 
 
 def _tokens(here: Workbench, pairs: list[Pair]) -> Task:
     batch, rows = padded(pairs), len(pairs[0].chosen)
     some = np.unique(np.linspace(0, rows - 1, min(here.config.sample, rows)).astype(int))
-    call, temporary = compiled(
-        lambda theta: token_kernel(here.policy.apply, theta, batch), here.policy.theta
-    )
-    return Task(
-        ours=call,
-        read=lambda got: np.asarray(got, np.float64)[0, 0, :, 0][np.ix_(some, some)],
-        bare=_gradient(here, batch),
-        bare_name="forward + backward, once a token",
-        published=lambda model: published.token_kernel(model, pairs[0], some.tolist()),
-        reference=lambda model: published.token_kernel(model, pairs[0], some.tolist(), wide=True),
+    return _task(
+        here,
+        token_kernel,
+        batch,
+        once=", once a token",
+        read=lambda got: _numbers(got)[0, 0, :, 0][np.ix_(some, some)],
+        published=functools.partial(published.token_kernel, tokens=some.tolist()),
         flops=token_flops(here.shapes, batch.tokens.shape[-1], rows),
         passes=2,
-        temporary=temporary,
         scale=2 * rows / len(some),
         bare_times=float(rows),
         entries=True,
@@ -248,50 +236,36 @@ def _tokens(here: Workbench, pairs: list[Pair]) -> Task:
 def _dataset(here: Workbench, pairs: list[Pair]) -> Task:
     apply, theta, batch = here.policy.apply, here.policy.theta, packed(pairs)
     count = sum(x.size for x in jax.tree.leaves(theta))
-    memory = (
-        4 * 2 * len(pairs) * count
-    )  # all gradients at once, as the published procedure keeps them
-    plan = kernel_plan(apply, theta, len(pairs), memory=memory)
-    _, temporary = compiled(lambda theta: jacobian(apply, theta, batch), theta)
-    forward = kernel_flops(
-        here.shapes, batch.tokens.shape[-1], batch.targets.shape[-1], packed=True
-    ).forward
-    return Task(
-        ours=lambda: entanglement_kernel(apply, theta, batch, memory=memory),
-        read=lambda got: np.asarray(got, np.float64),
-        bare=_gradient(here, batch),
-        bare_name="forward + backward, once a response",
-        published=lambda model: published.dataset_kernel(model, pairs),
-        reference=lambda model: published.dataset_kernel(model, pairs, wide=True),
-        flops=5 * forward + 2 * 2 * 2 * len(pairs) * count,
+    memory = 4 * 2 * len(pairs) * count  # all gradients at once, as the published procedure does
+    rows = _task(
+        here,
+        jacobian,
+        batch,
+        once=", once a response",
+        published=published.dataset_kernel,
+        flops=5 * here.flops(batch).forward + 2 * 2 * 2 * len(pairs) * count,
         passes=1 + 2 * 2,
-        temporary=plan.bytes + temporary,
         bare_times=2.0,
         entries=True,
+    )
+    return dataclasses.replace(
+        rows,
+        ours=lambda: entanglement_kernel(apply, theta, batch, memory=memory),
+        temporary=rows.temporary + kernel_plan(apply, theta, len(pairs), memory=memory).bytes,
     )
 
 
 def _directional(here: Workbench, pairs: list[Pair]) -> Task:
-    apply, rate = here.policy.apply, 1e-3
-    dpo, batch = objectives.DPO(), packed(pairs)
+    dpo, rate, batch = objectives.DPO(), 1e-3, packed(pairs)
     recipe = Recipe(dpo, optax.sgd(rate), steps=1)
-    call, temporary = compiled(
-        lambda theta: directional_score(apply, theta, batch, recipe).change, here.policy.theta
-    )
     pull = rate * dpo.beta / 2  # d_w = d_l = β σ(0) where the policy is its own reference
-    forward = kernel_flops(
-        here.shapes, batch.tokens.shape[-1], batch.targets.shape[-1], packed=True
-    ).forward
-    return Task(
-        ours=call,
-        read=lambda got: np.asarray(got, np.float64),
-        bare=_gradient(here, batch),
-        bare_name="forward + backward",
-        published=lambda model: published.directional_changes(model, pairs, pull),
-        reference=lambda model: published.directional_changes(model, pairs, pull, wide=True),
-        flops=6 * forward,
+    return _task(
+        here,
+        lambda apply, theta, batch: directional_score(apply, theta, batch, recipe).change,
+        batch,
+        published=functools.partial(published.directional_changes, coefficient=pull),
+        flops=6 * here.flops(batch).forward,
         passes=1 + 2 + 2,
-        temporary=temporary,
         entries=True,
     )
 

@@ -6,8 +6,9 @@ import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Literal
 
 import jax
@@ -15,43 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from simgrad.bridge import Policy, load
-from simgrad.models import ModelConfig, create
-from simgrad.pairs import Pair
-from simgrad.theory.kernel.cost import Shapes
+from simgrad.models import Apply, ModelConfig, create
+from simgrad.pairs import Batch, Pair
+from simgrad.store import provenance
+from simgrad.theory.kernel.cost import KernelFlops, Shapes, kernel_flops
+from simgrad.typing import Theta
 from simgrad.validation import published
 
+Reading = Callable[[Apply, Theta, Batch], Any]
+"""What a model makes of a batch."""
+_SIZES = "width depth heads vocab_size kv_heads mlp_width".split()
 SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": {"width": 768, "depth": 12, "heads": 12, "vocab_size": 50257},
-    "small": {"width": 128, "depth": 4, "heads": 4, "vocab_size": 50257},
-    "llama-135m": {
-        "width": 576,
-        "depth": 30,
-        "heads": 9,
-        "kv_heads": 3,
-        "mlp_width": 1536,
-        "vocab_size": 49152,
-        "mlp": "gated",
-    },
-    "llama-360m": {
-        "width": 960,
-        "depth": 32,
-        "heads": 15,
-        "kv_heads": 5,
-        "mlp_width": 2560,
-        "vocab_size": 49152,
-        "mlp": "gated",
-    },
-    "llama-1b": {
-        "width": 2048,
-        "depth": 16,
-        "heads": 32,
-        "kv_heads": 8,
-        "mlp_width": 8192,
-        "vocab_size": 128256,
-        "mlp": "gated",
-    },
+    name: dict(zip(_SIZES, sizes, strict=False))
+    for name, sizes in {
+        "gpt2": (768, 12, 12, 50257),
+        "small": (128, 4, 4, 50257),
+        "llama-135m": (576, 30, 9, 49152, 3, 1536),
+        "llama-360m": (960, 32, 15, 49152, 5, 2560),
+        "llama-1b": (2048, 16, 32, 128256, 8, 8192),
+    }.items()
 }
-"""Shapes of well-known models with tied embeddings; a gated MLP means Llama, else GPT-2."""
+"""Shapes of well-known models with tied embeddings: Llama where there are key heads, else GPT-2."""
+_GPT2 = {"norm": "layernorm", "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+_LLAMA = {"positions": "rope", "activation": "silu", "mlp": "gated"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,9 @@ class Config:
         dtype: of weights and activations.
         sample: tokens whose gradients the published token kernel takes; its time is scaled to all
             of them.
+
+    Raises:
+        ValueError: an unknown shape, or a number that is not positive.
     """
 
     lengths: tuple[tuple[int, int], ...] = ((96, 32), (32, 32), (128, 64))
@@ -85,11 +75,10 @@ class Config:
         """Refuse what cannot be timed, before anything is."""
         if self.shape not in SHAPES:
             raise ValueError(f"shape={self.shape!r}: choose from {', '.join(SHAPES)}")
-        for name in ("pairs", "repeats", "sample"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.depth is not None and self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}")
+        for name in ("pairs", "repeats", "sample", "depth"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not self.lengths:
             raise ValueError("lengths: give at least one pair of prompt and response tokens")
         for prompt, response in (*self.lengths, self.token_lengths):
@@ -101,9 +90,7 @@ class Config:
     @property
     def longest(self) -> int:
         """Positions that the model must have; growth takes up to four times the first length."""
-        return max(
-            4 * sum(self.lengths[0]), *(p + r for p, r in (*self.lengths, self.token_lengths))
-        )
+        return max(4 * sum(self.lengths[0]), *map(sum, (*self.lengths, self.token_lengths)))
 
 
 @dataclass(frozen=True)
@@ -129,30 +116,39 @@ class Workbench:
         """Of the policy's maps."""
         return Shapes.of(self.policy.apply, self.policy.theta)
 
+    def flops(self, batch: Batch, ghost: bool | None = None) -> KernelFlops:
+        """Operations of one pair's kernel in the layout of a batch; ``ghost`` forces a route."""
+        length, rows = batch.tokens.shape[-1], batch.targets.shape[-1]
+        return kernel_flops(self.shapes, length, rows, batch.is_packed, ghost)
+
     def pairs(self, prompt: int, response: int, count: int | None = None) -> list[Pair]:
         """Random pairs, the same for the same lengths."""
         rng = np.random.default_rng(0)
         draw = lambda n: rng.integers(0, self.policy.config.vocab_size, n).tolist()  # noqa: E731
-        return [
-            Pair(draw(prompt), draw(response), draw(response))
-            for _ in range(count or self.config.pairs)
-        ]
+        count = count or self.config.pairs
+        return [Pair(draw(prompt), draw(response), draw(response)) for _ in range(count)]
+
+    def compiled(self, f: Reading, batch: Batch) -> tuple[Callable[[], Any], int]:
+        """The compiled call of a function on a batch, and the temporary bytes it needs."""
+        apply, theta = self.policy.apply, self.policy.theta
+        program = jax.jit(lambda theta: f(apply, theta, batch)).lower(theta).compile()
+        memory = program.memory_analysis()
+        return lambda: program(theta), 0 if memory is None else memory.temp_size_in_bytes
+
+    def medians(self, calls: Mapping[str, tuple[Reading, Batch]]) -> dict[str, float]:
+        """Median seconds of functions on batches."""
+        contestants = {name: timed(self.compiled(*call)[0]) for name, call in calls.items()}
+        times = race(contestants, self.config.repeats)
+        return {name: float(np.median(t)) for name, t in times.items()}
 
 
 def set_up(config: Config) -> Workbench:
     """The same random weights in JAX and, if torch is there, in PyTorch."""
     shape = {**SHAPES[config.shape], **({} if config.depth is None else {"depth": config.depth})}
-    if importlib.util.find_spec("torch") is None:
-        llama = {"positions": "rope", "activation": "silu"}
-        gpt2 = {
-            "norm": "layernorm",
-            "qkv_bias": True,
-            "attention_output_bias": True,
-            "mlp_bias": True,
-        }
-        more = llama if "mlp" in shape else gpt2
+    if torch_version() is None:
+        kind: dict[str, Any] = _LLAMA if "kv_heads" in shape else _GPT2
         model_config = ModelConfig(
-            max_length=config.longest, tied=True, dtype=config.dtype, **more, **shape
+            max_length=config.longest, tied=True, dtype=config.dtype, **kind, **shape
         )
         policy, model = Policy(*create(model_config), model_config), None
     else:
@@ -170,25 +166,39 @@ def set_up(config: Config) -> Workbench:
     return Workbench(config, policy, model, lambda: product(square, square), 2.0 * size**3)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Time of the second of two calls: the first pays for what the previous contestant left."""
-    jax.block_until_ready(call())
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begin
+def timed(call: Callable[[], Any]) -> Callable[[], float]:
+    """The time of the second of two calls: the first pays for what the previous contestant left."""
+
+    def seconds() -> float:
+        jax.block_until_ready(call())
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - begin
+
+    return seconds
 
 
-def race(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-    """Times of all contestants, in turn within each repeat."""
-    times = [{name: seconds(call) for name, call in contestants.items()} for _ in range(repeats)]
+def race(contestants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds that all contestants say they took, in turn within each repeat."""
+    times = [{name: clock() for name, clock in contestants.items()} for _ in range(repeats)]
     return {name: np.array([t[name] for t in times]) for name in contestants}
 
 
-def version(package: str) -> str | None:
-    """Installed version, or None."""
-    from importlib import metadata
+def ratio(times: np.ndarray, others: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The ratio of two contestants' times within each repeat: median, and (smallest, largest).
 
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    >>> ratio(np.array([1.0, 4.0, 3.0]), np.array([1.0, 2.0, 1.0]))
+    (2.0, (1.0, 3.0))
+    """
+    ratios = times / others
+    return float(np.median(ratios)), (float(ratios.min()), float(ratios.max()))
+
+
+def torch_version() -> str | None:
+    """Installed version, or None."""
+    return metadata.version("torch") if importlib.util.find_spec("torch") else None
+
+
+def machine() -> dict[str, Any]:
+    """Provenance of timings: versions, devices, cores."""
+    return {**provenance(), "cores": os.cpu_count(), "torch": torch_version()}
