@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import direct_labels, panel_letters
-from simgrad.drawing.style import GUIDE, OTHERS, size
+from simgrad.drawing.draw import direct_labels, panel_letters, panels
+from simgrad.drawing.style import GUIDE, OTHERS
 from simgrad.dynamics.linearized import kernel_flow, linearized_run
 from simgrad.models import Apply
 from simgrad.objectives import DPO
@@ -186,7 +185,7 @@ def _errors(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
 
 def plot(result: Result) -> Figure:
     """Errors of one step, its signs, errors of a run."""
-    figure, axes = plt.subplots(1, 3, figsize=size(1, 3, 1.05), layout="constrained")
+    figure, axes = panels(1, 3, 1.05)
     step, signs, run = axes
     rates = result.learning_rates
     lines = {"first": (result.first, "black"), "second": (result.second, OTHERS[1])}
@@ -205,12 +204,9 @@ def plot(result: Result) -> Figure:
         "refreshed": (result.refreshed, OTHERS[1]),
     }
     _errors_of(run, result.largest_change, lines, 1e-4)
-    run.set(
-        title=f"{result.steps} steps: error",
-        xlabel="largest |Δ log π| (nats)",
-        ylabel="relative error",
-    )
-    panel_letters([step, signs, run])
+    run.set(title=f"{result.steps} steps: error", xlabel="largest |Δ log π| (nats)")
+    run.set_ylabel("relative error")
+    panel_letters(axes)
     return figure
 
 
