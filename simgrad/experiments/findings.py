@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Table:
         return {name: column[keep] for name, column in self.columns.items()}
 
     def across(
-        self, column: str, by: str, values: Sequence[Any], **setting: Any
+        self, column: str, by: str, values: Iterable[Any], **setting: Any
     ) -> Float[np.ndarray, "seeds values"]:
         """A measurement at these values of the column ``by``, and at one value of all others."""
         found = [self.where(**setting, **{by: value})[column] for value in values]

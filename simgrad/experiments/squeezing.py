@@ -53,14 +53,12 @@ def _squeeze(world: Squeezing, seeds: Sequence[int]) -> Table:
         rows.append(setting | _moved(path[:, 0], path[:, -1], token))
     return Table.of(
         "squeeze",
-        (
-            f"{world.steps} steps z ← z - {world.rate} (e_y - π), by what y was at the start: "
-            "probability of y, and of the likeliest other token before and after; how many tokens "
-            "rise; the likeliest's gain over the mass y lost, and over all gains; mass that all "
-            "other tokens (bystanders) lost; its lead in Δ log π over the one that falls most "
-            "(nats). Peak 0, a uniform start, is the null: the others rise alike, nothing is "
-            "squeezed."
-        ),
+        f"{world.steps} steps z ← z - {world.rate} (e_y - π), by what y was at the start: "
+        "probability of y, and of the likeliest other token before and after; how many tokens "
+        "rise; the likeliest's gain over the mass y lost, and over all gains; mass that all "
+        "other tokens (bystanders) lost; its lead in Δ log π over the one that falls most "
+        "(nats). Peak 0, a uniform start, is the null: the others rise alike, nothing is "
+        "squeezed.",
         ("pushed", "peak"),
         rows,
     )
@@ -80,7 +78,8 @@ def _extend(world: Squeezing, seeds: Sequence[int]) -> Table:
         start: Theta, data: list[Pair], objective: Objective, rate: float, steps: int
     ) -> Theta:
         recipe = recipe_for(objective, "sgd", rate * len(data), steps)
-        batches, orders = stacked([(padded(data), recipe.order(len(data)))] * len(seeds))
+        batches = stacked([padded(data)] * len(seeds))
+        orders = np.stack([recipe.order(len(data))] * len(seeds))
         return tuned(apply, start, batches, recipe, orders)
 
     learned, rows = ([], pairs, pairs + third, pairs + swapped), []
@@ -92,19 +91,18 @@ def _extend(world: Squeezing, seeds: Sequence[int]) -> Table:
         start = trained(thetas, data, SFT(), 2 * rate, world.sft_steps) if data else thetas
         before = next_logp(apply, start, prompts)
         for push, steps in itertools.product(pushes, world.push_steps):
-            after = next_logp(apply, trained(start, *pushes[push], steps), prompts)
+            some, objective, speed = pushes[push]
+            after = next_logp(apply, trained(start, some, objective, speed, steps), prompts)
             setting = {"push": push, "first": first, "steps": steps}
             fates = map(_fates, before, after)
             rows += [setting | {"seed": s} | fate for s, fate in zip(seeds, fates, strict=True)]
     return Table.of(
         "extend",
-        (
-            "Linear-softmax: supervised fine-tuning on 'first', then steps on the rejected token "
-            "alone, or of DPO. Mean probability before the push, Δ log π of it (nats). 'chosen, "
-            "rejected' is the fix of Ren & Sutherland, after which the other tokens should fall "
-            "less than after 'chosen'. 'chosen, third' is the control: as flat a start, but the "
-            "rejected token as unlikely as after 'chosen'."
-        ),
+        "Linear-softmax: supervised fine-tuning on 'first', then steps on the rejected token "
+        "alone, or of DPO. Mean probability before the push, Δ log π of it (nats). 'chosen, "
+        "rejected' is the fix of Ren & Sutherland, after which the other tokens should fall "
+        "less than after 'chosen'. 'chosen, third' is the control: as flat a start, but the "
+        "rejected token as unlikely as after 'chosen'.",
         ("push", "first", "steps"),
         rows,
     )
@@ -149,23 +147,19 @@ def _drops(world: Squeezing, seeds: Sequence[int]) -> tuple[Table, Table]:
             ]
     drops = Table.of(
         "drops",
-        (
-            "One step on a group along Σ a_j ∇ log π(y_j) / |y_j| with the penalty dropped on "
-            f"{count} of the wrong tokens: mean Δ log π of correct and of wrong responses, and "
-            "what the drop gained the correct ones (nats). 'exact' ranks by gradients of all that "
-            "learns. Overlap 0 is the null: no wrong token is shared."
-        ),
+        "One step on a group along Σ a_j ∇ log π(y_j) / |y_j| with the penalty dropped on "
+        f"{count} of the wrong tokens: mean Δ log π of correct and of wrong responses, and "
+        "what the drop gained the correct ones (nats). 'exact' ranks by gradients of all that "
+        "learns. Overlap 0 is the null: no wrong token is shared.",
         ("learns", "overlap", "dropped"),
         rows,
     )
     return drops, Table.of(
         "scores",
-        (
-            "Of wrong tokens: rank correlation of NTHR with the exact effect on Σ log π(correct), "
-            "share that the correct response has too, in all and among the highest NTHR. Of "
-            "correct responses: rank correlation of GWHES with -Δ log π after the step, and share "
-            "that falls. NTHR and GWHES know W only."
-        ),
+        "Of wrong tokens: rank correlation of NTHR with the exact effect on Σ log π(correct), "
+        "share that the correct response has too, in all and among the highest NTHR. Of "
+        "correct responses: rank correlation of GWHES with -Δ log π after the step, and share "
+        "that falls. NTHR and GWHES know W only.",
         ("learns", "overlap"),
         scores,
     )

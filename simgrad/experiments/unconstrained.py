@@ -71,14 +71,12 @@ def _single(world: Unconstrained, seeds: Sequence[int]) -> Table:
         )
     return Table.of(
         "single",
-        (
-            "One-token pairs. d/dt log π(y⁺) per unit of c (nats per unit of time) by the closed "
-            f"form and by one DPO step of {SMALL:g}, worst relative error; share of models whose "
-            "chosen token falls at once, with features frozen (the null: none can), and after "
-            f"{world.steps} steps (Δ in nats). Of tokens outside the pair: rank correlation of "
-            "⟨W_z, W₊ - W₋⟩ at the start with Δ log π(z) of that run, and how often the top one "
-            "agrees (chance: 1 in V - 2)."
-        ),
+        "One-token pairs. d/dt log π(y⁺) per unit of c (nats per unit of time) by the closed "
+        f"form and by one DPO step of {SMALL:g}, worst relative error; share of models whose "
+        "chosen token falls at once, with features frozen (the null: none can), and after "
+        f"{world.steps} steps (Δ in nats). Of tokens outside the pair: rank correlation of "
+        "⟨W_z, W₊ - W₋⟩ at the start with Δ log π(z) of that run, and how often the top one "
+        "agrees (chance: 1 in V - 2).",
         ("alignment",),
         rows,
     )
@@ -107,13 +105,11 @@ def _longer(world: Unconstrained, seeds: Sequence[int]) -> Table:
             )
     return Table.of(
         "longer",
-        (
-            f"Pairs trained alone for {world.steps} DPO steps: rank correlation, within a seed, of "
-            "each score at the start with -Δ log π(y⁺) (1 is perfect; nan: the score is one number "
-            "for all pairs, as CHES is for single tokens); 'length' is -|y⁺|. Different tokens "
-            "have α near 0, not 1 as CHES has it, but for 'one error'. 'long', with no token in "
-            "common, is the null. Share that falls; Δ in nats."
-        ),
+        f"Pairs trained alone for {world.steps} DPO steps: rank correlation, within a seed, of "
+        "each score at the start with -Δ log π(y⁺) (1 is perfect; nan: the score is one number "
+        "for all pairs, as CHES is for single tokens); 'length' is -|y⁺|. Different tokens "
+        "have α near 0, not 1 as CHES has it, but for 'one error'. 'long', with no token in "
+        "common, is the null. Share that falls; Δ in nats.",
         ("responses", "state norms"),
         rows,
     )

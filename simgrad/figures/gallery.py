@@ -53,7 +53,7 @@ def _entry(module: ModuleType) -> Entry:
     nothing: Callable[[Any], tuple[Any, ...]] = lambda config: ()  # noqa: E731
     parts = ("compute", "plot", "Result", "TITLE", "CAPTION", "BEARS_ON")
     inputs = getattr(module, "inputs", nothing)
-    return Entry(module.Config(), *(getattr(module, part) for part in parts), inputs)
+    return Entry(module.Config(), *(getattr(module, part) for part in parts), inputs=inputs)
 
 
 _NAMES = """

@@ -86,8 +86,9 @@ def compute(config: Config) -> Result:
     of_chosen = [[(says[k][:n], change[:n]) for _, says, change in found] for k in (0, 1)]
     ranks = [[spearman(*both) for both in seeds] for seeds in of_chosen]
     signs = [[(np.sign(x) == np.sign(y)).mean() for x, y in seeds] for seeds in of_chosen]
-    kernels, says, change = found[0]
-    return Result(n, *kernels, *says, change, np.array(ranks), np.array(signs))
+    (sgd, adam), (sgd_says, adam_says), change = found[0]
+    agreement = (np.array(ranks), np.array(signs))
+    return Result(n, sgd, adam, sgd_says, adam_says, change, *agreement)
 
 
 def _seed(

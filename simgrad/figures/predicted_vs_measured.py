@@ -11,14 +11,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad import objectives
 from simgrad.drawing.draw import note, panels, ticks
 from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED
 from simgrad.models import Apply, ModelConfig, bind, create, linear_softmax, unconstrained_features
-from simgrad.objectives import Objective
+from simgrad.objectives import DPO
 from simgrad.pairs import Batch, Pair, padded
 from simgrad.theory import first_order, loss_gradient, pair_kernel
 from simgrad.typing import Array, Float, Theta
+from simgrad.worlds.tuning import stacked
 
 TITLE = "Predicted against measured"
 
@@ -86,27 +86,22 @@ def _random_pairs(config: Config) -> list[Pair]:
 
 
 def _models(config: Config, pairs: list[Pair]) -> dict[str, tuple[Apply, Theta]]:
-    shape = ModelConfig(
-        vocab_size=config.vocab_size, width=32, depth=2, heads=4, max_length=16, dtype="float64"
-    )
+    size, seed = config.vocab_size, config.seed
+    shape = ModelConfig(size, width=32, depth=2, heads=4, max_length=16, dtype="float64")
     return {
-        "Linear softmax": linear_softmax(pairs, config.vocab_size, 16, config.seed, "float64"),
-        "Unconstrained features": unconstrained_features(
-            pairs, config.vocab_size, 16, config.seed, "float64"
-        ),
-        "Transformer, 2 layers": create(shape, config.seed),
+        "Linear softmax": linear_softmax(pairs, size, 16, seed, "float64"),
+        "Unconstrained features": unconstrained_features(pairs, size, 16, seed, "float64"),
+        "Transformer, 2 layers": create(shape, seed),
     }
 
 
-def _steps(
-    apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates: Array
-) -> tuple[Array, Array]:
+def _steps(apply: Apply, theta: Theta, batch: Batch, rates: Array) -> tuple[Array, Array]:
     """Predicted and measured change of one pair at every rate: arrays (E, 2)."""
     model = bind(apply, theta)
     start = model.logp(model.trained, batch)
-    force = objective.force(start, start, batch.lengths)
+    force = DPO().force(start, start, batch.lengths)
     predicted = rates[:, None] * first_order(pair_kernel(apply, theta, batch), force)
-    gradient = loss_gradient(apply, theta, batch, objective)
+    gradient = loss_gradient(apply, theta, batch, DPO())
 
     def measure(rate: Array) -> Array:
         moved = jax.tree.map(lambda t, g: t - rate * g, model.trained, gradient)
@@ -117,26 +112,19 @@ def _steps(
 
 def compute(config: Config) -> Result:
     """Predict and take the steps, in float64."""
-    objective = objectives.get("dpo")
     pairs = _random_pairs(config)
     length = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     with jax.enable_x64(True):
-        batches = [padded([p], length, length) for p in pairs]
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
-        models = _models(config, pairs)
-        rates, predicted, measured = [], [], []
+        batches = stacked([padded([p], length, length) for p in pairs])
+        models, found = _models(config, pairs), []
         for (apply, theta), largest in zip(models.values(), config.largest, strict=True):
-            eta = jnp.geomspace(1e-4 * largest, largest, config.rates)
-            steps = functools.partial(_steps, apply, theta, objective=objective, rates=eta)
-            p, m = jax.jit(functools.partial(jax.lax.map, steps))(stacked)
-            rates.append(np.asarray(eta))
-            predicted.append(np.asarray(p).swapaxes(0, 1))
-            measured.append(np.asarray(m).swapaxes(0, 1))
-    fits = [_slope(*columns) for columns in zip(rates, predicted, measured, strict=True)]
-    slopes, errors = np.array(fits).T
-    return Result(
-        tuple(models), np.stack(rates), np.stack(predicted), np.stack(measured), slopes, errors
-    )
+            rates = jnp.geomspace(1e-4 * largest, largest, config.rates)
+            steps = functools.partial(_steps, apply, theta, rates=rates)
+            changes = jax.jit(functools.partial(jax.lax.map, steps))(batches)
+            found.append((np.asarray(rates), *(np.asarray(x).swapaxes(0, 1) for x in changes)))
+    rates, predicted, measured = map(np.stack, zip(*found, strict=True))
+    slopes, errors = np.array([_slope(*columns) for columns in found]).T
+    return Result(tuple(models), rates, predicted, measured, slopes, errors)
 
 
 def _slope(rates: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> tuple[float, float]:

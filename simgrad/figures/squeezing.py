@@ -64,13 +64,14 @@ def compute(config: Config) -> Result:
     world = Squeezing(peaks=config.peaks, draws=config.draws)
     found = squeezing.run(world, config.seeds)
     squeeze, extend = found["squeeze"], found["extend"]
-    at_peaks = (
+    before, after, rise = (
         squeeze.across(column, "peak", config.peaks, pushed="least likely")
         for column in ("top before", "top after", "rise")
     )
     steps, pushes = max(world.push_steps), ("rejected", "DPO")
     others = [extend.across("Δ others", "first", FIRST, push=p, steps=steps).T for p in pushes]
-    return Result(np.array(config.peaks), *at_peaks, FIRST, pushes, np.array(others))
+    peaks = np.array(config.peaks)
+    return Result(peaks, before, after, rise, FIRST, pushes, np.array(others))
 
 
 def plot(result: Result) -> Figure:

@@ -83,8 +83,13 @@ def compute(config: Config) -> Result:
         _case(percentiles, _edited(percentiles.pairs(config.seed)), config.seed),
     )
     words, shared, kernels, changes, cosines = zip(*cases, strict=True)
-    sides = (*zip(*words, strict=True), *zip(*shared, strict=True))
-    return Result(*sides, *kernels, *changes, np.array(cosines))
+    parts: tuple[Any, ...] = (
+        *zip(*words, strict=True),
+        *zip(*shared, strict=True),
+        *kernels,
+        *changes,
+    )
+    return Result(*parts, cosines=np.array(cosines))
 
 
 def _case(world: World, pair: Pair, seed: int) -> tuple[Any, ...]:

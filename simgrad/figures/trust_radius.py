@@ -99,7 +99,7 @@ def compute(config: Config) -> Result:
         first, second = np.asarray(change.first), np.asarray(change.second)
         kernel = entanglement_kernel(apply, theta, batch)
         flow, ray, refreshed = np.stack(
-            [_runs(apply, theta, batch, start, kernel, r, config) for r in rates], 1
+            [_runs(apply, theta, batch, start, kernel, rate, config) for rate in rates], 1
         )
     norms = np.linalg.norm(first), np.linalg.norm(second)
     return Result(
@@ -148,33 +148,15 @@ def _runs(
         fresh.hyperparams["learning_rate"] = jnp.asarray(rate)
         return fresh
 
-    flow = kernel_flow(
-        kernel,
-        start,
-        batch.lengths,
-        DPO(),
-        _SGD,
-        config.steps,
-        state=state(jnp.zeros(2 * batch.size)),
+    run, zero = (DPO(), _SGD, config.steps), state(jnp.zeros(2 * batch.size))
+    flow = kernel_flow(kernel, start, batch.lengths, *run, state=zero)
+    ray, refreshed = (
+        linearized_run(
+            apply, theta, batch, *run, refresh=refresh, read="ray", state=state(theta)
+        ).trajectory
+        for refresh in (None, config.refresh)
     )
-
-    def run(refresh: int | None) -> Array:
-        found = linearized_run(
-            apply,
-            theta,
-            batch,
-            DPO(),
-            _SGD,
-            config.steps,
-            refresh=refresh,
-            read="ray",
-            state=state(theta),
-        )
-        return found.trajectory.logp[-1]
-
-    return np.stack(
-        [np.asarray(x - start) for x in (flow.logp[-1], run(None), run(config.refresh))]
-    )
+    return np.stack([np.asarray(path.logp[-1] - start) for path in (flow, ray, refreshed)])
 
 
 def _errors(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:

@@ -303,7 +303,11 @@ def associations(table: ScoreTable, found: Sequence[Score]) -> tuple[Association
                 partial_spearman(x, change[use], lengths[use]) if len(x) >= _PARTIAL else np.nan
             )
         ranks = (spearman(x, column) for column in beside[use].T)
-        every.append(Association(score.name, score.label, *ranks, moved, partial, len(x)))
+        every.append(
+            Association(
+                score.name, score.label, *ranks, change=moved, partial=partial, pairs=len(x)
+            )
+        )
     return tuple(every)
 
 

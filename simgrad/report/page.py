@@ -178,20 +178,16 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters.update(
         number=number,
-        percent=_percent,
+        percent=lambda part, whole: f"{100 * part / whole:.0f} %" if whole else "–",
         correlation=correlation,
         colour=_colour,
         visible=_visible,
-        words=_words,
+        words=lambda label: label.replace("_", " "),
         maths=_maths,
-        short=_short,
+        short=lambda name: Path(name).name,
     )
     environment.globals.update(extreme=_extreme, movers=_movers)
     return environment
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "–"
 
 
 def _maths(text: str) -> Markup:
@@ -201,15 +197,6 @@ def _maths(text: str) -> Markup:
             r"(?<![A-Za-z_])([A-Za-z])_([wli])(?![A-Za-z_])", r"\1<sub>\2</sub>", str(escape(text))
         )
     )
-
-
-def _short(name: str) -> str:
-    """The end of a path or Hub name."""
-    return Path(name).name
-
-
-def _words(label: str) -> str:
-    return label.replace("_", " ")
 
 
 def _visible(text: str) -> str:
