@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-def number(x: float, digits: int = 3) -> str:
+def number(x: float | int, digits: int = 3) -> str:
     """A number for people: few digits, a true minus sign, no exponent below a million.
 
     >>> number(-1234.5), number(0.01234), number(float("nan")), number(2.5e8)
@@ -67,8 +67,8 @@ def panel_letters(axes: Sequence[Axes] | np.ndarray) -> None:
 def note(
     axis: Axes,
     text: str,
-    place: tuple[float, float],
-    shift: tuple[float, float] = (0, 0),
+    place: tuple[float | int, float | int],
+    shift: tuple[float | int, float | int] = (0, 0),
     system: str | tuple[str, str] = "axes fraction",
     **style: Any,
 ) -> None:
@@ -77,7 +77,7 @@ def note(
     axis.annotate(text, place, shift, xycoords=system, textcoords="offset points", **style)
 
 
-def ticks(axis: Axes, side: str, places: Sequence[float] | np.ndarray) -> None:
+def ticks(axis: Axes, side: str, places: Sequence[float | int] | np.ndarray) -> None:
     """Ticks of the x or y axis at these places only, with numbers for people."""
     getattr(axis, f"set_{side}ticks")(places, [number(place) for place in places])
     axis.minorticks_off()

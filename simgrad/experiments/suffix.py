@@ -94,25 +94,22 @@ def _measuring(apply: Apply, recipe: Recipe) -> Any:
 
 def _measured(run: dict[str, np.ndarray]) -> dict[str, float]:
     tokens, change = run["change"][0], run["change"][0].sum(-1)
-    return {
-        "cosine": run["cosine"].mean(),
-        "Δ chosen": change[:, 0].mean(),
-        "Δ rejected": change[:, 1].mean(),
-        "Δ word": tokens[:, 0, 0].mean(),
-        "falls": (change[:, 0] < 0).mean(),
-        "both fall": (change < 0).all(-1).mean(),
+    found = {
+        "cosine": run["cosine"],
+        "Δ chosen": change[:, 0],
+        "Δ rejected": change[:, 1],
+        "Δ word": tokens[:, 0, 0],
+        "falls": change[:, 0] < 0,
+        "both fall": (change < 0).all(-1),
     }
+    return {name: float(x.mean()) for name, x in found.items()}
 
 
 def _predicted(run: dict[str, np.ndarray]) -> dict[str, float]:
     falls = run["change"][0].sum(-1)[:, 0] < 0
     says = {name: run[name][0, :, 0] < 0 for name in KERNELS}
-    return {
-        "falls": falls.mean(),
-        **{name: x.mean() for name, x in says.items()},
-        "own right": (says["own, SGD"] == falls).mean(),
-        "batch right": (says["batch, Adam"] == falls).mean(),
-    }
+    right = {"own right": says["own, SGD"] == falls, "batch right": says["batch, Adam"] == falls}
+    return {name: float(x.mean()) for name, x in ({"falls": falls} | says | right).items()}
 
 
 def _claims(measured: Table, predicted: Table, lengths: Sequence[int]) -> tuple[Claim, ...]:

@@ -97,7 +97,7 @@ class World:
             good = positive and math.isfinite(value)
             self.require(good, f"{f.name} must be positive and finite, got {value}")
 
-    def require(self, holds: bool, message: str) -> None:
+    def require(self, holds: bool | np.bool_, message: str) -> None:
         """Refuse a value of a knob, in the name of the world.
 
         Raises:
