@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from simgrad.bridge import ScoreTable
+from simgrad.drawing.draw import number
 from simgrad.objectives import get
-from simgrad.report.charts import number
 from simgrad.report.mitigations import filtered, needed, objective_fates, strength
 from simgrad.report.numbers import associations, by_source, regime_map, report_numbers, scores
 from simgrad.report.summary import summarise

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm, TwoSlopeNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.experiments.findings import interval
 from simgrad.typing import Bool, Float, Int
 
@@ -18,11 +21,78 @@ __all__ = [
     "band",
     "direct_labels",
     "dots",
+    "labelled_bands",
     "mass_bars",
+    "note",
+    "number",
     "panel_letters",
+    "panels",
     "regime_plane",
+    "shade_regimes",
+    "ticks",
     "token_heatmap",
+    "zero_line",
 ]
+
+
+def number(x: float | int, digits: int = 3) -> str:
+    """A number for people: few digits, a true minus sign, no exponent below a million.
+
+    >>> number(-1234.5), number(0.01234), number(float("nan")), number(2.5e8)
+    ('−1234', '0.0123', '–', '2.5 × 10⁸')
+    """
+    if not math.isfinite(x):
+        return "–" if math.isnan(x) else "∞" if x > 0 else "−∞"
+    if x != 0 and not 1e-4 <= abs(x) < 1e6:
+        mantissa, _, exponent = f"{x:.{digits - 1}e}".partition("e")
+        power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa} × 10{power}".replace("-", "−")
+    text = f"{x:.0f}" if abs(x) >= 10 ** (digits - 1) else f"{x:.{digits}g}"
+    return ("0" if text == "-0" else text).replace("-", "−")
+
+
+def panels(rows: int, columns: int, height_to_width: float, **grid: Any) -> tuple[Figure, Any]:
+    """A figure of the full text width, and its axes as an array (rows, columns) or (columns,)."""
+    figsize = size(rows, columns, height_to_width)
+    return plt.subplots(rows, columns, figsize=figsize, layout="constrained", **grid)
+
+
+def panel_letters(axes: Sequence[Axes] | np.ndarray) -> None:
+    """A bold a, b, c … before each panel's title."""
+    for letter, axis in zip("abcdefghij", axes, strict=False):
+        axis.set_title(rf"$\mathbf{{{letter}}}$  {axis.get_title(loc='left')}", loc="left")
+
+
+def note(
+    axis: Axes,
+    text: str,
+    place: tuple[float | int, float | int],
+    shift: tuple[float | int, float | int] = (0, 0),
+    system: str | tuple[str, str] = "axes fraction",
+    **style: Any,
+) -> None:
+    """Small text at a place of a coordinate system of matplotlib's, moved by ``shift`` points."""
+    style = {"fontsize": 7, **style}
+    axis.annotate(text, place, shift, xycoords=system, textcoords="offset points", **style)
+
+
+def ticks(axis: Axes, side: str, places: Sequence[float | int] | np.ndarray) -> None:
+    """Ticks of the x or y axis at these places only, with numbers for people."""
+    getattr(axis, f"set_{side}ticks")(places, [number(place) for place in places])
+    axis.minorticks_off()
+
+
+def zero_line(axis: Axes) -> None:
+    """A thin grey line at height 0."""
+    axis.axhline(0, color=GUIDE, lw=0.6)
+
+
+def _mean_and_reach(runs: Float[np.ndarray, "seeds X"]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over seeds, and how far their 95 % intervals reach down and up (0 for one seed)."""
+    found = [interval(column) for column in np.asarray(runs, float).T]
+    reach = [[i.mean - i.low for i in found], [i.high - i.mean for i in found]]
+    return np.array([i.mean for i in found]), np.nan_to_num(np.array(reach))
 
 
 def band(
@@ -35,21 +105,26 @@ def band(
     marker: str = "",
 ) -> None:
     """Mean over seeds with its 95 % interval of Student's t; the label stands at the line's end."""
-    found = [interval(column) for column in np.asarray(runs, float).T]
-    mean, low, high = (
-        np.array([getattr(i, part) for i in found]) for part in ("mean", "low", "high")
-    )
-    axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+    mean, (down, up) = _mean_and_reach(runs)
+    axis.fill_between(x, mean - down, mean + up, color=colour, alpha=0.18, lw=0)
     axis.plot(x, mean, style, color=colour, marker=marker)
     if label is not None:
-        axis.annotate(
-            label,
-            (float(x[-1]), float(mean[-1])),
-            (3, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-        )
+        end = (float(x[-1]), float(mean[-1]))
+        note(axis, label, end, (3, 0), "data", color=colour, va="center", fontsize=None)
+
+
+def labelled_bands(
+    axis: Axes,
+    x: Float[np.ndarray, " X"] | Int[np.ndarray, " X"],
+    lines: Mapping[str, tuple[Float[np.ndarray, "seeds X"], str]],
+    gap: float,
+    styles: Sequence[str] = ("-", "-", "-"),
+) -> None:
+    """A :func:`band` for each name → (runs, colour), with :func:`direct_labels` at their ends."""
+    for (runs, colour), style in zip(lines.values(), styles, strict=False):
+        band(axis, x, runs, colour, style=style, marker="o")
+    ends = {name: (float(runs[:, -1].mean()), colour) for name, (runs, colour) in lines.items()}
+    direct_labels(axis, float(x[-1]), ends, gap)
 
 
 def direct_labels(
@@ -75,16 +150,9 @@ def direct_labels(
             middle = (heights[i] + heights[i + 1]) / 2
             heights[i], heights[i + 1] = middle - gap / 2, middle + gap / 2
     for name, height in zip(names, heights, strict=True):
-        axis.annotate(
-            name,
-            (x, float(height)),
-            (4, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            color=labels[name][1],
-            va="center",
-            fontsize=7,
-            annotation_clip=False,
+        style: dict[str, Any] = {"color": labels[name][1], "annotation_clip": False}
+        note(
+            axis, name, (x, float(height)), (4, 0), ("data", "axes fraction"), va="center", **style
         )
 
 
@@ -104,9 +172,7 @@ def dots(
     ``shift`` moves the dots down, in rows, where several sets share the rows; ``show_seeds`` adds
     a small dot for every seed.
     """
-    found = [interval(column) for column in np.asarray(runs, float).T]
-    mean = np.array([i.mean for i in found])
-    reach = np.nan_to_num(np.array([[i.mean - i.low, i.high - i.mean] for i in found]).T)
+    mean, reach = _mean_and_reach(runs)
     place = np.arange(len(names))
     inside = colour if filled else "white"
     line = {"color": colour, "label": label, "elinewidth": 0.9}
@@ -116,12 +182,6 @@ def dots(
             axis.plot(values, place + shift, ".", ms=2, color=colour, alpha=0.5)
     axis.set_yticks(place, names)
     axis.set_ylim(len(names) - 0.4, -0.6)
-
-
-def panel_letters(axes: Sequence[Axes]) -> None:
-    """A bold a, b, c … before each panel's title."""
-    for letter, axis in zip("abcdefghij", axes, strict=False):
-        axis.set_title(rf"$\mathbf{{{letter}}}$  {axis.get_title(loc='left')}", loc="left")
 
 
 def mass_bars(
@@ -139,17 +199,9 @@ def mass_bars(
         (before, -width / 2, ["#BBBBBB"] * len(names)),
         (after, width / 2, colours),
     ):
-        found = [interval(column) for column in np.asarray(runs, float).T]
-        mean = np.array([i.mean for i in found])
-        reach = np.nan_to_num(np.array([[i.mean - i.low, i.high - i.mean] for i in found]).T)
-        axis.bar(
-            place + offset,
-            mean,
-            width,
-            color=colour,
-            yerr=reach,
-            error_kw={"lw": 0.7, "ecolor": "#333333"},
-        )
+        mean, reach = _mean_and_reach(runs)
+        line = {"lw": 0.7, "ecolor": "#333333"}
+        axis.bar(place + offset, mean, width, color=colour, yerr=reach, error_kw=line)
     axis.set_xticks(place, names, rotation=55, ha="right", rotation_mode="anchor")
     for tick, colour in zip(axis.get_xticklabels(), colours, strict=True):
         tick.set_color(colour if colour in (CHOSEN, REJECTED) else "black")
@@ -158,38 +210,55 @@ def mass_bars(
     axis.set_ylabel("probability")
 
 
+RATIOS = tuple(rf"$\langle g_w, g_l\rangle / \|g_{side}\|^2$" for side in "wl")
+"""Names of the coordinates of the plane of regimes."""
+
+
 def regime_plane(axis: Axes, ratio: float = 1.0, least: float = 1e-2, most: float = 1e2) -> None:
     """The plane x = ⟨g_w,g_l⟩/‖g_w‖², y = ⟨g_w,g_l⟩/‖g_l‖², both positive, with its regimes.
 
-    The chosen rises where x ≤ r and the rejected falls where y ≤ 1/r, r = d_w/d_l; Cauchy-Schwarz
-    forbids xy = cos² > 1 (grey). Blue: the chosen's condition fails, vermilion: the rejected's.
+    Both axes are logarithmic, from ``least`` to ``most``, and shaded by :func:`shade_regimes`.
     Pairs with ⟨g_w,g_l⟩ ≤ 0 are ideal for every r > 0 and not on this plane.
+    """
+    axis.set(xscale="log", yscale="log", xlim=(least, most), ylim=(least, most))
+    axis.set(xlabel=RATIOS[0], ylabel=RATIOS[1])
+    shade_regimes(axis, ratio)
+
+
+def shade_regimes(axis: Axes, ratio: float = 1.0, counts: Mapping[str, str] | None = None) -> None:
+    """Regimes of pairs at (x, y) = ⟨g_w,g_l⟩/(‖g_w‖², ‖g_l‖²), beneath all that is drawn.
+
+    The chosen rises where x ≤ r and the rejected falls where y ≤ 1/r, r = d_w/d_l. Blue: the
+    chosen's condition fails, vermilion: the rejected's. Grey: xy = cos² would exceed 1, which
+    Cauchy-Schwarz forbids, or be negative. Scales and limits of the axis are to be set before.
+    ``counts`` adds a second line to the names ``both fall``, ``both rise`` and ``ideal``.
 
     Source: Yuan et al., arXiv 2410.13828, Sec. 3.
     """
-    corner = float(np.clip(ratio, least, most))
-    across = np.geomspace(least, most, 200)
-    right = across[across >= corner]
-    axis.fill_between(
-        right, least, np.minimum(1 / right, 1 / corner), color=CHOSEN, alpha=0.12, lw=0
-    )
-    left = np.append(across[across < corner], corner)
-    axis.fill_between(
-        left, 1 / corner, np.maximum(1 / left, 1 / corner), color=REJECTED, alpha=0.12, lw=0
-    )
-    axis.fill_between(across, 1 / across, most, color="#EEEEEE", lw=0)
-    axis.plot(across, 1 / across, color=GUIDE, lw=0.9)
-    axis.set(xscale="log", yscale="log", xlim=(least, most), ylim=(least, most))
-    for x, y, text, colour in (
-        (np.sqrt(least * corner), least * 1.6, "ideal", "black"),
-        (np.sqrt(corner * most), least * 1.6, "both fall", CHOSEN),
-        (least * 1.25, np.sqrt(most / corner), "both rise", REJECTED),
-        (most / 1.2, most / 1.5, "impossible", GUIDE),
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    axis.axvspan(ratio, right, color=CHOSEN, alpha=0.12, lw=0, zorder=0.1)
+    axis.axhspan(1 / ratio, top, color=REJECTED, alpha=0.12, lw=0, zorder=0.1)
+    grey: dict[str, Any] = {"color": "#EEEEEE", "lw": 0, "zorder": 0.2}
+    x = np.geomspace(max(left, 1e-6), right, 400)
+    axis.fill_between(x, np.minimum(1 / x, top), top, **grey)
+    axis.plot(x, 1 / x, color=GUIDE, lw=0.9, zorder=0.3)
+    across = up = 0.0  # where 0 stands, as a share of the axis
+    if left < 0:
+        axis.fill_between(x, bottom, 0, **grey)
+        x = -np.geomspace(-left, 1e-6, 400)
+        axis.fill_between(x, 0, top, **grey)
+        axis.fill_between(x, bottom, np.maximum(1 / x, bottom), **grey)
+        across, up = axis.transAxes.inverted().transform(axis.transData.transform((0, 0)))
+    box = {"boxstyle": "square,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
+    for name, place, ha, va, colour in (
+        ("both fall", (1, up), "right", "bottom", CHOSEN),
+        ("both rise", (across, 1), "left", "top", REJECTED),
+        ("ideal", (0, up), "left", "top" if up else "bottom", "black"),
+        ("impossible", (0 if across else 1, 1), "left" if across else "right", "top", GUIDE),
     ):
-        align = {"both rise": "left", "impossible": "right"}.get(text, "center")
-        axis.text(x, y, text, color=colour, ha=align, va="center")
-    axis.set_xlabel(r"$\langle g_w, g_l\rangle / \|g_w\|^2$")
-    axis.set_ylabel(r"$\langle g_w, g_l\rangle / \|g_l\|^2$")
+        text = f"{name}\n{counts[name]}" if counts and name in counts else name
+        shift = (4 if ha == "left" else -4, 4 if va == "bottom" else -4)
+        note(axis, text, place, shift, color=colour, ha=ha, va=va, bbox=box, zorder=0.4)
 
 
 def token_heatmap(
@@ -229,4 +298,4 @@ def token_heatmap(
         spine.set_visible(False)
     bar = axis.figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02)
     bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}".replace("-", "−")))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from simgrad.store import provenance, write_parquet
+from simgrad.typing import Float
+from simgrad.worlds.world import World
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,10 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     """
     x = np.asarray(values, float)
     x = x[~np.isnan(x)]
-    if not len(x):
-        return Interval(np.nan, np.nan, np.nan)
-    if len(x) == 1:
-        return Interval(float(x[0]), np.nan, np.nan)
-    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+    n = len(x)
+    mean = float(x.mean()) if n else np.nan
+    half = float(stdtrit(n - 1, 0.975) * x.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
+    return Interval(mean, mean - half, mean + half)
 
 
 def listing(values: Sequence[float] | np.ndarray) -> str:
@@ -99,6 +99,13 @@ class Table:
             keep &= self.columns[key] == value
         return {name: column[keep] for name, column in self.columns.items()}
 
+    def across(
+        self, column: str, by: str, values: Iterable[Any], **setting: Any
+    ) -> Float[np.ndarray, "seeds values"]:
+        """A measurement at these values of the column ``by``, and at one value of all others."""
+        found = [self.where(**setting, **{by: value})[column] for value in values]
+        return np.stack(found, axis=1).astype(float)
+
     def settings(self) -> list[dict[str, Any]]:
         """The settings in order of appearance."""
         seen: dict[tuple, None] = {}
@@ -108,18 +115,16 @@ class Table:
 
     def summary(self) -> list[dict[str, Any]]:
         """One entry a setting: the :class:`Interval` of numbers, the commonest value of texts."""
-        lines = []
-        for setting in self.settings():
-            rows = self.where(**setting)
-            line: dict[str, Any] = dict(setting)
-            for name in self.measured:
-                values = rows[name]
-                line[name] = interval(values) if values.dtype.kind in "fiub" else _commonest(values)
-            lines.append(line)
-        return lines
+        found = ((setting, self.where(**setting)) for setting in self.settings())
+        return [
+            setting | {name: _summarised(rows[name]) for name in self.measured}
+            for setting, rows in found
+        ]
 
 
-def _commonest(values: np.ndarray) -> str:
+def _summarised(values: np.ndarray) -> Interval | str:
+    if values.dtype.kind in "fiub":
+        return interval(values)
     names, counts = np.unique(values, return_counts=True)
     best = int(counts.argmax())
     return f"{names[best]} ({counts[best]}/{len(values)})"
@@ -162,7 +167,14 @@ class Findings:
     knobs: Mapping[str, Any]
     seeds: tuple[int, ...]
     tables: tuple[Table, ...]
-    claims: tuple[Claim, ...] = field(default=())
+    claims: tuple[Claim, ...] = ()
+
+    @classmethod
+    def of(
+        cls, world: World, seeds: Sequence[int], tables: Sequence[Table], claims: Sequence[Claim]
+    ) -> Findings:
+        """What was found on a world with its knobs."""
+        return cls(world.name, vars(world), tuple(seeds), tuple(tables), tuple(claims))
 
     def __getitem__(self, name: str) -> Table:
         """A table by name."""

@@ -22,7 +22,7 @@ from simgrad.theory.closed_forms import linear_softmax
 from simgrad.theory.groups import Group, group_kernel
 from simgrad.typing import Array, Theta
 from simgrad.worlds.linear import FROZEN, Linear
-from simgrad.worlds.tuning import stacked, trained
+from simgrad.worlds.tuning import each_seed, stacked, trained
 
 ASSUMPTIONS = ("all hold", "another pair opposes", "features learn")
 
@@ -32,24 +32,23 @@ def run(world: Linear, seeds: Sequence[int]) -> Findings:
     with jax.enable_x64(True):
         single, shared = _single(world, seeds), _shared(world, seeds)
     claims = (*_single_claims(single), *_shared_claims(shared))
-    return Findings(world.name, vars(world), tuple(seeds), (single, shared), claims)
+    return Findings.of(world, seeds, (single, shared), claims)
 
 
 def _single(world: Linear, seeds: Sequence[int]) -> Table:
-    pairs, n = [Pair([0], [0], [1]), Pair([1], [1], [0])], world.draws
+    pairs, n = (Pair([0], [0], [1]), Pair([1], [1], [0])), world.draws
     rows = []
-    for assumption in ASSUMPTIONS:
-        data = tuple(pairs if assumption == ASSUMPTIONS[1] else pairs[:1])
+    for assumption, data, trains in zip(
+        ASSUMPTIONS, (pairs[:1], pairs, pairs[:1]), (FROZEN, FROZEN, ()), strict=True
+    ):
         index = np.tile(np.arange(len(data)), (n, 1))
-        apply = ContextApply(((0,), (1,)), () if assumption == ASSUMPTIONS[2] else FROZEN)
+        run = _measuring(ContextApply(((0,), (1,)), trains), world.recipe(len(data)), data)
         for seed in seeds:
             random = np.random.default_rng([seed, 3])
             h, w = random.normal(size=(n, 2, 4)) / 2, random.normal(size=(n, 16, 4))
             h[:, 1] = world.correlation * h[:, 0] + np.sqrt(1 - world.correlation**2) * h[:, 1]
             thetas = {"features": {"table": h}, "unembedding": {"table": w}}
-            found = spread(
-                _measuring(apply, world.recipe(len(data)), data), thetas, index, at_once=n
-            )
+            found = spread(run, thetas, index, at_once=n)
             margin, change = found["rise"][:, 0], found["change"][:, 0]
             rows.append(
                 {
@@ -65,12 +64,10 @@ def _single(world: Linear, seeds: Sequence[int]) -> Table:
             )
     return Table.of(
         "single",
-        (
-            "One-token responses, random models: least exact margin ‖h‖² (1 - π_w + π_l) and its "
-            "largest difference from ‖g_w‖² - ⟨g_w,g_l⟩ over W; share of chosen tokens that fall "
-            "in a run, least and mean Δ log π (nats). With one pair and frozen features (the null) "
-            "none can fall; the other rows drop one of these assumptions each."
-        ),
+        "One-token responses, random models: least exact margin ‖h‖² (1 - π_w + π_l) and its "
+        "largest difference from ‖g_w‖² - ⟨g_w,g_l⟩ over W; share of chosen tokens that fall "
+        "in a run, least and mean Δ log π (nats). With one pair and frozen features (the null) "
+        "none can fall; the other rows drop one of these assumptions each.",
         ("assumptions",),
         rows,
     )
@@ -83,35 +80,29 @@ def _shared(world: Linear, seeds: Sequence[int]) -> Table:
         policies = [world.policy(seed, prefix, suffix, features == "correlated") for seed in seeds]
         apply, pairs = policies[0][0], tuple(world.pairs(0, prefix, suffix))
         thetas = stacked([theta for _, theta in policies])
-        every = jax.tree.map(lambda x: np.repeat(x, n, axis=0), thetas)
         index, total = np.tile(np.arange(n), (len(seeds), 1)), n * len(seeds)
-        together = spread(_measuring(apply, world.recipe(n), pairs), thetas, index, at_once=total)
-        alone = spread(
-            _measuring(apply, world.recipe(1), pairs), every, index.reshape(-1, 1), at_once=total
-        )
-        alone = {k: x.reshape(len(seeds), n, *x.shape[2:]) for k, x in alone.items()}
-        for (name, found), (i, seed) in itertools.product(
-            (("alone", alone), ("together", together)), enumerate(seeds)
-        ):
-            key = {
-                "features": features,
-                "prefix": prefix,
-                "suffix": suffix,
-                "trained": name,
-                "seed": seed,
-            }
-            rows.append({**key, **_row({k: x[i] for k, x in found.items()}, alone["first"][i])})
+        inputs = {
+            "alone": (each_seed(thetas, n), index.reshape(-1, 1)),
+            "together": (thetas, index),
+        }
+        found = {}
+        for name, some in inputs.items():
+            run = _measuring(apply, world.recipe(some[1].shape[1]), pairs)
+            result = spread(run, *some, at_once=total)
+            found[name] = {k: x.reshape(len(seeds), n, *x.shape[2:]) for k, x in result.items()}
+        for name, (i, seed) in itertools.product(found, enumerate(seeds)):
+            setting = {"features": features, "prefix": prefix, "suffix": suffix, "trained": name}
+            run = {k: x[i] for k, x in found[name].items()}
+            rows.append({**setting, "seed": seed, **_row(run, found["alone"]["first"][i])})
     return Table.of(
         "shared",
-        (
-            "Mean cosine and gap ⟨g_w,g_l⟩ - ‖g_w‖²; Δ log π after the run (nats), of whole "
-            "responses and of the sentiment token; shares of chosen and of both that fall; share "
-            "of pairs whose chosen's direction the pair's own kernel, and the kernel of all "
-            "trained pairs, get right to first order; R² and largest error (nats) of kernel flow, "
-            "share of responses that end below it, R² of the first step times their number. Suffix "
-            "0, 1, 5 are 1t, short-suffix, long-suffix. Orthogonal features are the null: no "
-            "suffix token pulls on another."
-        ),
+        "Mean cosine and gap ⟨g_w,g_l⟩ - ‖g_w‖²; Δ log π after the run (nats), of whole "
+        "responses and of the sentiment token; shares of chosen and of both that fall; share "
+        "of pairs whose chosen's direction the pair's own kernel, and the kernel of all "
+        "trained pairs, get right to first order; R² and largest error (nats) of kernel flow, "
+        "share of responses that end below it, R² of the first step times their number. Suffix "
+        "0, 1, 5 are 1t, short-suffix, long-suffix. Orthogonal features are the null: no "
+        "suffix token pulls on another.",
         ("features", "prefix", "suffix", "trained"),
         rows,
     )
@@ -126,27 +117,24 @@ def _measuring(apply: Apply, recipe: Recipe, pairs: tuple[Pair, ...]) -> Any:
         before, after = (
             responses(apply, t, batch) for t in (theta, trained(apply, recipe, theta, batch))
         )
-        flat = (
-            x.reshape(-1, *x.shape[2:])
-            for x in (before.hidden, before.logits, batch.targets, batch.valid)
-        )
-        kernel, own = group_kernel(Group(*flat)), head_kernel(before, batch)
+        parts = (before.hidden, before.logits, batch.targets, batch.valid)
+        group = Group(*(x.reshape(-1, *x.shape[2:]) for x in parts))
         flow = kernel_flow(
-            kernel, before.logp, batch.lengths, recipe.objective, recipe.optimizer, recipe.steps
+            group_kernel(group),
+            before.logp,
+            batch.lengths,
+            recipe.objective,
+            recipe.optimizer,
+            recipe.steps,
         )
-        differs = batch.targets[:, 0] != batch.targets[:, 1]
-        start = (
-            before.hidden[:, 0, 0],
-            before.logits[:, 0, 0],
-            batch.targets[:, 0, 0],
-            batch.targets[:, 1, 0],
-        )
+        own, (w, l) = head_kernel(before, batch), jnp.moveaxis(batch.targets, 1, 0)  # noqa: E741
+        state, logits = before.hidden[:, 0, 0], before.logits[:, 0, 0]
         return {
-            "rise": linear_softmax.single_token_rise(*start),
+            "rise": linear_softmax.single_token_rise(state, logits, w[:, 0], l[:, 0]),
             "cosine": own.cosine,
             "gap": own.gap,
             "change": after.logp - before.logp,
-            "token": jnp.where(differs, (after.token_logp - before.token_logp)[:, 0], 0.0).sum(-1),
+            "token": jnp.where(w != l, (after.token_logp - before.token_logp)[:, 0], 0.0).sum(-1),
             "flow": flow.logp[-1] - before.logp,
             "first": (flow.logp[1] - before.logp) * recipe.steps,
         }
@@ -193,24 +181,18 @@ def _single_claims(table: Table) -> tuple[Claim, ...]:
 def _shared_claims(table: Table) -> tuple[Claim, ...]:
     lengths, prefix = np.unique(table["suffix"]), table["prefix"].max()
 
-    def mean(column: str, trained: str) -> np.ndarray:
-        rows = (
-            table.where(features="correlated", prefix=0, suffix=k, trained=trained) for k in lengths
-        )
-        return np.array([x[column].mean() for x in rows])
+    def means(trained: str, *columns: str) -> list[np.ndarray]:
+        setting = {"features": "correlated", "prefix": 0, "trained": trained}
+        return [table.across(c, "suffix", lengths, **setting).mean(0) for c in columns]
 
     null = table.where(features="orthogonal")["falls"]
-    cosine, alone, together = (
-        mean("cosine", "alone"),
-        mean("Δ chosen", "alone"),
-        mean("Δ chosen", "together"),
+    cosine, alone, right, token_alone = means(
+        "alone", "cosine", "Δ chosen", "own right", "Δ sentiment"
     )
-    token = np.minimum(mean("Δ sentiment", "alone"), mean("Δ sentiment", "together"))
-    right, own, kernel = (
-        mean("own right", "alone"),
-        mean("own right", "together"),
-        mean("kernel right", "together"),
+    together, own, kernel, token_together = means(
+        "together", "Δ chosen", "own right", "kernel right", "Δ sentiment"
     )
+    token = np.minimum(token_alone, token_together)
     flow, first = table["flow R²"], table["first-order R²"]
     without, with_prefix = (table.where(prefix=p, suffix=0, trained="alone") for p in (0, prefix))
     moved = np.abs(with_prefix["gap"] - without["gap"]).max()

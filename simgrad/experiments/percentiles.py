@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from simgrad.experiments.comparison import CAPTION, Comparison, compare
 from simgrad.experiments.findings import Claim, Findings, Table
 from simgrad.worlds.percentiles import Percentiles
 
-_SCORES = (
+SCORES = (
     "edit distance",
     "last-hidden inner",
     "CHES",
@@ -24,19 +24,19 @@ _SCORES = (
     "directional",
 )
 
+"""Predictors of a pair that are read before training, and the direction of the whole run."""
+
 _RUNS = ("kernel flow", "kernel flow, ray", "kernel flow, refreshed", "two big steps")
 
 
 def run(world: Percentiles, seeds: Sequence[int]) -> Findings:
     """Every predictor in the three settings, and mean changes at the percentiles of the scores."""
     rows, windows, samples = [], [], []
-    for (apply, theta), seed in zip(world.each_policy(seeds), seeds, strict=True):
-        for label, setting in world.settings(apply, theta, seed).items():
-            found = compare(setting)
-            rows += found.rows(label, seed)
-            windows += _windows(found, label, seed)
-            if not setting.alone:
-                samples += _samples(setting, found, label, seed)
+    for label, seed, setting, found in compared(world, seeds):
+        rows += found.rows(label, seed)
+        windows += _windows(found, label, seed)
+        if not setting.alone:
+            samples += _samples(setting, found, label, seed)
     table = Table.of("predictors", CAPTION, ("setting", "predictor"), _grouped(rows, "predictor"))
     percentiles = Table.of(
         "percentiles",
@@ -55,25 +55,30 @@ def run(world: Percentiles, seeds: Sequence[int]) -> Findings:
         _grouped(samples, "pairs seen"),
     )
     tables = (table, percentiles, sampling)
-    return Findings(world.name, vars(world), tuple(seeds), tables, _claims(table, percentiles))
+    return Findings.of(world, seeds, tables, _claims(table, percentiles))
+
+
+def compared(
+    world: Percentiles, seeds: Sequence[int], predictors: Sequence[str] | None = None
+) -> Iterator[tuple[str, int, Setting, Comparison]]:
+    """Every seed's three settings, trained and predicted (None: by every predictor)."""
+    for (apply, theta), seed in zip(world.each_policy(seeds), seeds, strict=True):
+        for label, setting in world.settings(apply, theta, seed).items():
+            yield label, seed, setting, compare(setting, predictors)
 
 
 def _grouped(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     """Rows by setting, then by ``what``, in order of appearance; seeds last."""
-    places = {
-        key: {v: i for i, v in enumerate(dict.fromkeys(row[key] for row in rows))}
-        for key in ("setting", what)
-    }
+    settings, whats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", what))
     return sorted(
-        rows,
-        key=lambda row: (places["setting"][row["setting"]], places[what][row[what]], row["seed"]),
+        rows, key=lambda row: (settings.index(row["setting"]), whats.index(row[what]), row["seed"])
     )
 
 
 def _windows(found: Comparison, label: str, seed: int) -> list[dict[str, Any]]:
     """Razin et al.'s picture: the mean change of pairs near five percentiles of a score."""
     rows = []
-    for name in _SCORES:
+    for name in SCORES:
         means = percentile_means(found.predicted[name], found.measured).tolist()
         steps = {f"{25 * k} %": mean for k, mean in enumerate(means)}
         ordered = float(np.all(np.diff(means) < 0))

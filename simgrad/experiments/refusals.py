@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,14 @@ from simgrad.objectives import DPO, DPOP, SFT
 from simgrad.pairs import Batch, padded
 from simgrad.theory import displacement, head_gap, ln_ches, optimizer_step, pair_kernel, responses
 from simgrad.theory.mitigation import Calibrated, PairwiseNormalized, keep_lowest
-from simgrad.typing import Array, Float, Theta
+from simgrad.typing import Array, Theta
 from simgrad.worlds.refusals import Refusals
 from simgrad.worlds.tuning import next_logp, stacked, tuned
 from simgrad.worlds.world import pretrained
+
+SCORES = ("ln-CHES", "head gap", "full gap", "directional")
+
+_AS_MANY = ", as many steps"
 
 HARMLESS = (1.0, np.inf)
 """Levels of the cues of the harmless test prompts."""
@@ -49,9 +54,7 @@ def run(world: Refusals, seeds: Sequence[int]) -> Findings:
         ("arm", "pairs", "steps"),
         measured(whole, seeds, unfiltered),
     )
-    return Findings(
-        world.name, vars(world), tuple(seeds), (found, rollouts), _claims(found, rollouts)
-    )
+    return Findings.of(world, seeds, (found, rollouts), _claims(found, rollouts))
 
 
 def arms(world: Refusals, seeds: Sequence[int]) -> Table:
@@ -72,17 +75,19 @@ def measured(
     """Refusal rates of the start and of each arm that ``choose`` makes: one row an arm and seed."""
     apply, thetas = pretrained(world, seeds)
     kinds = (world.harmful, HARMLESS)
-    tests = np.stack(
-        [np.concatenate([world.prompts(s + 10**6, levels, 400) for levels in kinds]) for s in seeds]
-    )
+    drawn = [[world.prompts(seed + 10**6, levels, 400) for levels in kinds] for seed in seeds]
+    tests, refusals = np.array(drawn), slice(world.first_answer, world.first_answer + 6)
 
-    def rates(thetas: Theta) -> Float[np.ndarray, "seeds 2"]:
-        p = np.exp(next_logp(apply, thetas, tests))[
-            ..., world.first_answer : world.first_answer + 6
-        ].sum(-1)
-        return p.reshape(len(seeds), 2, 400).mean(-1)
+    def measure(name: str, pairs: int, steps: int, thetas: Theta) -> list[dict[str, Any]]:
+        logp = next_logp(apply, thetas, tests.reshape(len(seeds), 800, -1))[..., refusals]
+        rates = np.exp(logp).sum(-1).reshape(len(seeds), 2, 400).mean(-1).tolist()
+        key = {"arm": name, "pairs": pairs, "steps": steps}
+        return [
+            {**key, "seed": s, "refuses harmful": harmful, "refuses harmless": harmless}
+            for s, (harmful, harmless) in zip(seeds, rates, strict=True)
+        ]
 
-    rows = _rows("start", 0, 0, seeds, rates(thetas))
+    rows = measure("start", 0, 0, thetas)
     batches = {world.rule: _batches(world, world.rule, apply, thetas, seeds)}
     for arm in choose(world, apply, thetas, batches[world.rule], seeds):
         rule = arm.rule or world.rule
@@ -91,7 +96,7 @@ def measured(
         steps, size = arm.orders.shape[1:]
         recipe = world.recipe(**arm.recipe, steps=steps, batch_size=size)
         after = tuned(apply, thetas, batches[rule], recipe, arm.orders)
-        rows += _rows(arm.name, arm.pairs, steps, seeds, rates(after))
+        rows += measure(arm.name, arm.pairs, steps, after)
     return rows
 
 
@@ -131,24 +136,15 @@ def _all_arms(
     scores["random"] = np.stack(
         [np.random.default_rng([s, 5]).random(world.n_pairs) for s in seeds]
     )
-    keep = [("lowest", name) for name in ("ln-CHES", "head gap", "full gap", "directional")]
+    keep = [("lowest", name) for name in SCORES]
     keep += [("", "random"), ("highest", "ln-CHES"), ("highest", "directional")]
     arms = unfiltered(world, apply, thetas, batches, seeds)
     most = arms[0].orders.shape[1]
-    for steps in (None, most):
-        for side, name in keep:
-            score = -scores[name] if side == "highest" else scores[name]
-            index = np.stack([np.asarray(keep_lowest(s, world.keep)) for s in jnp.asarray(score)])
-            label = f"{side} {100 * world.keep:g} % {name}".strip()
-            arms.append(
-                _kept(
-                    world,
-                    label if steps is None else f"{label}, as many steps",
-                    index,
-                    seeds,
-                    steps,
-                )
-            )
+    for (steps, more), (side, name) in itertools.product(((None, ""), (most, _AS_MANY)), keep):
+        score = jnp.asarray(-scores[name] if side == "highest" else scores[name])
+        index = np.stack([np.asarray(keep_lowest(s, world.keep)) for s in score])
+        label = f"{side} {100 * world.keep:g} % {name}{more}".strip()
+        arms.append(_kept(world, label, index, seeds, steps))
     return arms
 
 
@@ -189,44 +185,23 @@ def _scoring(apply: Apply, recipe: Recipe) -> Any:
     return run
 
 
-def _rows(
-    arm: str, pairs: int, steps: int, seeds: Sequence[int], rates: np.ndarray
-) -> list[dict[str, Any]]:
-    key = {"arm": arm, "pairs": pairs, "steps": steps}
-    return [
-        {**key, "seed": s, "refuses harmful": h, "refuses harmless": o}
-        for s, (h, o) in zip(seeds, rates.tolist(), strict=True)
-    ]
-
-
 def _claims(arms: Table, rollouts: Table) -> tuple[Claim, ...]:
     def rate(start: str, table: Table = arms) -> np.ndarray:
-        names = [
-            s["arm"] for s in table.settings() if s["arm"] == start or s["arm"].startswith(start)
-        ]
-        return table.where(arm=names[0])["refuses harmful"]
+        name = next(s["arm"] for s in table.settings() if s["arm"].startswith(start))
+        return table.where(arm=name)["refuses harmful"]
 
-    def kept(name: str) -> tuple[np.ndarray, np.ndarray]:
-        names = [
-            s["arm"]
-            for s in arms.settings()
-            if name in s["arm"] and not s["arm"].startswith("highest")
-        ]
-        few, many = (
-            next(n for n in names if n.endswith(", as many steps") == long)
-            for long in (False, True)
-        )
-        return arms.where(arm=few)["refuses harmful"], arms.where(arm=many)["refuses harmful"]
+    def kept(score: str) -> np.ndarray:
+        """With as many passes, with as many steps."""
+        names = [s["arm"] for s in arms.settings() if f"% {score}" in s["arm"]]
+        names = [name for name in names if not name.startswith("highest")]
+        return arms.across("refuses harmful", "arm", names).T
 
     def says(values: np.ndarray) -> str:
         return str(interval(values))
 
-    start, dpo = rate("start"), rate("DPO")
+    start, dpo, flipped, sft = map(rate, ("start", "DPO", "random preferences", "SFT term"))
     begin, rolled = rate("start", rollouts), rate("DPO", rollouts)
-    chance = kept("% random")
-    filters = {
-        name: kept(f"% {name}") for name in ("ln-CHES", "head gap", "full gap", "directional")
-    }
+    chance, filters = kept("random"), {name: kept(name) for name in SCORES}
 
     def better(which: int) -> tuple[bool | None, str]:
         won = {name: interval(values[which] - chance[which]) for name, values in filters.items()}
@@ -241,13 +216,11 @@ def _claims(arms: Table, rollouts: Table) -> tuple[Claim, ...]:
         ),
         Claim.of(
             "the rule gives the direction: with random preferences refusal does not fall",
-            rate("random preferences") >= 0.9 * start,
-            says(rate("random preferences")),
+            flipped >= 0.9 * start,
+            says(flipped),
         ),
         Claim.of(
-            "an SFT term keeps the refusal rate within a tenth",
-            rate("SFT term") >= 0.9 * start,
-            says(rate("SFT term")),
+            "an SFT term keeps the refusal rate within a tenth", sft >= 0.9 * start, says(sft)
         ),
         Claim(
             "every filter keeps more refusals than as many random pairs, at equal passes",

@@ -21,7 +21,7 @@ from simgrad.theory.closed_forms import learning_dynamics
 from simgrad.theory.groups import Group, group_advantages, gwhes, nthr
 from simgrad.typing import Array, Theta
 from simgrad.worlds.squeezing import Squeezing
-from simgrad.worlds.tuning import next_logp, recipe_for, stacked, tuned
+from simgrad.worlds.tuning import cut, next_logp, recipe_for, stacked, tuned
 
 PUSHED = ("least likely", "median", "likeliest")
 
@@ -36,37 +36,29 @@ DROPPED = ("none", "highest NTHR", "lowest NTHR", "highest exact", "random")
 def run(world: Squeezing, seeds: Sequence[int]) -> Findings:
     """Pushes on logits, pushes after fine-tuning, one step on groups; in float64."""
     with jax.enable_x64(True):
-        squeeze, extend, (drops, scores) = (
-            _squeeze(world, seeds),
-            _extend(world, seeds),
-            _drops(world, seeds),
-        )
+        squeeze, extend = _squeeze(world, seeds), _extend(world, seeds)
+        drops, scores = _drops(world, seeds)
     claims = (*_squeeze_claims(squeeze), *_extend_claims(extend), *_drop_claims(drops, scores))
-    return Findings(world.name, vars(world), tuple(seeds), (squeeze, extend, drops, scores), claims)
+    return Findings.of(world, seeds, (squeeze, extend, drops, scores), claims)
 
 
 def _squeeze(world: Squeezing, seeds: Sequence[int]) -> Table:
-    rows, push = (
-        [],
-        jax.jit(jax.vmap(learning_dynamics.squeeze, (0, 0, None, None)), static_argnums=3),
-    )
-    for pushed, peak, seed in ((t, p, s) for t in PUSHED for p in world.peaks for s in seeds):
+    push = jax.jit(jax.vmap(learning_dynamics.squeeze, (0, 0, None, None)), static_argnums=3)
+    rows = []
+    for pushed, peak, seed in itertools.product(PUSHED, world.peaks, seeds):
         z = peak * np.random.default_rng([seed, 5]).normal(size=(world.draws, world.vocabulary))
         token = z.argsort(-1, kind="stable")[:, PUSHED.index(pushed) * (world.vocabulary - 1) // 2]
         path = np.asarray(push(jnp.asarray(z), jnp.asarray(token), world.rate, world.steps))
-        rows.append(
-            {"pushed": pushed, "peak": peak, "seed": seed, **_moved(path[:, 0], path[:, -1], token)}
-        )
+        setting = {"pushed": pushed, "peak": peak, "seed": seed}
+        rows.append(setting | _moved(path[:, 0], path[:, -1], token))
     return Table.of(
         "squeeze",
-        (
-            f"{world.steps} steps z ← z - {world.rate} (e_y - π), by what y was at the start: "
-            "probability of y, and of the likeliest other token before and after; how many tokens "
-            "rise; the likeliest's gain over the mass y lost, and over all gains; mass that all "
-            "other tokens (bystanders) lost; its lead in Δ log π over the one that falls most "
-            "(nats). Peak 0, a uniform start, is the null: the others rise alike, nothing is "
-            "squeezed."
-        ),
+        f"{world.steps} steps z ← z - {world.rate} (e_y - π), by what y was at the start: "
+        "probability of y, and of the likeliest other token before and after; how many tokens "
+        "rise; the likeliest's gain over the mass y lost, and over all gains; mass that all "
+        "other tokens (bystanders) lost; its lead in Δ log π over the one that falls most "
+        "(nats). Peak 0, a uniform start, is the null: the others rise alike, nothing is "
+        "squeezed.",
         ("pushed", "peak"),
         rows,
     )
@@ -76,9 +68,8 @@ def _extend(world: Squeezing, seeds: Sequence[int]) -> Table:
     n, rate, pairs = world.prompts, world.rate, world.pairs(0)
     swapped = [Pair(p.prompt, p.rejected, p.chosen) for p in pairs]
     third = [Pair(p.prompt, [2 * n + p.prompt[0]], p.chosen) for p in pairs]
-    models = [
-        linear_softmax(pairs, world.vocabulary, world.width, seed, "float64") for seed in seeds
-    ]
+    size = (world.vocabulary, world.width)
+    models = [linear_softmax(pairs, *size, seed, "float64") for seed in seeds]
     apply, thetas = models[0][0], stacked([theta for _, theta in models])
     thetas["unembedding"]["table"] *= world.width**0.5  # logits ~ N(0, ‖φ‖²)
     prompts = np.tile(np.arange(n, dtype=np.int32)[:, None], (len(seeds), 1, 1))
@@ -87,36 +78,31 @@ def _extend(world: Squeezing, seeds: Sequence[int]) -> Table:
         start: Theta, data: list[Pair], objective: Objective, rate: float, steps: int
     ) -> Theta:
         recipe = recipe_for(objective, "sgd", rate * len(data), steps)
-        batches = jax.tree.map(lambda x: jnp.stack([x] * len(seeds)), padded(data))
-        return tuned(
-            apply, start, batches, recipe, np.stack([recipe.order(len(data))] * len(seeds))
-        )
+        batches = stacked([padded(data)] * len(seeds))
+        orders = np.stack([recipe.order(len(data))] * len(seeds))
+        return tuned(apply, start, batches, recipe, orders)
 
-    learned, rows = (pairs, pairs, pairs + third, pairs + swapped), []
+    learned, rows = ([], pairs, pairs + third, pairs + swapped), []
     pushes = {
         "rejected": (swapped, -1 * SFT(), rate),
         "DPO": (pairs, DPO(world.beta), 2 * rate / world.beta),
     }
-    for name, data in zip(FIRST, learned, strict=True):
-        start = (
-            thetas if name == "nothing" else trained(thetas, data, SFT(), 2 * rate, world.sft_steps)
-        )
+    for first, data in zip(FIRST, learned, strict=True):
+        start = trained(thetas, data, SFT(), 2 * rate, world.sft_steps) if data else thetas
         before = next_logp(apply, start, prompts)
-        for (push, (some, objective, speed)), steps in itertools.product(
-            pushes.items(), world.push_steps
-        ):
+        for push, steps in itertools.product(pushes, world.push_steps):
+            some, objective, speed = pushes[push]
             after = next_logp(apply, trained(start, some, objective, speed, steps), prompts)
-            key = {"push": push, "first": name, "steps": steps}
-            rows += [{**key, "seed": s, **_fates(before[i], after[i])} for i, s in enumerate(seeds)]
+            setting = {"push": push, "first": first, "steps": steps}
+            fates = map(_fates, before, after)
+            rows += [setting | {"seed": s} | fate for s, fate in zip(seeds, fates, strict=True)]
     return Table.of(
         "extend",
-        (
-            "Linear-softmax: supervised fine-tuning on 'first', then steps on the rejected token "
-            "alone, or of DPO. Mean probability before the push, Δ log π of it (nats). 'chosen, "
-            "rejected' is the fix of Ren & Sutherland, after which the other tokens should fall "
-            "less than after 'chosen'. 'chosen, third' is the control: as flat a start, but the "
-            "rejected token as unlikely as after 'chosen'."
-        ),
+        "Linear-softmax: supervised fine-tuning on 'first', then steps on the rejected token "
+        "alone, or of DPO. Mean probability before the push, Δ log π of it (nats). 'chosen, "
+        "rejected' is the fix of Ren & Sutherland, after which the other tokens should fall "
+        "less than after 'chosen'. 'chosen, third' is the control: as flat a start, but the "
+        "rejected token as unlikely as after 'chosen'.",
         ("push", "first", "steps"),
         rows,
     )
@@ -128,55 +114,52 @@ def _drops(world: Squeezing, seeds: Sequence[int]) -> tuple[Table, Table]:
         drawn = [
             world.group(np.random.default_rng([s, k]), overlap) for s in seeds for k in range(n)
         ]
-        found = spread(
-            _stepping(world.group_rate, count, learn != "W"), stacked(drawn), at_once=len(drawn)
-        )
-        for i, seed in enumerate(seeds):
-            key = {"learns": learn, "overlap": overlap}
-            x = {k: v[i * n : (i + 1) * n] for k, v in found.items()}
+        run = _stepping(world.group_rate, count, learn != "W")
+        found = spread(run, stacked(drawn), at_once=len(drawn))
+        for seed, x in zip(seeds, cut(found, len(seeds)), strict=True):
             score, exact, shared = (
                 x[k][:, ~CORRECT].reshape(n, -1) for k in ("nthr", "exact", "shared")
             )
             top, right = np.argsort(-score, axis=-1)[:, :count], x["change"][:, :, CORRECT]
+            ranks = [spearman(*pair) for pair in zip(score, exact, strict=True)]
+            setting = {"learns": learn, "overlap": overlap}
             scores.append(
                 {
-                    **key,
+                    **setting,
                     "seed": seed,
-                    "NTHR, exact": np.mean(
-                        [spearman(*pair) for pair in zip(score, exact, strict=True)]
-                    ),
+                    "NTHR, exact": np.mean(ranks),
                     "shared": shared.mean(),
                     "shared, highest NTHR": np.take_along_axis(shared, top, -1).mean(),
                     "GWHES, fall": spearman(x["gwhes"][:, CORRECT].ravel(), -right[:, 0].ravel()),
                     "correct that fall": (right[:, 0] < 0).mean(),
                 }
             )
-            for k, name in enumerate(DROPPED):
-                both = {
+            rows += [
+                {
+                    **setting,
+                    "dropped": name,
+                    "seed": seed,
                     "Δ correct": right[:, k].mean(),
                     "Δ wrong": x["change"][:, k, ~CORRECT].mean(),
+                    "protected": (right[:, k] - right[:, 0]).mean(),
                 }
-                both["protected"] = (right[:, k] - right[:, 0]).mean()
-                rows.append({**key, "dropped": name, "seed": seed, **both})
+                for k, name in enumerate(DROPPED)
+            ]
     drops = Table.of(
         "drops",
-        (
-            "One step on a group along Σ a_j ∇ log π(y_j) / |y_j| with the penalty dropped on "
-            f"{count} of the wrong tokens: mean Δ log π of correct and of wrong responses, and "
-            "what the drop gained the correct ones (nats). 'exact' ranks by gradients of all that "
-            "learns. Overlap 0 is the null: no wrong token is shared."
-        ),
+        "One step on a group along Σ a_j ∇ log π(y_j) / |y_j| with the penalty dropped on "
+        f"{count} of the wrong tokens: mean Δ log π of correct and of wrong responses, and "
+        "what the drop gained the correct ones (nats). 'exact' ranks by gradients of all that "
+        "learns. Overlap 0 is the null: no wrong token is shared.",
         ("learns", "overlap", "dropped"),
         rows,
     )
     return drops, Table.of(
         "scores",
-        (
-            "Of wrong tokens: rank correlation of NTHR with the exact effect on Σ log π(correct), "
-            "share that the correct response has too, in all and among the highest NTHR. Of "
-            "correct responses: rank correlation of GWHES with -Δ log π after the step, and share "
-            "that falls. NTHR and GWHES know W only."
-        ),
+        "Of wrong tokens: rank correlation of NTHR with the exact effect on Σ log π(correct), "
+        "share that the correct response has too, in all and among the highest NTHR. Of "
+        "correct responses: rank correlation of GWHES with -Δ log π after the step, and share "
+        "that falls. NTHR and GWHES know W only.",
         ("learns", "overlap"),
         scores,
     )
@@ -194,13 +177,8 @@ def _fates(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 
 def _moved(before: np.ndarray, after: np.ndarray, pushed: np.ndarray) -> dict[str, float]:
     """Where the mass of the pushed tokens went; means over rows of log-probs."""
-    row, p, q, others = (
-        np.arange(len(pushed)),
-        np.exp(before),
-        np.exp(after),
-        np.ones(before.shape, bool),
-    )
-    others[row, pushed] = False
+    row, p, q = np.arange(len(pushed)), np.exp(before), np.exp(after)
+    others = np.arange(before.shape[1]) != pushed[:, None]
     top = np.where(others, p, -1.0).argmax(-1)
     gain, freed = (q - p)[row, top], (p - q)[row, pushed]
     found = {
@@ -222,11 +200,8 @@ def _stepping(rate: float, count: int, features: bool) -> Any:
     """One step on a group under each rule of :data:`DROPPED`: Δ log π, and the tokens' scores."""
 
     def run(group: dict[str, Array]) -> dict[str, Array]:
-        index, targets, start = (
-            group["index"],
-            group["targets"],
-            (group["unembedding"], group["states"]),
-        )
+        index, targets = group["index"], group["targets"]
+        start = (group["unembedding"], group["states"])
         correct, hidden = jnp.asarray(CORRECT), group["states"][index]
 
         def logits(theta: tuple[Array, Array]) -> Array:
@@ -245,16 +220,11 @@ def _stepping(rate: float, count: int, features: bool) -> Any:
 
         def changed(order: Array) -> Array:
             first = jnp.argsort(jnp.where(correct[:, None], jnp.inf, order).reshape(-1))
-            keep = (
-                jnp.ones(targets.size, hidden.dtype)
-                .at[first[:count]]
-                .set(0.0)
-                .reshape(targets.shape)
-            )
-            (ascent,) = pullback(weights[:, None] * jnp.where(jnp.isnan(order), 1.0, keep))
-            return (
-                token_logp(jax.tree.map(lambda x, g: x + rate * g, start, ascent)) - before
-            ).sum(-1)
+            keep = jnp.ones(targets.size, hidden.dtype).at[first[:count]].set(0.0)
+            keep = jnp.where(jnp.isnan(order), 1.0, keep.reshape(targets.shape))
+            (ascent,) = pullback(weights[:, None] * keep)
+            moved = jax.tree.map(lambda x, g: x + rate * g, start, ascent)
+            return (token_logp(moved) - before).sum(-1)
 
         scores = {
             "nthr": score,
@@ -272,8 +242,11 @@ def _squeeze_claims(table: Table) -> tuple[Claim, ...]:
     cost, _, other = (
         table["bystanders lost"][(table["peak"] > 0) & (table["pushed"] == p)] for p in PUSHED
     )
-    at = [table.where(pushed=PUSHED[0], peak=p) for p in np.unique(table["peak"])]
-    rise, lead, gain = (np.array([x[k].mean() for x in at]) for k in ("rise", "lead", "gain"))
+    peaks = np.unique(table["peak"])
+    rise, lead, gain = (
+        table.across(name, "peak", peaks, pushed=PUSHED[0]).mean(0)
+        for name in ("rise", "lead", "gain")
+    )
     return (
         Claim.of(
             "null: from a uniform start the others rise alike",
@@ -298,13 +271,11 @@ def _squeeze_claims(table: Table) -> tuple[Claim, ...]:
 
 def _extend_claims(table: Table) -> tuple[Claim, ...]:
     claims = []
-    for x in (x for x in table.settings() if x["first"] == "chosen"):
-        only, control, both = (table.where(**x | {"first": y})["Δ others"] for y in FIRST[1:])
-        numbers = (
-            f"Δ others {only.mean():.2f}, {control.mean():.2f} in the control, {both.mean():.2f} "
-            "after both"
-        )
-        text = f"{x['steps']} steps of {x['push']}: others fall less after fine-tuning on both "
+    for push, steps in dict.fromkeys((x["push"], x["steps"]) for x in table.settings()):
+        found = table.across("Δ others", "first", FIRST[1:], push=push, steps=steps).T
+        only, control, both = found
+        numbers = "Δ others {:.2f}, {:.2f} in the control, {:.2f} after both".format(*found.mean(1))
+        text = f"{steps} steps of {push}: others fall less after fine-tuning on both "
         claims += [
             Claim.of(text + "responses than on chosen alone", both > only, numbers),
             Claim.of(text + "responses than in the equally flat control", both > control, numbers),
@@ -315,28 +286,21 @@ def _extend_claims(table: Table) -> tuple[Claim, ...]:
 def _drop_claims(drops: Table, scores: Table) -> tuple[Claim, ...]:
     overlap, claims = drops["overlap"].max(), []
     for learn in ("W", "W and h"):
-        gain = {
-            name: drops.where(learns=learn, overlap=overlap, dropped=name)["protected"]
-            for name in DROPPED
-        }
+        setting = {"learns": learn, "overlap": overlap}
+        gain = drops.across("protected", "dropped", DROPPED, **setting).T
+        _, high, low, exact, random = gain
         null = drops.where(learns=learn, overlap=0.0, dropped="highest NTHR")["protected"]
-        shown = ", ".join(f"{name} {x.mean():.3f}" for name, x in gain.items())
-        high, rows = gain["highest NTHR"], scores.where(learns=learn, overlap=overlap)
+        means = zip(DROPPED, gain.mean(1), strict=True)
+        shown = ", ".join(f"{name} {mean:.3f}" for name, mean in means)
+        rows = scores.where(**setting)
         both = (rows["NTHR, exact"], rows["GWHES, fall"])
         tests = {
-            "dropping the highest NTHR protects the correct more than random drops": (
-                high > gain["random"]
-            ).all(),
-            "and 90 % as much as exact gradients do": high.mean()
-            >= 0.9 * gain["highest exact"].mean(),
-            "dropping the lowest NTHR costs the correct, on every seed": (
-                gain["lowest NTHR"] < 0
-            ).all(),
+            "dropping the highest NTHR protects the correct more than random drops": high > random,
+            "and 90 % as much as exact gradients do": high.mean() >= 0.9 * exact.mean(),
+            "dropping the lowest NTHR costs the correct, on every seed": low < 0,
         }
         claims += [
-            Claim.of(f"learning {learn}: {text}", holds, shown) for text, holds in tests.items()
-        ]
-        claims += [
+            *(Claim.of(f"learning {learn}: {text}", x, shown) for text, x in tests.items()),
             Claim.of(
                 f"learning {learn}: NTHR orders wrong tokens, GWHES correct responses, as measured "
                 "(ρ > .9)",

@@ -19,14 +19,12 @@ from simgrad.pairs import Batch, padded
 from simgrad.theory import displacement, optimizer_step, pair_kernel, responses
 from simgrad.typing import Array, Theta
 from simgrad.worlds.suffix import Suffix
-from simgrad.worlds.tuning import each_seed, stacked, trained
+from simgrad.worlds.tuning import cut, each_seed, stacked, trained
 from simgrad.worlds.world import pretrained
 
 _SGD = optax.sgd(1.0)
 
-_MEASURED = ("cosine", "Δ chosen", "Δ rejected", "Δ word", "falls", "both fall")
-
-_PREDICTED = ("own, SGD", "own, Adam", "batch, SGD", "batch, Adam", "own right", "batch right")
+KERNELS = ("own, SGD", "own, Adam", "batch, SGD", "batch, Adam")
 
 
 def run(world: Suffix, seeds: Sequence[int]) -> Findings:
@@ -40,18 +38,15 @@ def run(world: Suffix, seeds: Sequence[int]) -> Findings:
     ]
     copies = each_seed(thetas, len(world.lengths))
     found = spread(_measuring(apply, world.recipe()), copies, stacked(batches))
-    keys = [(seed, n) for seed in seeds for n in world.lengths]
-    rows = [
-        _row(n, seed, jax.tree.map(lambda x, i=i: x[i], found)) for i, (seed, n) in enumerate(keys)
-    ]
-    rows.sort(key=lambda row: row["L"])
+    keys = [{"L": n, "seed": seed} for seed in seeds for n in world.lengths]
+    each = sorted(zip(keys, cut(found, len(keys)), strict=True), key=lambda run: run[0]["L"])
     measured = Table.of(
         "lengths",
         "Mean cosine of g_w and g_l before the run; measured Δlog π after it (nats) of chosen, "
         "rejected and the chosen's sentiment word alone; shares of pairs whose chosen response "
         "falls, and where both fall.",
         ("L",),
-        [{k: row[k] for k in ("L", "seed", *_MEASURED)} for row in rows],
+        [key | _measured(run) for key, run in each],
     )
     predicted = Table.of(
         "predictions",
@@ -60,15 +55,10 @@ def run(world: Suffix, seeds: Sequence[int]) -> Findings:
         "of Adam (the run's optimizer); then the share of pairs whose rise or fall the own (SGD) "
         "and the batch kernel (Adam) call right.",
         ("L",),
-        [{k: row[k] for k in ("L", "seed", "falls", *_PREDICTED)} for row in rows],
+        [key | _predicted(run) for key, run in each],
     )
-    return Findings(
-        world.name,
-        vars(world),
-        tuple(seeds),
-        (measured, predicted),
-        _claims(measured, predicted, world.lengths),
-    )
+    claims = _claims(measured, predicted, sorted(world.lengths))
+    return Findings.of(world, seeds, (measured, predicted), claims)
 
 
 @functools.lru_cache
@@ -102,35 +92,34 @@ def _measuring(apply: Apply, recipe: Recipe) -> Any:
     return run
 
 
-def _row(length: int, seed: int, found: dict[str, np.ndarray]) -> dict[str, Any]:
-    change = found["change"].sum(-1)
-    falls = change[:, 0] < 0
-    says = {
-        name: found[name][:, 0] < 0
-        for name in ("own, SGD", "own, Adam", "batch, SGD", "batch, Adam")
+def _measured(run: dict[str, np.ndarray]) -> dict[str, float]:
+    tokens, change = run["change"][0], run["change"][0].sum(-1)
+    found = {
+        "cosine": run["cosine"],
+        "Δ chosen": change[:, 0],
+        "Δ rejected": change[:, 1],
+        "Δ word": tokens[:, 0, 0],
+        "falls": change[:, 0] < 0,
+        "both fall": (change < 0).all(-1),
     }
-    return {
-        "L": length,
-        "seed": seed,
-        "cosine": float(found["cosine"].mean()),
-        "Δ chosen": float(change[:, 0].mean()),
-        "Δ rejected": float(change[:, 1].mean()),
-        "Δ word": float(found["change"][:, 0, 0].mean()),
-        "falls": float(falls.mean()),
-        "both fall": float((change < 0).all(-1).mean()),
-        **{name: float(x.mean()) for name, x in says.items()},
-        "own right": float((says["own, SGD"] == falls).mean()),
-        "batch right": float((says["batch, Adam"] == falls).mean()),
-    }
+    return {name: float(x.mean()) for name, x in found.items()}
 
 
-def _claims(measured: Table, predicted: Table, lengths: tuple[int, ...]) -> tuple[Claim, ...]:
-    def means(table: Table, column: str) -> np.ndarray:
-        return np.array([table.where(L=n)[column].mean() for n in sorted(lengths)])
+def _predicted(run: dict[str, np.ndarray]) -> dict[str, float]:
+    falls = run["change"][0].sum(-1)[:, 0] < 0
+    says = {name: run[name][0, :, 0] < 0 for name in KERNELS}
+    right = {"own right": says["own, SGD"] == falls, "batch right": says["batch, Adam"] == falls}
+    return {name: float(x.mean()) for name, x in ({"falls": falls} | says | right).items()}
 
-    cosine, change, word = (means(measured, c) for c in ("cosine", "Δ chosen", "Δ word"))
-    own, batch = means(predicted, "own right"), means(predicted, "batch right")
-    there = np.array(sorted(lengths)) > 0
+
+def _claims(measured: Table, predicted: Table, lengths: Sequence[int]) -> tuple[Claim, ...]:
+    cosine, change, word = (
+        measured.across(name, "L", lengths).mean(0) for name in ("cosine", "Δ chosen", "Δ word")
+    )
+    own, batch = (
+        predicted.across(name, "L", lengths).mean(0) for name in ("own right", "batch right")
+    )
+    there = np.array(lengths) > 0
     several, shared = len(lengths) > 1, bool(there.any())
     ending = change - word
     return (

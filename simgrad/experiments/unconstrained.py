@@ -22,7 +22,7 @@ from simgrad.pairs import Pair, padded
 from simgrad.theory import ches, head_gap, ln_ches, responses
 from simgrad.theory.closed_forms import unconstrained
 from simgrad.typing import Array, Theta
-from simgrad.worlds.tuning import recipe_for, trained
+from simgrad.worlds.tuning import cut, joined, recipe_for, trained
 from simgrad.worlds.unconstrained import RESPONSES, Unconstrained
 
 SCORES = ("CHES", "ln-CHES", "head gap", "full gap", "length")
@@ -37,29 +37,22 @@ def run(world: Unconstrained, seeds: Sequence[int]) -> Findings:
         single = _single(world, seeds)
         longer = _longer(world, seeds)
     claims = (*_single_claims(single), *_longer_claims(longer))
-    return Findings(world.name, vars(world), tuple(seeds), (single, longer), claims)
+    return Findings.of(world, seeds, (single, longer), claims)
 
 
 def _single(world: Unconstrained, seeds: Sequence[int]) -> Table:
-    keys, n = [(a, seed) for a in world.alignments for seed in seeds], world.draws
-    thetas = jax.tree.map(
-        lambda *x: np.concatenate(x), *[world.single(seed, a) for a, seed in keys]
-    )
+    keys = [(a, seed) for a in world.alignments for seed in seeds]
+    thetas = joined([world.single(seed, a) for a, seed in keys])
     slope, run = (
         recipe_for(DPO(world.beta), "sgd", *x)
         for x in ((SMALL, 1), (world.learning_rates[0], world.steps))
     )
-    found = spread(_single_tokens(slope, run), thetas, at_once=len(keys) * n)
+    found = spread(_single_tokens(slope, run), thetas, at_once=len(keys) * world.draws)
     rows = []
-    for i, (alignment, seed) in enumerate(keys):
-        x = {name: values[i * n : (i + 1) * n] for name, values in found.items()}
-        rate, slope, change, score = (
-            x["rate"],
-            x["slope"] / (SMALL * world.beta / 2),
-            x["run"],
-            x["score"][:, 2:],
-        )
-        orders = [spearman(*pair) for pair in zip(score, change[:, 2:], strict=True)]
+    for (alignment, seed), x in zip(keys, cut(found, len(keys)), strict=True):
+        rate, slope, change = x["rate"], x["slope"] / (SMALL * world.beta / 2), x["run"]
+        score, others = x["score"][:, 2:], change[:, 2:]
+        orders = [spearman(*pair) for pair in zip(score, others, strict=True)]
         rows.append(
             {
                 "alignment": alignment,
@@ -73,54 +66,50 @@ def _single(world: Unconstrained, seeds: Sequence[int]) -> Table:
                 "falls in the run": (change[:, 0] < 0).mean(),
                 "Δ chosen": change[:, 0].mean(),
                 "order": np.mean(orders),
-                "top agrees": (score.argmax(-1) == change[:, 2:].argmax(-1)).mean(),
+                "top agrees": (score.argmax(-1) == others.argmax(-1)).mean(),
             }
         )
     return Table.of(
         "single",
-        (
-            "One-token pairs. d/dt log π(y⁺) per unit of c (nats per unit of time) by the closed "
-            f"form and by one DPO step of {SMALL:g}, worst relative error; share of models whose "
-            "chosen token falls at once, with features frozen (the null: none can), and after "
-            f"{world.steps} steps (Δ in nats). Of tokens outside the pair: rank correlation of "
-            "⟨W_z, W₊ - W₋⟩ at the start with Δ log π(z) of that run, and how often the top one "
-            "agrees (chance: 1 in V - 2)."
-        ),
+        "One-token pairs. d/dt log π(y⁺) per unit of c (nats per unit of time) by the closed "
+        f"form and by one DPO step of {SMALL:g}, worst relative error; share of models whose "
+        "chosen token falls at once, with features frozen (the null: none can), and after "
+        f"{world.steps} steps (Δ in nats). Of tokens outside the pair: rank correlation of "
+        "⟨W_z, W₊ - W₋⟩ at the start with Δ log π(z) of that run, and how often the top one "
+        "agrees (chance: 1 in V - 2).",
         ("alignment",),
         rows,
     )
 
 
 def _longer(world: Unconstrained, seeds: Sequence[int]) -> Table:
-    rows, n, recipe = (
-        [],
-        world.draws,
-        recipe_for(DPO(world.beta), "sgd", world.learning_rates[1], world.steps),
-    )
+    recipe = recipe_for(DPO(world.beta), "sgd", world.learning_rates[1], world.steps)
+    rows, total = [], len(seeds) * world.draws
     for kind, norms in itertools.product(RESPONSES, ("equal", "varied")):
         drawn = [world.longer(seed, kind, norms == "equal") for seed in seeds]
-        thetas, lengths = (
-            jax.tree.map(lambda *x: np.concatenate(x), *[d[k] for d in drawn]) for k in (1, 2)
-        )
-        pair = world.pairs(0, shared=kind.endswith("shared"))[0]
-        found = spread(
-            _measuring(drawn[0][0], recipe, pair), thetas, lengths, at_once=len(seeds) * n
-        )
-        for i, seed in enumerate(seeds):
-            x = {name: values[i * n : (i + 1) * n] for name, values in found.items()}
-            ranks = {name: spearman(x[name], -x["change"]) for name in SCORES}
-            change = {"falls": (x["change"] < 0).mean(), "Δ chosen": x["change"].mean()}
-            ranks["largest CHES"] = np.abs(x["CHES"]).max()
-            rows.append({"responses": kind, "state norms": norms, "seed": seed, **ranks, **change})
+        (apply, *_), (pair,) = drawn[0], world.pairs(0, shared=kind.endswith("shared"))
+        thetas, lengths = joined([tuple(x) for _, *x in drawn])
+        found = spread(_measuring(apply, recipe, pair), thetas, lengths, at_once=total)
+        for seed, x in zip(seeds, cut(found, len(seeds)), strict=True):
+            change = x["change"]
+            rows.append(
+                {
+                    "responses": kind,
+                    "state norms": norms,
+                    "seed": seed,
+                    **{name: spearman(x[name], -change) for name in SCORES},
+                    "largest CHES": np.abs(x["CHES"]).max(),
+                    "falls": (change < 0).mean(),
+                    "Δ chosen": change.mean(),
+                }
+            )
     return Table.of(
         "longer",
-        (
-            f"Pairs trained alone for {world.steps} DPO steps: rank correlation, within a seed, of "
-            "each score at the start with -Δ log π(y⁺) (1 is perfect; nan: the score is one number "
-            "for all pairs, as CHES is for single tokens); 'length' is -|y⁺|. Different tokens "
-            "have α near 0, not 1 as CHES has it, but for 'one error'. 'long', with no token in "
-            "common, is the null. Share that falls; Δ in nats."
-        ),
+        f"Pairs trained alone for {world.steps} DPO steps: rank correlation, within a seed, of "
+        "each score at the start with -Δ log π(y⁺) (1 is perfect; nan: the score is one number "
+        "for all pairs, as CHES is for single tokens); 'length' is -|y⁺|. Different tokens "
+        "have α near 0, not 1 as CHES has it, but for 'one error'. 'long', with no token in "
+        "common, is the null. Share that falls; Δ in nats.",
         ("responses", "state norms"),
         rows,
     )
@@ -135,24 +124,16 @@ def _single_tokens(slope: Recipe, run: Recipe) -> Any:
         return jax.nn.log_softmax(theta["unembedding"]["table"] @ theta["features"]["table"][0])
 
     def measure(theta: Theta) -> dict[str, Array]:
-        w, h, tokens = (
-            theta["unembedding"]["table"],
-            theta["features"]["table"][0],
-            (jnp.array(0), jnp.array(1)),
-        )
-        rate, before, batch = (
-            unconstrained.single_token_rate(w, h, *tokens),
-            logp(theta),
-            padded([pair]),
-        )
+        w, h = theta["unembedding"]["table"], theta["features"]["table"][0]
+        tokens, batch = (jnp.array(0), jnp.array(1)), padded([pair])
+        rate = unconstrained.single_token_rate(w, h, *tokens)
         small, long = (
-            logp(trained(apply, recipe, theta, batch)) - before for recipe in (slope, run)
+            logp(trained(apply, recipe, theta, batch)) - logp(theta) for recipe in (slope, run)
         )
-        score = unconstrained.mass_direction(w, *tokens)
         return {
             "rate": rate.total,
             "frozen": rate.state,
-            "score": score,
+            "score": unconstrained.mass_direction(w, *tokens),
             "slope": small[0],
             "run": long,
         }
@@ -166,9 +147,8 @@ def _measuring(apply: Apply, recipe: Recipe, pair: Pair) -> Any:
 
     def run(theta: Theta, lengths: Array) -> dict[str, Array]:
         whole = padded([pair])
-        batch = replace(
-            whole, valid=jnp.arange(whole.valid.shape[-1])[None, None] < lengths[None, :, None]
-        )
+        there = jnp.arange(whole.valid.shape[-1])[None, None] < lengths[None, :, None]
+        batch = replace(whole, valid=there)
         before, after = (
             responses(apply, x, batch) for x in (theta, trained(apply, recipe, theta, batch))
         )
@@ -187,9 +167,10 @@ def _measuring(apply: Apply, recipe: Recipe, pair: Pair) -> Any:
 
 
 def _single_claims(table: Table) -> tuple[Claim, ...]:
-    rows = [table.where(alignment=a) for a in np.unique(table["alignment"])]
+    alignments = np.unique(table["alignment"])
     falls, order, top = (
-        np.array([x[k].mean() for x in rows]) for k in ("falls", "order", "top agrees")
+        table.across(name, "alignment", alignments).mean(0)
+        for name in ("falls", "order", "top agrees")
     )
     return (
         Claim.of(
@@ -222,10 +203,8 @@ def _longer_claims(table: Table) -> tuple[Claim, ...]:
     mean = {score: np.array([table.where(**x)[score].mean() for x in many]) for score in SCORES}
     ches, ln, head, full, length = (f"{score} {listing(values)}" for score, values in mean.items())
     varied = np.array([x["responses"].startswith("any") for x in many])
-    equal, free = (
-        table.where(responses="long, one error", **{"state norms": x})["CHES"]
-        for x in ("equal", "varied")
-    )
+    norms = ("equal", "varied")
+    equal, free = table.across("CHES", "state norms", norms, responses="long, one error").T
     single = table.where(responses="one token")
     return (
         Claim.of(

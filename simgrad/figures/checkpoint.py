@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import panel_letters, regime_plane
-from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED
+from simgrad.drawing.draw import note, panel_letters, regime_plane, zero_line
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
 from simgrad.dynamics import Recipe, directional_score, train
 from simgrad.dynamics.agreement import spearman
 from simgrad.dynamics.recipe import steps_of
@@ -140,31 +139,30 @@ def compute(config: Config) -> Result:
     from simgrad.bridge import score
 
     policy, rows, pairs, index = loaded(config)
-    size = min(config.batch_size, len(pairs))
+    at_once = min(config.batch_size, len(pairs))
     table = score(policy, pairs)
     batch = padded(pairs)
-    steps = steps_of(config.epochs, len(pairs), size)
-    recipe = Recipe(DPO(), optax.adam(config.learning_rate), steps, size)
-    predicted = np.asarray(
-        directional_score(policy.apply, policy.theta, batch, recipe).change[:, 0], float
+    steps = steps_of(config.epochs, len(pairs), at_once)
+    recipe = Recipe(DPO(), optax.adam(config.learning_rate), steps, at_once)
+    run = (policy.apply, policy.theta, batch, recipe)
+    predicted = np.asarray(directional_score(*run).change[:, 0], float)
+    measured = np.asarray(train(*run).trajectory.change[-1, :, 0], float)
+    cosine, inner, sq_chosen, sq_rejected, ches = (
+        np.asarray(table[name], float)
+        for name in ("grad_cosine", "grad_inner", "grad_sq_chosen", "grad_sq_rejected", "ches")
     )
-    measured = np.asarray(
-        train(policy.apply, policy.theta, batch, recipe).trajectory.change[-1, :, 0], float
-    )
-    ches, inner = (np.asarray(table[name], float) for name in ("ches", "grad_inner"))
     worst = np.argsort(predicted, kind="stable")[: config.worst]
-    sides = ([_words(rows[index[k]], side) for k in worst] for side in ("chosen", "rejected"))
     return Result(
-        np.asarray(table["grad_cosine"], float),
-        inner / np.asarray(table["grad_sq_chosen"], float),
-        inner / np.asarray(table["grad_sq_rejected"], float),
+        cosine,
+        inner / sq_chosen,
+        inner / sq_rejected,
         ches,
         predicted,
         measured,
         np.array([spearman(ches, measured), spearman(predicted, measured)]),
         tuple(int(i) for i in index),
         tuple(int(k) for k in worst),
-        *(tuple(side) for side in sides),
+        *(tuple(_words(rows[index[k]], side) for k in worst) for side in ("chosen", "rejected")),
     )
 
 
@@ -172,40 +170,31 @@ def _words(row: Mapping[str, Any], side: str) -> str:
     """The beginning of a response, as one line."""
     response = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
     prompt = row.get("prompt")
-    response = (
-        response[len(prompt) :]
-        if isinstance(prompt, str) and response.startswith(prompt)
-        else response
-    )
+    if isinstance(prompt, str):
+        response = response.removeprefix(prompt)
     return textwrap.shorten(response, 92, placeholder=" …")
 
 
 def plot(result: Result) -> Figure:
     """Scores, regimes, predictions against measurement, the worst pairs."""
-    width = plt.rcParams["figure.figsize"][0]
-    figure = plt.figure(figsize=(width, 0.95 * width), layout="constrained")
-    grid = figure.add_gridspec(3, 2, height_ratios=[1, 1, 0.62])
-    cosines, plane, left, right = (
-        figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)
+    figure, axes = plt.subplot_mosaic(
+        "ab;cd;ee", figsize=size(1, 1, 0.95), height_ratios=(1, 1, 0.62), layout="constrained"
     )
-    words = figure.add_subplot(grid[2, :])
+    cosines, plane, left, right, words = axes.values()
     cosines.hist(result.cosine, bins=np.linspace(-1, 1, 41).tolist(), color="#444444")
     cosines.axvline(0, color=GUIDE, lw=0.7)
     cosines.set(xlabel=r"$\cos(g_w, g_l)$", ylabel="pairs", title="entanglement")
     regime_plane(plane, least=1e-2, most=10.0)
-    x, y = (
-        v[result.over_chosen > 0].clip(1.1e-2, 9)
-        for v in (result.over_chosen, result.over_rejected)
-    )
+    seen = result.over_chosen > 0
+    x, y = (v[seen].clip(1.1e-2, 9) for v in (result.over_chosen, result.over_rejected))
     plane.scatter(x, y, s=8, color="#444444", linewidths=0)
     plane.set_title("regimes")
+    says = result.predicted
     _against(left, result.ches, result.measured, "CHES", result.correlations[0])
-    _against(
-        right, result.predicted, result.measured, "directional score (nats)", result.correlations[1]
-    )
+    _against(right, says, result.measured, "directional score (nats)", result.correlations[1])
     left.set_ylabel("measured Δ log π(chosen)\n(nats)")
     _pairs_in_words(words, result)
-    panel_letters([cosines, plane, left, right, words])
+    panel_letters([*axes.values()])
     return figure
 
 
@@ -213,29 +202,26 @@ def _against(
     axis: Axes, x: np.ndarray, measured: np.ndarray, name: str, correlation: float
 ) -> None:
     axis.scatter(x, measured, s=10, color=CHOSEN, alpha=0.8, linewidths=0)
-    axis.axhline(0, color=GUIDE, lw=0.6)
+    zero_line(axis)
     if "nats" in name:
         ends = [min(x.min(), measured.min()), max(x.max(), measured.max())]
         axis.plot(ends, ends, color=GUIDE, lw=0.7, ls=":")
     axis.ticklabel_format(axis="x", scilimits=(-3, 4), useMathText=True)
     axis.locator_params(axis="x", nbins=5)
-    axis.set_xlabel(name)
-    axis.set_title(f"Spearman {correlation:.2f}".replace("-", "−"))
+    axis.set(xlabel=name, title=f"Spearman {correlation:.2f}".replace("-", "−"))
 
 
 def _pairs_in_words(axis: Axes, result: Result) -> None:
     axis.set_axis_off()
     axis.set_title("lowest predictions: predicted → measured Δ log π(chosen), nats")
-    write = functools.partial(axis.text, transform=axis.transAxes, va="top", in_layout=False)
     step = 1 / max(1, len(result.worst))
-    for i, (k, chosen, rejected) in enumerate(
-        zip(result.worst, result.chosen, result.rejected, strict=True)
-    ):
-        change = (
-            f"row {result.rows[k]}: {result.predicted[k]:+.2f} → {result.measured[k]:+.2f}".replace(
-                "-", "−"
-            )
-        )
-        write(0, 1 - i * step, change, fontsize=6.5)
-        write(0.23, 1 - i * step, chosen.replace("$", r"\$"), color=CHOSEN, fontsize=6)
-        write(0.23, 1 - (i + 0.42) * step, rejected.replace("$", r"\$"), color=REJECTED, fontsize=6)
+    for i, k in enumerate(result.worst):
+        says, does = result.predicted[k], result.measured[k]
+        change = f"row {result.rows[k]}: {says:+.2f} → {does:+.2f}".replace("-", "−")
+        top = 1 - i * step
+        for text, x, y, colour, letters in (
+            (change, 0, top, "black", 6.5),
+            (result.chosen[i].replace("$", r"\$"), 0.23, top, CHOSEN, 6),
+            (result.rejected[i].replace("$", r"\$"), 0.23, top - 0.42 * step, REJECTED, 6),
+        ):
+            note(axis, text, (x, y), color=colour, va="top", fontsize=letters, in_layout=False)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from simgrad import objectives
-from simgrad.drawing.draw import band
-from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
+from simgrad.drawing.draw import band, note, panels, ticks, zero_line
+from simgrad.drawing.style import CHOSEN, REJECTED
 from simgrad.dynamics import train
-from simgrad.pairs import padded
 from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.tuning import recipe_for
@@ -79,14 +77,12 @@ class Result:
 
 def compute(config: Config) -> Result:
     """Train every objective from every seed's policy."""
-    world = Suffix(n_pairs=config.pairs)
-    policies = world.each_policy(config.seeds)
-    batches = [padded(world.pairs(seed, config.suffix)) for seed in config.seeds]
+    starts = Suffix(n_pairs=config.pairs).starts(config.seeds, config.suffix)
     steps, change = np.zeros(0, int), []
     for name in config.objectives:
         recipe = recipe_for(objectives.get(name), "adam", config.learning_rate, config.steps)
         runs = []
-        for (apply, theta), batch in zip(policies, batches, strict=True):
+        for apply, theta, batch in starts:
             seen = train(apply, theta, batch, recipe, record=config.record).trajectory
             steps = np.asarray(seen.steps)
             runs.append(np.asarray(seen.change.mean(1), float))
@@ -98,35 +94,21 @@ def plot(result: Result) -> Figure:
     """One panel an objective, all on the same axes."""
     rows = 2 if len(result.objectives) > 3 else 1
     columns = -(-len(result.objectives) // rows)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=size(rows, columns, 1.25),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = panels(rows, columns, 1.25, sharex=True, sharey=True, squeeze=False)
     for axis, name, change in zip(axes.ravel(), result.objectives, result.change, strict=False):
-        axis.axhline(0, color=GUIDE, lw=0.6)
+        zero_line(axis)
         for side, colour in ((0, CHOSEN), (1, REJECTED)):
             band(axis, result.steps, change[:, :, side], colour)
         axis.set_title(name)
-    axes[0, 0].set_yscale("symlog", linthresh=1.0, linscale=0.8)
-    axes[0, 0].set_yticks([-100, -10, -1, 0, 1], ["−100", "−10", "−1", "0", "1"])
-    axes[0, 0].minorticks_off()
-    for side, (name, colour) in enumerate((("chosen", CHOSEN), ("rejected", REJECTED))):
-        end = float(result.change[0, :, -1, side].mean())
-        axes[0, 0].annotate(
-            name,
-            (result.steps[-1], end),
-            (0, 3 if side == 0 else -3),
-            textcoords="offset points",
-            color=colour,
-            ha="right",
-            va="bottom" if side == 0 else "top",
-            fontsize=7,
-        )
+    first = axes[0, 0]
+    first.set_yscale("symlog", linthresh=1.0, linscale=0.8)
+    ticks(first, "y", [-100, -10, -1, 0, 1])
+    for side, name, colour, shift, align in (
+        (0, "chosen", CHOSEN, 3, "bottom"),
+        (1, "rejected", REJECTED, -3, "top"),
+    ):
+        end = (float(result.steps[-1]), float(result.change[0, :, -1, side].mean()))
+        note(first, name, end, (0, shift), "data", color=colour, ha="right", va=align)
     figure.supxlabel("training step", fontsize=8)
     figure.supylabel("mean Δ log π (nats)", fontsize=8)
     return figure

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import band, direct_labels, panel_letters
-from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, size
+from simgrad.drawing.draw import band, labelled_bands, panel_letters, panels
+from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS
 from simgrad.experiments import unconstrained
 from simgrad.typing import Float
 from simgrad.worlds.unconstrained import Unconstrained
@@ -65,37 +64,27 @@ def compute(config: Config) -> Result:
     """The world's experiment with one-token pairs."""
     world = Unconstrained(alignments=config.alignments, draws=config.draws)
     table = unconstrained.run(world, config.seeds)["single"]
-    rows = [table.where(alignment=alignment) for alignment in config.alignments]
     return Result(
         np.array(config.alignments),
-        *(np.stack([r[c] for r in rows], 1).astype(float) for c in COLUMNS),
+        *(table.across(column, "alignment", config.alignments) for column in COLUMNS),
     )
 
 
 def plot(result: Result) -> Figure:
     """Rates, falls, order of the bystanders."""
-    figure, axes = plt.subplots(1, 3, figsize=size(1, 3, 1.0), layout="constrained")
+    figure, axes = panels(1, 3, 1.0)
+    rate, falls, mass = axes
     x = result.alignments
-    band(axes[0], x, result.closed_form, CHOSEN)
-    axes[0].plot(x, result.measured.mean(0), "o", color="black", ms=3)
-    axes[0].set(ylabel="d log π(y⁺)/dt (nats / time)", ylim=(0, None))
-    axes[0].set_title("rate of the chosen")
-    band(axes[1], x, result.falls, CHOSEN, marker="o")
-    band(axes[1], x, result.falls_frozen, GUIDE, marker="o")
-    ends = {"free": (float(result.falls[:, -1].mean()), CHOSEN), "frozen": (0.0, GUIDE)}
-    axes[1].set(ylabel="share of models", ylim=(-0.02, 0.5))
-    direct_labels(axes[1], float(x[-1]), ends, gap=0.1)
-    axes[1].set_title("chosen falls")
-    band(axes[2], x, result.order, OTHERS[0], marker="o")
-    band(axes[2], x, result.top_agrees, OTHERS[1], marker="o")
-    axes[2].set_ylim(0, 1.03)
-    ends = {
-        "rank corr.": (float(result.order[:, -1].mean()), OTHERS[0]),
-        "top agrees": (float(result.top_agrees[:, -1].mean()), OTHERS[1]),
-    }
-    direct_labels(axes[2], float(x[-1]), ends, gap=0.1)
-    axes[2].set_title("where the mass goes")
+    band(rate, x, result.closed_form, CHOSEN)
+    rate.plot(x, result.measured.mean(0), "o", color="black", ms=3)
+    rate.set(ylabel="d log π(y⁺)/dt (nats / time)", ylim=(0, None), title="rate of the chosen")
+    falls.set(ylabel="share of models", ylim=(-0.02, 0.5), title="chosen falls")
+    lines = {"free": (result.falls, CHOSEN), "frozen": (result.falls_frozen, GUIDE)}
+    labelled_bands(falls, x, lines, gap=0.1)
+    mass.set(ylim=(0, 1.03), title="where the mass goes")
+    lines = {"rank corr.": (result.order, OTHERS[0]), "top agrees": (result.top_agrees, OTHERS[1])}
+    labelled_bands(mass, x, lines, gap=0.1)
     for axis in axes:
         axis.set_xlabel(r"$\cos(W_+, W_-)$")
-    panel_letters(list(axes))
+    panel_letters(axes)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shlex
 import shutil
@@ -16,24 +17,6 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from simgrad.drawing.style import paper_style
-from simgrad.figures import (
-    checkpoint,
-    checkpoint_layers,
-    dynamics,
-    features,
-    layers,
-    optimizers,
-    overview,
-    percentiles,
-    predicted_vs_measured,
-    refusals,
-    regimes,
-    squeezing,
-    suffix,
-    token_kernel,
-    trust_radius,
-    verdicts,
-)
 from simgrad.figures.stored import NotDrawn, computed, plain, to_json
 from simgrad.store import provenance
 
@@ -68,38 +51,17 @@ class Entry(NamedTuple):
 
 def _entry(module: ModuleType) -> Entry:
     nothing: Callable[[Any], tuple[Any, ...]] = lambda config: ()  # noqa: E731
-    parts = (
-        module.Config(),
-        module.compute,
-        module.plot,
-        module.Result,
-        module.TITLE,
-        module.CAPTION,
-        module.BEARS_ON,
-    )
-    return Entry(*parts, getattr(module, "inputs", nothing))
+    parts = ("compute", "plot", "Result", "TITLE", "CAPTION", "BEARS_ON")
+    inputs = getattr(module, "inputs", nothing)
+    return Entry(module.Config(), *(getattr(module, part) for part in parts), inputs=inputs)
 
 
-_MODULES: tuple[ModuleType, ...] = (
-    overview,
-    predicted_vs_measured,
-    regimes,
-    dynamics,
-    token_kernel,
-    suffix,
-    verdicts,
-    refusals,
-    percentiles,
-    squeezing,
-    layers,
-    optimizers,
-    trust_radius,
-    features,
-    checkpoint,
-    checkpoint_layers,
-)
+_NAMES = """
+    overview predicted_vs_measured regimes dynamics token_kernel suffix verdicts refusals
+    percentiles squeezing layers optimizers trust_radius features checkpoint checkpoint_layers
+"""
 FIGURES: Mapping[str, Entry] = {
-    module.__name__.rpartition(".")[2]: _entry(module) for module in _MODULES
+    name: _entry(importlib.import_module(f"simgrad.figures.{name}")) for name in _NAMES.split()
 }
 """In the order of the gallery."""
 

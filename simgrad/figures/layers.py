@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import panel_letters
-from simgrad.drawing.style import CHOSEN, GUIDE, size
+from simgrad.drawing.draw import note, panel_letters, panels, zero_line
+from simgrad.drawing.style import CHOSEN, GUIDE
 from simgrad.pairs import Batch, in_chunks, padded
 from simgrad.theory.kernel import by_layer, by_matrix, pair_kernel_blocks
 from simgrad.typing import Float
@@ -109,9 +108,7 @@ def _quartiles(groups: dict[str, Any]) -> tuple:
 def plot(result: Result) -> Figure:
     """Layers above, matrices below; one column a subject."""
     columns = len(result.subjects)
-    figure, axes = plt.subplots(
-        2, columns, figsize=size(2, columns, 0.42 * columns), squeeze=False, layout="constrained"
-    )
+    figure, axes = panels(2, columns, 0.42 * columns, squeeze=False)
     for i, subject in enumerate(result.subjects):
         _bars(axes[0, i], list(result.layers[i]), np.array(result.by_layer[i]))
         _bars(axes[1, i], list(result.matrices[i]), np.array(result.by_matrix[i]))
@@ -122,10 +119,8 @@ def plot(result: Result) -> Figure:
         (0.97, r"$\|g_w\|^2$", CHOSEN),
         (0.85, r"$\langle g_w, g_l\rangle$", "black"),
     ):
-        axes[0, 0].text(
-            0.4, height, text, color=colour, transform=axes[0, 0].transAxes, va="top", fontsize=7
-        )
-    panel_letters(list(axes[0]))
+        note(axes[0, 0], text, (0.4, height), color=colour, va="top")
+    panel_letters(axes[0])
     return figure
 
 
@@ -134,30 +129,18 @@ def _bars(axis: Axes, names: list[str], quartiles: Float[np.ndarray, "blocks 2 3
     for k, (colour, shift) in enumerate(((CHOSEN, -0.2), ("black", 0.2))):
         low, middle, high = quartiles[:, k].T
         reach = np.maximum([middle - low, high - middle], 0)
-        axis.bar(
-            place + shift,
-            middle,
-            0.4,
-            color=colour,
-            yerr=reach,
-            error_kw={"lw": 0.3 if many else 0.6, "ecolor": GUIDE},
-        )
-    axis.axhline(0, color=GUIDE, lw=0.6)
-    short = [
-        name.replace("layer ", "")
-        .replace("attention/", "att. ")
-        .replace("final_norm", "norm")
-        .replace("_", " ")
-        for name in names
-    ]
+        line = {"lw": 0.3 if many else 0.6, "ecolor": GUIDE}
+        axis.bar(place + shift, middle, 0.4, color=colour, yerr=reach, error_kw=line)
+    zero_line(axis)
+    short = [_brief(name) for name in names]
     shown = [
         i for i, s in enumerate(short) if not (many and s.isdigit()) or int(s) % 5 == 0 < int(s)
     ]
-    axis.set_xticks(
-        shown,
-        [short[i] for i in shown],
-        rotation=55,
-        ha="right",
-        rotation_mode="anchor",
-        fontsize=6,
-    )
+    slanted = {"rotation": 55, "ha": "right", "rotation_mode": "anchor", "fontsize": 6}
+    axis.set_xticks(shown, [short[i] for i in shown], **slanted)
+
+
+def _brief(name: str) -> str:
+    for long, short in (("layer ", ""), ("attention/", "att. "), ("final_", ""), ("_", " ")):
+        name = name.replace(long, short)
+    return name

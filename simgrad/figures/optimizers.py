@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import panel_letters
+from simgrad.drawing.draw import note, panel_letters, panels, zero_line
 from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED
 from simgrad.dynamics import Recipe, train
 from simgrad.dynamics.agreement import spearman
 from simgrad.models import Apply
 from simgrad.objectives import DPO
-from simgrad.pairs import Batch, padded
+from simgrad.pairs import Batch
 from simgrad.theory import entanglement_kernel, loss_gradient, responses
 from simgrad.theory.kernel import preconditioning
 from simgrad.typing import Float, Theta
@@ -81,71 +81,59 @@ def compute(config: Config) -> Result:
     """Both kernels at the start, and a run of Adam, for every seed."""
     world = Suffix(n_pairs=config.pairs)
     recipe = recipe_for(DPO(), "adam", config.learning_rate, config.steps)
-    found = [
-        _seed(apply, theta, padded(world.pairs(seed, config.suffix)), recipe)
-        for (apply, theta), seed in zip(world.each_policy(config.seeds), config.seeds, strict=True)
-    ]
+    found = [_seed(*start, recipe) for start in world.starts(config.seeds, config.suffix)]
     n = config.pairs
-    ranks = [[spearman(f[2][k][:n], f[3][:n]) for f in found] for k in (0, 1)]
-    signs = [
-        [float((np.sign(f[2][k][:n]) == np.sign(f[3][:n])).mean()) for f in found] for k in (0, 1)
-    ]
-    sgd, adam, says, change = found[0]
-    return Result(n, sgd, adam, says[0], says[1], change, np.array(ranks), np.array(signs))
+    of_chosen = [[(says[k][:n], change[:n]) for _, says, change in found] for k in (0, 1)]
+    ranks = [[spearman(*both) for both in seeds] for seeds in of_chosen]
+    signs = [[(np.sign(x) == np.sign(y)).mean() for x, y in seeds] for seeds in of_chosen]
+    (sgd, adam), (sgd_says, adam_says), change = found[0]
+    agreement = (np.array(ranks), np.array(signs))
+    return Result(n, sgd, adam, sgd_says, adam_says, change, *agreement)
 
 
 def _seed(
     apply: Apply, theta: Theta, batch: Batch, recipe: Recipe
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """Both kernels, what each says of every response, and what the run did; chosen ones first."""
     gradient = loss_gradient(apply, theta, batch, DPO())
     scale = preconditioning.adam(optax.adam(1.0).init(theta), gradient).scale
     logp = responses(apply, theta, batch).logp
     force = np.asarray(DPO().force(logp, logp, batch.lengths), float).ravel() / batch.size
     order = np.arange(2 * batch.size).reshape(-1, 2).T.ravel()
-    sgd, adam = (
+    kernels = [
         np.asarray(entanglement_kernel(apply, theta, batch, scale=s), float) for s in (None, scale)
-    )
-    change = np.asarray(train(apply, theta, batch, recipe).trajectory.change[-1], float).ravel()[
-        order
     ]
-    square = np.ix_(order, order)
-    return sgd[square], adam[square], [(kernel @ force)[order] for kernel in (sgd, adam)], change
+    change = np.asarray(train(apply, theta, batch, recipe).trajectory.change[-1], float).ravel()
+    in_order = [kernel[np.ix_(order, order)] for kernel in kernels]
+    return in_order, [(kernel @ force)[order] for kernel in kernels], change[order]
 
 
 def plot(result: Result) -> Figure:
     """Two heat maps and one scatter."""
-    width = plt.rcParams["figure.figsize"][0]
-    figure, axes = plt.subplots(
-        1,
-        3,
-        figsize=(width, 0.4 * width),
-        layout="constrained",
-        gridspec_kw={"width_ratios": [1, 1, 1.15]},
-    )
-    image = None
-    for axis, kernel, name in (
-        (axes[0], result.sgd, "SGD"),
-        (axes[1], result.adam, "Adam, first step"),
-    ):
-        norm = np.sqrt(np.diag(kernel))
-        image = axis.imshow(kernel / np.outer(norm, norm), cmap="RdBu", vmin=-1, vmax=1)
-        n = result.pairs
-        axis.set_xticks([n / 2, 1.5 * n], ["chosen", "rejected"])
-        axis.set_yticks([n / 2, 1.5 * n], ["chosen", "rejected"], rotation=90, va="center")
-        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
-            labels[0].set_color(CHOSEN)
-            labels[1].set_color(REJECTED)
-        for line in (axis.axhline, axis.axvline):
-            line(n - 0.5, color="white", lw=1)
-        axis.tick_params(length=0)
-        axis.set_title(name)
+    figure, axes = panels(1, 3, 1.2, width_ratios=(1, 1, 1.15))
+    _heatmap(axes[0], result.sgd, "SGD")
+    image = _heatmap(axes[1], result.adam, "Adam, first step")
     bar = figure.colorbar(image, ax=axes[:2], orientation="horizontal", shrink=0.6, pad=0.03)
     bar.set_label("cosine of gradients")
     bar.outline.set_visible(False)
     _scatter(axes[2], result)
-    panel_letters(list(axes))
+    panel_letters(axes)
     return figure
+
+
+def _heatmap(axis: Axes, kernel: np.ndarray, name: str) -> Any:
+    norm, n = np.sqrt(np.diag(kernel)), len(kernel) / 2
+    image = axis.imshow(kernel / np.outer(norm, norm), cmap="RdBu", vmin=-1, vmax=1)
+    axis.set_xticks([n / 2, 1.5 * n], ["chosen", "rejected"])
+    axis.set_yticks([n / 2, 1.5 * n], ["chosen", "rejected"], rotation=90, va="center")
+    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        labels[0].set_color(CHOSEN)
+        labels[1].set_color(REJECTED)
+    for line in (axis.axhline, axis.axvline):
+        line(n - 0.5, color="white", lw=1)
+    axis.tick_params(length=0)
+    axis.set_title(name)
+    return image
 
 
 def _scatter(axis: Axes, result: Result) -> None:
@@ -161,21 +149,10 @@ def _scatter(axis: Axes, result: Result) -> None:
             f"{name}'s: ρ {ranks.min():.2f} to {ranks.max():.2f}, "
             f"signs {signs.min():.0f} to {signs.max():.0f} %"
         )
-        axis.text(
-            0.0,
-            1.0 - 0.09 * k,
-            text.replace("-", "−"),
-            color=colour,
-            transform=axis.transAxes,
-            va="top",
-            fontsize=6.5,
-        )
-    axis.axhline(0, color=GUIDE, lw=0.6)
+        text = text.replace("-", "−")
+        note(axis, text, (0.0, 1.0 - 0.09 * k), color=colour, va="top", fontsize=6.5)
+    zero_line(axis)
     axis.axvline(0, color=GUIDE, lw=0.6)
     low, high = axis.get_ylim()
-    axis.set(
-        xlabel="predicted (relative)",
-        ylabel="measured Δ log π (nats)",
-        ylim=(low, high + 0.25 * (high - low)),
-    )
-    axis.set_title("chosen, in a run of Adam")
+    axis.set(xlabel="predicted (relative)", ylabel="measured Δ log π (nats)")
+    axis.set(ylim=(low, high + 0.25 * (high - low)), title="chosen, in a run of Adam")

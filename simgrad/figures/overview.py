@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import band, panel_letters
-from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
+from simgrad.drawing.draw import band, note, panel_letters, panels, zero_line
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED
 from simgrad.dynamics import PREDICTORS, Setting, train
 from simgrad.objectives import DPO, SFT, Objective
-from simgrad.pairs import padded
 from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
 from simgrad.worlds.tuning import recipe_for
@@ -68,19 +66,15 @@ class Result:
 
 def compute(config: Config) -> Result:
     """Predict, then train, for every weight and seed."""
-    world = Suffix(n_pairs=config.pairs)
-    policies = world.each_policy(config.seeds)
-    batches = [padded(world.pairs(seed, config.suffix)) for seed in config.seeds]
+    starts = Suffix(n_pairs=config.pairs).starts(config.seeds, config.suffix)
     paths, predicted, measured, steps = [], [], [], np.zeros(0, int)
     for weight in config.weights:
         objective: Objective = DPO() + weight * SFT() if weight else DPO()
         recipe = recipe_for(objective, "adam", config.learning_rate, config.steps)
         says, does = [], []
-        for (apply, theta), batch in zip(policies, batches, strict=True):
-            says.append(
-                PREDICTORS["two big steps"](Setting(apply, theta, batch, recipe)).astype(float)
-            )
-            seen = train(apply, theta, batch, recipe, record=1 if not weight else None).trajectory
+        for start in starts:
+            says.append(PREDICTORS["two big steps"](Setting(*start, recipe)).astype(float))
+            seen = train(*start, recipe, record=1 if not weight else None).trajectory
             does.append(np.asarray(seen.change[-1], float))
             if not weight:
                 steps = np.asarray(seen.steps)
@@ -94,25 +88,26 @@ def compute(config: Config) -> Result:
 
 def plot(result: Result) -> Figure:
     """The problem, the prediction, the knob."""
-    figure, axes = plt.subplots(1, 3, figsize=size(1, 3, 1.0), layout="constrained")
+    figure, axes = panels(1, 3, 1.0)
     _problem(axes[0], result)
     _prediction(axes[1], result)
     _knob(axes[2], result)
-    panel_letters(list(axes))
+    panel_letters(axes)
     return figure
 
 
 def _problem(axis: Axes, result: Result) -> None:
     middle = len(result.steps) // 2
-    for side, (name, colour) in enumerate((("chosen", CHOSEN), ("rejected", REJECTED))):
+    for side, name, colour, shift, align in (
+        (0, "chosen", CHOSEN, 6, "bottom"),
+        (1, "rejected", REJECTED, -6, "top"),
+    ):
         band(axis, result.steps, result.path[:, :, side], colour)
         place = (float(result.steps[middle]), float(result.path[:, middle, side].mean()))
-        shift, at = ((-4, -6), "top") if side else ((-4, 6), "bottom")
-        axis.annotate(
-            name, place, shift, textcoords="offset points", color=colour, ha="right", va=at
-        )
+        style = {"color": colour, "ha": "right", "va": align, "fontsize": 8}
+        note(axis, name, place, (-4, shift), "data", **style)
     axis.set_ylim(top=0.3 * float(np.abs(result.path.mean(0)).max()))
-    axis.axhline(0, color=GUIDE, lw=0.6)
+    zero_line(axis)
     axis.set(xlabel="training step", ylabel="mean Δ log π (nats)", title="both fall")
 
 
@@ -121,17 +116,10 @@ def _prediction(axis: Axes, result: Result) -> None:
     reach = [float(min(says.min(), does.min())), float(max(says.max(), does.max()))]
     axis.plot(reach, reach, color=GUIDE, lw=0.7)
     axis.scatter(says, does, s=6, color=CHOSEN, alpha=0.5, linewidths=0)
-    axis.axhline(0, color=GUIDE, lw=0.6)
+    zero_line(axis)
     axis.axvline(0, color=GUIDE, lw=0.6)
     right = (np.sign(says) == np.sign(does)).mean()
-    axis.text(
-        0.04,
-        0.96,
-        f"signs right: {100 * right:.0f} %",
-        transform=axis.transAxes,
-        va="top",
-        fontsize=7,
-    )
+    note(axis, f"signs right: {100 * right:.0f} %", (0.04, 0.96), va="top")
     axis.set(xlabel="predicted Δ log π (nats)", ylabel="measured (nats)", title="predicted")
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import band, direct_labels, dots, panel_letters
-from simgrad.drawing.style import GUIDE, OTHERS
+from simgrad.drawing.draw import dots, labelled_bands, panel_letters, zero_line
+from simgrad.drawing.style import GUIDE, OTHERS, size
 from simgrad.dynamics.agreement import percentile_means, spearman
-from simgrad.experiments.comparison import compare
+from simgrad.experiments.percentiles import SCORES, compared
 from simgrad.typing import Float
 from simgrad.worlds.percentiles import Percentiles
 
@@ -47,13 +47,7 @@ class Config:
     n_pairs: int = 96
     predictors: tuple[str, ...] = (
         "chosen length",
-        "edit distance",
-        "last-hidden inner",
-        "CHES",
-        "ln-CHES",
-        "head gap",
-        "full gap",
-        "directional",
+        *SCORES,
         "two big steps",
         "kernel flow",
         "rerun, other order",
@@ -77,27 +71,17 @@ def compute(config: Config) -> Result:
     world = Percentiles(n_pairs=config.n_pairs)
     correlation: dict[str, list] = {}
     windows: dict[str, list] = {}
-    policies = world.each_policy(config.seeds)
-    for (apply, theta), seed in zip(policies, config.seeds, strict=True):
-        for label, setting in world.settings(apply, theta, seed).items():
-            found = compare(setting, config.predictors)
-            guesses = found.predicted
-            row = [
-                spearman(guesses[p], found.measured) if p in guesses else np.nan
-                for p in config.predictors
-            ]
-            correlation.setdefault(label, []).append(row)
-            windows.setdefault(label, []).append(
-                [percentile_means(guesses[p], found.measured) for p in config.shown]
-            )
-    correlations = np.array(list(correlation.values())).swapaxes(1, 2)
-    return Result(
-        tuple(correlation),
-        config.predictors,
-        config.shown,
-        correlations,
-        np.array(list(windows.values())).swapaxes(1, 2),
-    )
+    for label, _, _, found in compared(world, config.seeds, config.predictors):
+        guesses = found.predicted
+        row = [
+            spearman(guesses[p], found.measured) if p in guesses else np.nan
+            for p in config.predictors
+        ]
+        correlation.setdefault(label, []).append(row)
+        means = [percentile_means(guesses[p], found.measured) for p in config.shown]
+        windows.setdefault(label, []).append(means)
+    numbers = (np.array([*some.values()]).swapaxes(1, 2) for some in (correlation, windows))
+    return Result(tuple(correlation), config.predictors, config.shown, *numbers)
 
 
 _MARKS = (("o", "#000000"), ("s", OTHERS[0]), ("D", OTHERS[1]))
@@ -106,10 +90,10 @@ _MARKS = (("o", "#000000"), ("s", OTHERS[0]), ("D", OTHERS[1]))
 
 def plot(result: Result) -> Figure:
     """Correlations on the left, two settings by percentile on the right."""
-    width = plt.rcParams["figure.figsize"][0]
-    figure = plt.figure(figsize=(width, 0.52 * width), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1])
-    left, top, bottom = (figure.add_subplot(g) for g in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    figure, axes = plt.subplot_mosaic(
+        "ab;ac", figsize=size(1, 1, 0.52), width_ratios=(1.25, 1), layout="constrained"
+    )
+    left, top, bottom = axes.values()
     _correlations(left, result)
     for axis, setting in ((top, 0), (bottom, len(result.settings) - 1)):
         _percentiles(axis, result, setting)
@@ -134,14 +118,8 @@ def _correlations(axis: Axes, result: Result) -> None:
 def _percentiles(axis: Axes, result: Result, setting: int) -> None:
     x = np.arange(5) * 25.0
     colours = (OTHERS[2], OTHERS[3], "black")
-    for k, colour in enumerate(colours[: len(result.shown)]):
-        band(axis, x, result.windows[setting, k], colour, marker="o")
-    ends = {
-        name: (float(result.windows[setting, k, :, -1].mean()), colours[k])
-        for k, name in enumerate(result.shown)
-    }
-    direct_labels(axis, 100.0, ends, gap=0.13)
-    axis.axhline(0, color=GUIDE, lw=0.6)
+    lines = zip(result.shown, result.windows[setting], colours, strict=False)
+    labelled_bands(axis, x, {name: (runs, colour) for name, runs, colour in lines}, gap=0.13)
+    zero_line(axis)
     axis.set_xticks(x)
-    axis.set_ylabel("mean Δ log π(chosen)\n(nats)")
-    axis.set_title(result.settings[setting])
+    axis.set(ylabel="mean Δ log π(chosen)\n(nats)", title=result.settings[setting])

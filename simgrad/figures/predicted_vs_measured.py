@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad import objectives
-from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
+from simgrad.drawing.draw import note, panels, ticks
+from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED
 from simgrad.models import Apply, ModelConfig, bind, create, linear_softmax, unconstrained_features
-from simgrad.objectives import Objective
+from simgrad.objectives import DPO
 from simgrad.pairs import Batch, Pair, padded
 from simgrad.theory import first_order, loss_gradient, pair_kernel
 from simgrad.typing import Array, Float, Theta
+from simgrad.worlds.tuning import stacked
 
 TITLE = "Predicted against measured"
 
@@ -86,27 +86,22 @@ def _random_pairs(config: Config) -> list[Pair]:
 
 
 def _models(config: Config, pairs: list[Pair]) -> dict[str, tuple[Apply, Theta]]:
-    shape = ModelConfig(
-        vocab_size=config.vocab_size, width=32, depth=2, heads=4, max_length=16, dtype="float64"
-    )
+    size, seed = config.vocab_size, config.seed
+    shape = ModelConfig(size, width=32, depth=2, heads=4, max_length=16, dtype="float64")
     return {
-        "Linear softmax": linear_softmax(pairs, config.vocab_size, 16, config.seed, "float64"),
-        "Unconstrained features": unconstrained_features(
-            pairs, config.vocab_size, 16, config.seed, "float64"
-        ),
-        "Transformer, 2 layers": create(shape, config.seed),
+        "Linear softmax": linear_softmax(pairs, size, 16, seed, "float64"),
+        "Unconstrained features": unconstrained_features(pairs, size, 16, seed, "float64"),
+        "Transformer, 2 layers": create(shape, seed),
     }
 
 
-def _steps(
-    apply: Apply, theta: Theta, batch: Batch, objective: Objective, rates: Array
-) -> tuple[Array, Array]:
+def _steps(apply: Apply, theta: Theta, batch: Batch, rates: Array) -> tuple[Array, Array]:
     """Predicted and measured change of one pair at every rate: arrays (E, 2)."""
     model = bind(apply, theta)
     start = model.logp(model.trained, batch)
-    force = objective.force(start, start, batch.lengths)
+    force = DPO().force(start, start, batch.lengths)
     predicted = rates[:, None] * first_order(pair_kernel(apply, theta, batch), force)
-    gradient = loss_gradient(apply, theta, batch, objective)
+    gradient = loss_gradient(apply, theta, batch, DPO())
 
     def measure(rate: Array) -> Array:
         moved = jax.tree.map(lambda t, g: t - rate * g, model.trained, gradient)
@@ -117,26 +112,19 @@ def _steps(
 
 def compute(config: Config) -> Result:
     """Predict and take the steps, in float64."""
-    objective = objectives.get("dpo")
     pairs = _random_pairs(config)
     length = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     with jax.enable_x64(True):
-        batches = [padded([p], length, length) for p in pairs]
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
-        models = _models(config, pairs)
-        rates, predicted, measured = [], [], []
+        batches = stacked([padded([p], length, length) for p in pairs])
+        models, found = _models(config, pairs), []
         for (apply, theta), largest in zip(models.values(), config.largest, strict=True):
-            eta = jnp.geomspace(1e-4 * largest, largest, config.rates)
-            steps = functools.partial(_steps, apply, theta, objective=objective, rates=eta)
-            p, m = jax.jit(functools.partial(jax.lax.map, steps))(stacked)
-            rates.append(np.asarray(eta))
-            predicted.append(np.asarray(p).swapaxes(0, 1))
-            measured.append(np.asarray(m).swapaxes(0, 1))
-    fits = [_slope(*columns) for columns in zip(rates, predicted, measured, strict=True)]
-    slopes, errors = np.array(fits).T
-    return Result(
-        tuple(models), np.stack(rates), np.stack(predicted), np.stack(measured), slopes, errors
-    )
+            rates = jnp.geomspace(1e-4 * largest, largest, config.rates)
+            steps = functools.partial(_steps, apply, theta, rates=rates)
+            changes = jax.jit(functools.partial(jax.lax.map, steps))(batches)
+            found.append((np.asarray(rates), *(np.asarray(x).swapaxes(0, 1) for x in changes)))
+    rates, predicted, measured = map(np.stack, zip(*found, strict=True))
+    slopes, errors = np.array([_slope(*columns) for columns in found]).T
+    return Result(tuple(models), rates, predicted, measured, slopes, errors)
 
 
 def _slope(rates: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
@@ -156,48 +144,38 @@ def _slope(rates: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> tu
 
 def plot(result: Result) -> Figure:
     """Two rows of panels, one column a model."""
-    figure, axes = plt.subplots(
-        2, len(result.models), figsize=size(2, len(result.models), 1.0), layout="constrained"
-    )
-    sides = (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "^"))
+    figure, axes = panels(2, len(result.models), 1.0)
     for column, name in enumerate(result.models):
         top, bottom = axes[:, column]
-        _scatter(top, result.predicted[column], result.measured[column], sides)
+        _scatter(top, result.predicted[column], result.measured[column])
         top.set_title(name)
-        _remainder(bottom, result, column, sides)
+        _remainder(bottom, result, column)
     axes[0, 0].set_ylabel("measured Δ log π (nats)")
     axes[1, 0].set_ylabel("remainder (nats)")
     return figure
 
 
-def _scatter(axis: Axes, predicted: np.ndarray, measured: np.ndarray, sides: tuple) -> None:
-    linear = 1e-2
+_SIDES = (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "^"))
+"""Name, colour and marker of each response."""
+
+
+def _scatter(axis: Axes, predicted: np.ndarray, measured: np.ndarray) -> None:
     reach = 2 * max(np.abs(predicted).max(), np.abs(measured).max())
     axis.plot([-reach, reach], [-reach, reach], color=GUIDE, lw=0.8, zorder=0)
-    for side, (label, colour, marker) in enumerate(sides):
+    for side, (name, colour, marker) in enumerate(_SIDES):
         x, y = predicted[..., side].ravel(), measured[..., side].ravel()
-        axis.scatter(x, y, s=7, color=colour, marker=marker, alpha=0.6, linewidths=0, label=label)
-    for scale in (axis.set_xscale, axis.set_yscale):
-        scale("symlog", linthresh=linear, linscale=0.6)
-    ticks = [-10.0, -0.1, 0.0, 0.1, 10.0]
-    axis.set_xticks(ticks, [f"{t:g}".replace("-", "−") for t in ticks])
-    axis.set_yticks(ticks, [f"{t:g}".replace("-", "−") for t in ticks])
-    axis.minorticks_off()
-    axis.set_xlim(-reach, reach)
-    axis.set_ylim(-reach, reach)
-    axis.set_xlabel("predicted Δ log π (nats)")
-    axis.text(
-        0.04, 0.96, "chosen", color=sides[0][1], transform=axis.transAxes, va="top", fontsize=7
-    )
-    axis.text(
-        0.04, 0.86, "rejected", color=sides[1][1], transform=axis.transAxes, va="top", fontsize=7
-    )
+        axis.scatter(x, y, s=7, color=colour, marker=marker, alpha=0.6, linewidths=0)
+        note(axis, name, (0.04, 0.96 - 0.1 * side), color=colour, va="top")
+    for side, scale in (("x", axis.set_xscale), ("y", axis.set_yscale)):
+        scale("symlog", linthresh=1e-2, linscale=0.6)
+        ticks(axis, side, [-10.0, -0.1, 0.0, 0.1, 10.0])
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="predicted Δ log π (nats)")
 
 
-def _remainder(axis: Axes, result: Result, column: int, sides: tuple) -> None:
+def _remainder(axis: Axes, result: Result, column: int) -> None:
     rates = result.learning_rates[column]
     miss = np.abs(result.measured[column] - result.predicted[column])
-    for side, (_, colour, marker) in enumerate(sides):
+    for side, (_, colour, marker) in enumerate(_SIDES):
         low, middle, high = np.quantile(miss[..., side], [0.25, 0.5, 0.75], axis=1)
         axis.fill_between(rates, low, high, color=colour, alpha=0.2, lw=0)
         axis.plot(rates, middle, color=colour, marker=marker)
@@ -205,7 +183,5 @@ def _remainder(axis: Axes, result: Result, column: int, sides: tuple) -> None:
     axis.plot(rates, guide, color=GUIDE, ls="--", lw=0.8)
     slope, error = result.slopes[column], result.slope_errors[column]
     text = f"fitted slope\n{slope:.3f} ± {error:.3f}\n(dashed: 2)"
-    axis.text(0.97, 0.04, text, transform=axis.transAxes, va="bottom", ha="right", fontsize=7)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("learning rate η")
+    note(axis, text, (0.97, 0.04), va="bottom", ha="right")
+    axis.set(xscale="log", yscale="log", xlabel="learning rate η")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import dots, panel_letters
+from simgrad.drawing.draw import dots, panel_letters, panels
 from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS
 from simgrad.experiments.refusals import arms
 from simgrad.typing import Float, Int
@@ -63,14 +62,9 @@ def compute(config: Config) -> Result:
     """The world's arms."""
     world = Refusals(n_pairs=config.n_pairs, epochs=config.epochs)
     table = arms(world, config.seeds)
-    settings = table.settings()
-    rows = [table.where(**setting) for setting in settings]
-    rates = (
-        np.stack([row[name] for row in rows]).astype(float)
-        for name in ("refuses harmful", "refuses harmless")
-    )
-    counts = (np.array([setting[name] for setting in settings]) for name in ("pairs", "steps"))
-    return Result(tuple(setting["arm"] for setting in settings), *counts, *rates)
+    names, pairs, steps = zip(*(setting.values() for setting in table.settings()), strict=True)
+    rates = (table.across(f"refuses {kind}", "arm", names).T for kind in ("harmful", "harmless"))
+    return Result(names, np.array(pairs), np.array(steps), *rates)
 
 
 _MORE = ", as many steps"
@@ -78,8 +72,7 @@ _MORE = ", as many steps"
 
 def plot(result: Result) -> Figure:
     """Two panels of arms."""
-    width = plt.rcParams["figure.figsize"][0]
-    figure, axes = plt.subplots(1, 2, figsize=(width, 0.44 * width), layout="constrained")
+    figure, axes = panels(1, 2, 0.88)
     filtered = [arm for arm in result.arms if arm + _MORE in result.arms]
     whole = [arm for arm in result.arms if arm not in filtered and not arm.endswith(_MORE)]
     _arms(axes[0], whole, result, {0.0: whole})
@@ -89,7 +82,7 @@ def plot(result: Result) -> Figure:
     axes[0].set_title("all pairs")
     share = result.pairs[result.arms.index(filtered[0])] / result.pairs.max() if filtered else 0
     axes[1].set_title(f"{100 * share:.0f} % of the pairs")
-    panel_letters(list(axes))
+    panel_letters(axes)
     figure.supxlabel("mean probability of a refusal", fontsize=8)
     return figure
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simgrad import objectives
-from simgrad.drawing.draw import direct_labels, panel_letters, regime_plane
-from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED
+from simgrad.drawing.draw import direct_labels, note, panel_letters, regime_plane
+from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
 from simgrad.pairs import Pair, padded
 from simgrad.theory import pair_kernel
 from simgrad.typing import Float, Int
@@ -78,32 +78,32 @@ class Result:
 
 def _pairs(config: Config) -> dict[str, tuple[World, list[Pair]]]:
     suffix = Suffix()
-    sets: dict[str, tuple[World, list[Pair]]] = {
-        f"suffix, L = {n}": (suffix, suffix.pairs(config.seed, n)) for n in config.suffixes
+    return {
+        **{f"suffix, L = {n}": (suffix, suffix.pairs(config.seed, n)) for n in config.suffixes},
+        **{w.name: (w, w.pairs(config.seed)) for w in (Verdicts(), Refusals(), Percentiles())},
     }
-    for world in (Verdicts(), Refusals(), Percentiles()):
-        sets[world.name] = (world, world.pairs(config.seed))
-    return sets
 
 
 def compute(config: Config) -> Result:
     """Kernels of the worlds' pairs under their pretrained policies; objectives' coefficients."""
-    owner, x, y = [], [], []
-    sets = _pairs(config)
-    for i, (world, pairs) in enumerate(sets.values()):
+    sets, kernels = _pairs(config), []
+    for world, pairs in sets.values():
         ((apply, theta),) = world.each_policy([config.seed])
-        kernel = pair_kernel(apply, theta, padded(pairs[: config.pairs]))
-        x += [np.asarray(kernel.inner / kernel.sq_chosen, float)]
-        y += [np.asarray(kernel.inner / kernel.sq_rejected, float)]
-        owner += [np.full(len(x[-1]), i)]
+        kernels.append(pair_kernel(apply, theta, padded(pairs[: config.pairs])))
+    owner = np.repeat(np.arange(len(sets)), [len(kernel.inner) for kernel in kernels])
+    x, y = (
+        np.concatenate([np.asarray(kernel.inner / getattr(kernel, square)) for kernel in kernels])
+        for square in ("sq_chosen", "sq_rejected")
+    )
     names = [
         name for name in objectives.names() if not objectives.batch_coupled(objectives.get(name))
     ]
     margins = np.linspace(-config.reach, config.reach, 121)
     with jax.enable_x64(True):
         ratio = [_ratio(objectives.get(name), margins, config) for name in names]
-    owners, xs, ys = (np.concatenate(v) for v in (owner, x, y))
-    return Result(tuple(sets), owners, xs, ys, margins, tuple(names), np.stack(ratio))
+    return Result(
+        tuple(sets), owner, x.astype(float), y.astype(float), margins, tuple(names), np.stack(ratio)
+    )
 
 
 def _ratio(objective: objectives.Objective, margins: np.ndarray, config: Config) -> np.ndarray:
@@ -117,15 +117,19 @@ def _ratio(objective: objectives.Objective, margins: np.ndarray, config: Config)
 
 
 _COLOURS = ("#9ECAE1", "#4292C6", "#084594", OTHERS[0], OTHERS[1], OTHERS[2])
+_MORE_COLOURS = (
+    *("#8C6D31", "#7F7F7F", "#17BECF", "#9467BD"),
+    *("#BCBD22", "#E377C2", "#637939", "#843C39"),
+)
 _MARKERS = "osD^vP"
 
 
 def plot(result: Result) -> Figure:
     """The plane beside the objectives, above the share of ideal pairs."""
-    width = plt.rcParams["figure.figsize"][0]
-    figure = plt.figure(figsize=(width, 0.72 * width), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=[1, 0.75])
-    plane, ratios, share = (figure.add_subplot(g) for g in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    figure, axes = plt.subplot_mosaic(
+        "ab;ac", figsize=size(1, 1, 0.72), height_ratios=(1, 0.75), layout="constrained"
+    )
+    plane, ratios, share = axes.values()
     _plane(plane, result)
     _ratios(ratios, result)
     _share(share, result)
@@ -137,85 +141,49 @@ def _plane(axis: Axes, result: Result) -> None:
     regime_plane(axis, least=1e-2, most=10.0)
     for i, world in enumerate(result.worlds):
         mine = result.owner == i
-        x, y = result.over_chosen[mine], result.over_rejected[mine]
-        seen = x > 0
-        label = f"{world}  ({(~seen).mean():.0%} not shown)" if (~seen).any() else world
-        axis.scatter(
-            x[seen].clip(1.1e-2, 9),
-            y[seen].clip(1.1e-2, 9),
-            s=9,
-            marker=_MARKERS[i],
-            color=_COLOURS[i],
-            alpha=0.75,
-            linewidths=0,
-            label=label,
-        )
+        seen = mine & (result.over_chosen > 0)
+        hidden = 1 - seen.sum() / mine.sum()
+        x, y = (v[seen].clip(1.1e-2, 9) for v in (result.over_chosen, result.over_rejected))
+        label = f"{world}  ({hidden:.0%} not shown)" if hidden else world
+        style = {"s": 9, "marker": _MARKERS[i], "color": _COLOURS[i]}
+        axis.scatter(x, y, alpha=0.75, linewidths=0, label=label, **style)
     axis.plot([1], [1], marker="x", color="black", ms=5)
-    axis.annotate("$d_w = d_l$", (1, 1), (5, 5), textcoords="offset points", fontsize=7)
+    note(axis, "$d_w = d_l$", (1, 1), (5, 5), "data")
     axis.set_title("pairs before training")
-    legend = axis.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.16),
-        ncols=2,
-        fontsize=6,
-        handletextpad=0.2,
-        columnspacing=0.8,
-    )
-    legend.set_in_layout(True)
+    tight = {"ncols": 2, "fontsize": 6, "handletextpad": 0.2, "columnspacing": 0.8}
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), **tight)
 
 
 def _ratios(axis: Axes, result: Result) -> None:
-    groups: dict[tuple, list[str]] = {}
-    for name, curve in zip(result.objectives, result.ratio, strict=True):
-        groups.setdefault(tuple(np.round(np.log(np.nan_to_num(curve, nan=1e9)), 4)), []).append(
-            name
-        )
     axis.set(yscale="log", ylim=(0.04, 40))
-    colours = iter(
-        [
-            *OTHERS[:4],
-            "#8C6D31",
-            "#7F7F7F",
-            "#17BECF",
-            "#9467BD",
-            "#BCBD22",
-            "#E377C2",
-            "#637939",
-            "#843C39",
-        ]
-        * 3
-    )
-    constant, labels = [], {}
-    for members in groups.values():
-        curve = result.ratio[result.objectives.index(members[0])]
-        known = curve[np.isfinite(curve)]
-        if np.allclose(known, 1, atol=1e-6):
-            constant += members if len(known) else []
+    colours = iter([*OTHERS[:4], *_MORE_COLOURS] * 3)
+    constant, labels = 0, {}
+    for members, curve in _groups(result):
+        known = np.flatnonzero(np.isfinite(curve))
+        if np.allclose(curve[known], 1, atol=1e-6):
+            constant += len(members) if len(known) else 0
             continue
-        colour = next(colours)
+        colour, last = next(colours), known[-1]
         axis.plot(result.margins, curve, color=colour, lw=1)
-        last = np.flatnonzero(np.isfinite(curve))[-1]
         if last == len(curve) - 1:
             labels["/".join(members)] = (float(np.clip(curve[last], 0.045, 38)), colour)
         else:
-            axis.annotate(
-                members[0],
-                (result.margins[last], float(np.clip(curve[last], 0.05, 24))),
-                (0, 3),
-                textcoords="offset points",
-                fontsize=6,
-                color=colour,
-                ha="center",
-            )
+            end = (float(result.margins[last]), float(np.clip(curve[last], 0.05, 24)))
+            note(axis, members[0], end, (0, 3), "data", fontsize=6, color=colour, ha="center")
     axis.axhline(1, color="black", lw=1.4)
-    labels[f"{len(constant)} others"] = (1.0, "black")
+    labels[f"{constant} others"] = (1.0, "black")
     direct_labels(axis, float(result.margins[-1]), labels, gap=0.075)
-    axis.set(
-        xlabel="margin m (nats)",
-        ylabel=r"$r = d_w/d_l$",
-        xlim=(result.margins[0], result.margins[-1]),
-    )
-    axis.set_title("r of the objectives")
+    axis.set(xlabel="margin m (nats)", ylabel=r"$r = d_w/d_l$", title="r of the objectives")
+    axis.set_xlim(result.margins[0], result.margins[-1])
+
+
+def _groups(result: Result) -> list[tuple[list[str], np.ndarray]]:
+    """Names of objectives whose curves coincide, with their curve."""
+    groups: dict[bytes, tuple[list[str], np.ndarray]] = {}
+    for name, curve in zip(result.objectives, result.ratio, strict=True):
+        key = np.round(np.log(np.nan_to_num(curve, nan=1e9)), 4).tobytes()
+        groups.setdefault(key, ([], curve))[0].append(name)
+    return list(groups.values())
 
 
 def _share(axis: Axes, result: Result) -> None:
@@ -226,15 +194,9 @@ def _share(axis: Axes, result: Result) -> None:
         ideal = ((x[:, None] <= r) & (y[:, None] <= 1 / r)).mean(0)
         axis.plot(r, ideal, color=_COLOURS[i], lw=1.1)
         labels[world] = (float(ideal[-1]), _COLOURS[i])
-    axis.set(
-        xscale="log",
-        ylim=(0, 1.04),
-        xlim=(r[0], r[-1]),
-        xlabel=r"$r = d_w/d_l$",
-        ylabel="share of ideal pairs",
-    )
+    axis.set(xscale="log", xlim=(r[0], r[-1]), ylim=(0, 1.04))
+    axis.set(xlabel=r"$r = d_w/d_l$", ylabel="share of ideal pairs", title="who stays ideal")
     axis.axvline(1, color=GUIDE, lw=0.7)
-    axis.text(0.055, 0.04, "chosen falls", color=CHOSEN, fontsize=7)
-    axis.text(18, 0.04, "rejected rises", color=REJECTED, fontsize=7, ha="right")
+    note(axis, "chosen falls", (0.055, 0.04), system="data", color=CHOSEN)
+    note(axis, "rejected rises", (18, 0.04), system="data", color=REJECTED, ha="right")
     direct_labels(axis, float(r[-1]), labels, gap=0.11)
-    axis.set_title("who stays ideal")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import band, direct_labels, panel_letters
-from simgrad.drawing.style import GUIDE, OTHERS, size
+from simgrad.drawing.draw import band, labelled_bands, note, panel_letters, panels, ticks, zero_line
+from simgrad.drawing.style import GUIDE, OTHERS
 from simgrad.experiments import squeezing
 from simgrad.experiments.squeezing import FIRST
 from simgrad.typing import Float
@@ -66,63 +64,45 @@ def compute(config: Config) -> Result:
     world = Squeezing(peaks=config.peaks, draws=config.draws)
     found = squeezing.run(world, config.seeds)
     squeeze, extend = found["squeeze"], found["extend"]
-    rows = [squeeze.where(pushed="least likely", peak=peak) for peak in config.peaks]
-    top_before, top_after, rise = (
-        np.stack([row[name] for row in rows], 1).astype(float)
-        for name in ("top before", "top after", "rise")
+    before, after, rise = (
+        squeeze.across(column, "peak", config.peaks, pushed="least likely")
+        for column in ("top before", "top after", "rise")
     )
     steps, pushes = max(world.push_steps), ("rejected", "DPO")
-    others = [
-        [extend.where(push=p, first=f, steps=steps)["Δ others"] for f in FIRST] for p in pushes
-    ]
-    return Result(
-        np.array(config.peaks), top_before, top_after, rise, FIRST, pushes, np.array(others, float)
-    )
+    others = [extend.across("Δ others", "first", FIRST, push=p, steps=steps).T for p in pushes]
+    peaks = np.array(config.peaks)
+    return Result(peaks, before, after, rise, FIRST, pushes, np.array(others))
 
 
 def plot(result: Result) -> Figure:
     """Likeliest token, tokens that rise, bystanders."""
-    figure, axes = plt.subplots(1, 3, figsize=size(1, 3, 1.0), layout="constrained")
-    band(axes[0], result.peaks, result.before, GUIDE, marker="o")
-    band(axes[0], result.peaks, result.after, OTHERS[0], marker="o")
-    axes[0].text(
-        result.peaks[-1],
-        result.before[:, -1].mean() - 0.12,
-        "before",
-        color=GUIDE,
-        ha="right",
-        va="top",
-        fontsize=7,
-    )
-    axes[0].text(
-        result.peaks[-2],
-        result.after[:, -2].mean() + 0.03,
-        "after",
-        color=OTHERS[0],
-        ha="right",
-        fontsize=7,
-    )
-    axes[0].set(ylim=(0, 1.03), ylabel="probability", xlabel="peak (std of logits)")
-    axes[0].set_title("likeliest token")
-    band(axes[1], result.peaks, result.rise, "black", marker="o")
-    axes[1].set(yscale="log", ylabel="tokens that rise", xlabel="peak (std of logits)")
-    axes[1].set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
-    axes[1].minorticks_off()
-    axes[1].set_title("who gains at all")
-    _bystanders(axes[2], result)
-    panel_letters(list(axes))
-    return figure
-
-
-def _bystanders(axis: Axes, result: Result) -> None:
+    figure, axes = panels(1, 3, 1.0)
+    likeliest, rise, bystanders = axes
+    for name, runs, colour, shift, align in (
+        ("before", result.before, GUIDE, (4, -4), {"ha": "left", "va": "top"}),
+        ("after", result.after, OTHERS[0], (-4, 3), {"ha": "right", "va": "bottom"}),
+    ):
+        band(likeliest, result.peaks, runs, colour, marker="o")
+        place = (float(result.peaks[-2]), float(runs[:, -2].mean()))
+        note(likeliest, name, place, shift, "data", color=colour, **align)
+    likeliest.set(ylim=(0, 1.03), ylabel="probability", title="likeliest token")
+    band(rise, result.peaks, result.rise, "black", marker="o")
+    rise.set(yscale="log", ylabel="tokens that rise", title="who gains at all")
+    ticks(rise, "y", [1, 3, 10, 30])
+    for axis in (likeliest, rise):
+        axis.set_xlabel("peak (std of logits)")
     x = np.arange(len(result.first))
-    ends = {}
-    for k, colour in enumerate((OTHERS[1], "black")):
-        band(axis, x, result.others[k].T, colour, marker="o")
-        label = "push rejected" if result.pushes[k] == "rejected" else result.pushes[k]
-        ends[label] = (float(result.others[k, -1].mean()), colour)
-    direct_labels(axis, float(x[-1]), ends, gap=0.1)
-    axis.axhline(0, color=GUIDE, lw=0.6)
-    axis.set_xticks(x, result.first, rotation=35, ha="right", rotation_mode="anchor", fontsize=6)
-    axis.set_ylabel("bystanders' Δ log π (nats)")
-    axis.set_title("fine-tuned first on")
+    names = {"rejected": "push rejected"}
+    lines = {
+        names.get(push, push): (runs.T, colour)
+        for push, runs, colour in zip(
+            result.pushes, result.others, (OTHERS[1], "black"), strict=True
+        )
+    }
+    labelled_bands(bystanders, x, lines, gap=0.1)
+    zero_line(bystanders)
+    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "fontsize": 6}
+    bystanders.set_xticks(x, result.first, **slanted)
+    bystanders.set(ylabel="bystanders' Δ log π (nats)", title="fine-tuned first on")
+    panel_letters(axes)
+    return figure

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import band, direct_labels, panel_letters
-from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
+from simgrad.drawing.draw import band, labelled_bands, panel_letters, panels, ticks, zero_line
+from simgrad.drawing.style import CHOSEN, OTHERS, REJECTED
 from simgrad.experiments import suffix
 from simgrad.typing import Float, Int
 from simgrad.worlds.suffix import Suffix
@@ -63,68 +61,43 @@ def compute(config: Config) -> Result:
     found = suffix.run(Suffix(lengths=config.lengths), config.seeds)
     measured, predicted = found["lengths"], found["predictions"]
 
-    def column(table, name: str) -> np.ndarray:
-        return np.stack([table.where(L=length)[name] for length in config.lengths], axis=1).astype(
-            float
-        )
-
+    columns = (
+        *((measured, name) for name in ("cosine", "Δ chosen", "Δ rejected", "Δ word", "falls")),
+        *((predicted, name) for name in ("batch, Adam", "own, SGD")),
+    )
     return Result(
-        lengths=np.array(config.lengths),
-        cosine=column(measured, "cosine"),
-        chosen=column(measured, "Δ chosen"),
-        rejected=column(measured, "Δ rejected"),
-        word=column(measured, "Δ word"),
-        falls=column(measured, "falls"),
-        batch_says=column(predicted, "batch, Adam"),
-        own_says=column(predicted, "own, SGD"),
+        np.array(config.lengths),
+        *(table.across(name, "L", config.lengths) for table, name in columns),
     )
 
 
 def plot(result: Result) -> Figure:
     """Cosine, changes, shares."""
-    figure, axes = plt.subplots(1, 3, figsize=size(1, 3, 0.95), layout="constrained")
-    place = np.arange(len(result.lengths))
-    band(axes[0], place, result.cosine, "black", marker="o")
-    axes[0].axhline(0, color=GUIDE, lw=0.6)
-    axes[0].set_ylabel(r"$\cos(g_w, g_l)$")
-    axes[0].set_title("entanglement")
-    axes[1].set_yscale("symlog", linthresh=0.3, linscale=0.8)
-    axes[1].set_yticks([-10, -1, -0.3, 0, 0.3], ["−10", "−1", "−0.3", "0", "0.3"])
-    axes[1].minorticks_off()
-    _lines(
-        axes[1],
-        place,
-        {
-            "preferred word": (result.word, OTHERS[0]),
-            "chosen": (result.chosen, CHOSEN),
-            "rejected": (result.rejected, REJECTED),
-        },
-    )
-    axes[1].axhline(0, color=GUIDE, lw=0.6)
-    axes[1].set_ylabel("Δ log π (nats)")
-    axes[1].set_title("displacement")
-    _lines(
-        axes[2],
-        place,
-        {
-            "measured": (result.falls, "black"),
-            "batch kernel": (result.batch_says, OTHERS[1]),
-            "own kernel": (result.own_says, OTHERS[2]),
-        },
-    )
-    axes[2].set_ylim(-0.03, 1.03)
-    axes[2].set_ylabel("share of pairs")
-    axes[2].set_title("whose chosen falls")
+    figure, axes = panels(1, 3, 0.95)
+    cosine, change, share = axes
+    place, styles = np.arange(len(result.lengths)), ("-", "--", ":")
+    band(cosine, place, result.cosine, "black", marker="o")
+    zero_line(cosine)
+    cosine.set(ylabel=r"$\cos(g_w, g_l)$", title="entanglement")
+    change.set_yscale("symlog", linthresh=0.3, linscale=0.8)
+    ticks(change, "y", [-10, -1, -0.3, 0, 0.3])
+    changes = {
+        "preferred word": (result.word, OTHERS[0]),
+        "chosen": (result.chosen, CHOSEN),
+        "rejected": (result.rejected, REJECTED),
+    }
+    labelled_bands(change, place, changes, 0.09, styles)
+    zero_line(change)
+    change.set(ylabel="Δ log π (nats)", title="displacement")
+    shares = {
+        "measured": (result.falls, "black"),
+        "batch kernel": (result.batch_says, OTHERS[1]),
+        "own kernel": (result.own_says, OTHERS[2]),
+    }
+    labelled_bands(share, place, shares, 0.09, styles)
+    share.set(ylim=(-0.03, 1.03), ylabel="share of pairs", title="whose chosen falls")
     for axis in axes:
         axis.set_xticks(place, [str(n) for n in result.lengths])
         axis.set_xlabel("shared tokens L")
-    panel_letters(list(axes))
+    panel_letters(axes)
     return figure
-
-
-def _lines(axis: Axes, x: np.ndarray, lines: dict[str, tuple[np.ndarray, str]]) -> None:
-    styles = ("-", "--", ":")
-    for (runs, colour), style in zip(lines.values(), styles, strict=False):
-        band(axis, x, runs, colour, style=style, marker="o")
-    ends = {name: (float(runs[:, -1].mean()), colour) for name, (runs, colour) in lines.items()}
-    direct_labels(axis, float(x[-1]), ends, gap=0.09)

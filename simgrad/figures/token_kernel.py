@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import panel_letters, token_heatmap
-from simgrad.drawing.style import CHOSEN, GUIDE, REJECTED, size
+from simgrad.drawing.draw import panel_letters, panels, ticks, token_heatmap, zero_line
+from simgrad.drawing.style import CHOSEN, REJECTED
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
 from simgrad.theory import responses, token_kernel
 from simgrad.theory.mitigation import contrastive_mask
-from simgrad.typing import Bool, Float
+from simgrad.typing import Float
 from simgrad.worlds.percentiles import Percentiles
 from simgrad.worlds.suffix import Suffix
+from simgrad.worlds.world import World
 
 TITLE = "Which tokens are entangled"
 CAPTION = (
@@ -78,90 +79,68 @@ def compute(config: Config) -> Result:
     """Token kernels under the worlds' policies, and what one DPO step does to each token."""
     suffix, percentiles = Suffix(), Percentiles()
     cases = (
-        (suffix, suffix.pairs(config.seed, config.suffix)[0]),
-        (percentiles, _edited(percentiles.pairs(config.seed))),
+        _case(suffix, suffix.pairs(config.seed, config.suffix)[0], config.seed),
+        _case(percentiles, _edited(percentiles.pairs(config.seed)), config.seed),
     )
-    found: dict[str, list] = {name: [] for name in ("w", "l", "sw", "sl", "k", "d", "c")}
-    for world, pair in cases:
-        ((apply, theta),) = world.each_policy([config.seed])
-        batch = padded([pair])
-        kernel = token_kernel(apply, theta, batch)[0]
-        logp = responses(apply, theta, batch).logp
-        force = DPO().force(logp, logp, batch.lengths)[0]
-        n, m = len(pair.chosen), len(pair.rejected)
-        alone = np.asarray(contrastive_mask(batch))[0] == 0
-        found["w"].append(tuple(world.words[t] for t in pair.chosen))
-        found["l"].append(tuple(world.words[t] for t in pair.rejected))
-        found["sw"].append(tuple(map(bool, alone[0, :n])))
-        found["sl"].append(tuple(map(bool, alone[1, :m])))
-        found["k"].append(np.asarray(kernel[0, :n, 1, :m], float))
-        found["d"].append(np.asarray(jnp.einsum("sitj,t->si", kernel, force), float))
-        whole = np.asarray(kernel.sum((1, 3)), float)
-        found["c"].append(whole[0, 1] / np.sqrt(whole[0, 0] * whole[1, 1]))
-    return Result(
-        words_chosen=tuple(found["w"]),
-        words_rejected=tuple(found["l"]),
-        shared_chosen=tuple(found["sw"]),
-        shared_rejected=tuple(found["sl"]),
-        first=found["k"][0],
-        second=found["k"][1],
-        first_change=found["d"][0],
-        second_change=found["d"][1],
-        cosines=np.array(found["c"]),
+    words, shared, kernels, changes, cosines = zip(*cases, strict=True)
+    parts: tuple[Any, ...] = (
+        *zip(*words, strict=True),
+        *zip(*shared, strict=True),
+        *kernels,
+        *changes,
+    )
+    return Result(*parts, cosines=np.array(cosines))
+
+
+def _case(world: World, pair: Pair, seed: int) -> tuple[Any, ...]:
+    """Words and what is shared of both responses, kernel, changes and cosine of a pair."""
+    ((apply, theta),) = world.each_policy([seed])
+    batch = padded([pair])
+    kernel = token_kernel(apply, theta, batch)[0]
+    logp = responses(apply, theta, batch).logp
+    force = DPO().force(logp, logp, batch.lengths)[0]
+    sides = (pair.chosen, pair.rejected)
+    alike = np.asarray(contrastive_mask(batch))[0] == 0
+    whole = np.asarray(kernel.sum((1, 3)), float)
+    return (
+        tuple(tuple(world.words[token] for token in side) for side in sides),
+        tuple(tuple(alike[k, : len(side)].tolist()) for k, side in enumerate(sides)),
+        np.asarray(kernel[0, : len(pair.chosen), 1, : len(pair.rejected)], float),
+        np.asarray(jnp.einsum("sitj,t->si", kernel, force), float),
+        whole[0, 1] / np.sqrt(whole[0, 0] * whole[1, 1]),
     )
 
 
 def plot(result: Result) -> Figure:
     """Heat maps above, changes of the tokens below."""
-    figure, axes = plt.subplots(
-        2,
-        2,
-        figsize=size(2, 2, 0.78),
-        layout="constrained",
-        gridspec_kw={"height_ratios": [1.5, 1]},
-    )
+    figure, axes = panels(2, 2, 0.78, height_ratios=(1.5, 1))
     cases = (
         (result.first, result.first_change, "shared ending"),
         (result.second, result.second_change, "edited copy"),
     )
     for i, (kernel, change, name) in enumerate(cases):
-        shared: tuple[Bool[np.ndarray, "..."], ...] = (
-            np.array(result.shared_chosen[i]),
-            np.array(result.shared_rejected[i]),
-        )
-        token_heatmap(
-            axes[0, i],
-            kernel,
-            result.words_chosen[i],
-            result.words_rejected[i],
-            (shared[0], shared[1]),
-            linear=float(np.abs(kernel).max()) / 100,
-        )
-        axes[0, i].set_title(f"{name}, cosine {result.cosines[i]:.2f}".replace("-", "−"))
-        axes[0, i].set_ylabel("chosen tokens")
-        axes[0, i].set_xlabel("rejected tokens")
-        _changes(axes[1, i], change, result, i)
-    panel_letters(list(axes[0]))
+        top, words = axes[0, i], (result.words_chosen[i], result.words_rejected[i])
+        shared = (np.array(result.shared_chosen[i]), np.array(result.shared_rejected[i]))
+        token_heatmap(top, kernel, *words, shared, linear=float(np.abs(kernel).max()) / 100)
+        title = f"{name}, cosine {result.cosines[i]:.2f}".replace("-", "−")
+        top.set(title=title, xlabel="rejected tokens", ylabel="chosen tokens")
+        _changes(axes[1, i], change, words)
+    panel_letters(axes[0])
     axes[1, 0].set_ylabel("Δ log π of each token\n(nats per unit rate)")
     return figure
 
 
-def _changes(axis: Axes, change: np.ndarray, result: Result, i: int) -> None:
-    words = (result.words_chosen[i], result.words_rejected[i])
+def _changes(axis: Axes, change: np.ndarray, words: tuple[tuple[str, ...], ...]) -> None:
     for side, (colour, shift) in enumerate(((CHOSEN, -0.2), (REJECTED, 0.2))):
         values = change[side, : len(words[side])]
         axis.bar(np.arange(len(values)) + shift, values, 0.4, color=colour)
-    axis.axhline(0, color=GUIDE, lw=0.6)
-    longest = max(words, key=len)
-    every = 1 if len(longest) < 10 else 3
-    axis.set_xticks(
-        range(0, len(longest), every), [str(k + 1) for k in range(0, len(longest), every)]
-    )
+    zero_line(axis)
+    longest = max(map(len, words))
+    shown = range(0, longest, 1 if longest < 10 else 3)
+    axis.set_xticks(shown, [str(k + 1) for k in shown])
     top = 10.0 ** np.floor(np.log10(np.abs(change).max()))
-    ticks = np.array([-1, -0.1, 0, 0.1, 1]) * top
     axis.set_yscale("symlog", linthresh=top / 10, linscale=0.7)
-    axis.set_yticks(ticks, [f"{t:g}".replace("-", "−") for t in ticks])
-    axis.minorticks_off()
+    ticks(axis, "y", np.array([-1, -0.1, 0, 0.1, 1]) * top)
     axis.set_xlabel("position in the response")
     totals = change.sum(1)
     text = f"sum: chosen {totals[0]:+.1f}, rejected {totals[1]:+.1f}".replace("-", "−")

@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import direct_labels, panel_letters
-from simgrad.drawing.style import GUIDE, OTHERS, size
+from simgrad.drawing.draw import direct_labels, panel_letters, panels
+from simgrad.drawing.style import GUIDE, OTHERS
 from simgrad.dynamics.linearized import kernel_flow, linearized_run
 from simgrad.models import Apply
 from simgrad.objectives import DPO
@@ -100,7 +99,7 @@ def compute(config: Config) -> Result:
         first, second = np.asarray(change.first), np.asarray(change.second)
         kernel = entanglement_kernel(apply, theta, batch)
         flow, ray, refreshed = np.stack(
-            [_runs(apply, theta, batch, start, kernel, r, config) for r in rates], 1
+            [_runs(apply, theta, batch, start, kernel, rate, config) for rate in rates], 1
         )
     norms = np.linalg.norm(first), np.linalg.norm(second)
     return Result(
@@ -149,33 +148,15 @@ def _runs(
         fresh.hyperparams["learning_rate"] = jnp.asarray(rate)
         return fresh
 
-    flow = kernel_flow(
-        kernel,
-        start,
-        batch.lengths,
-        DPO(),
-        _SGD,
-        config.steps,
-        state=state(jnp.zeros(2 * batch.size)),
+    run, zero = (DPO(), _SGD, config.steps), state(jnp.zeros(2 * batch.size))
+    flow = kernel_flow(kernel, start, batch.lengths, *run, state=zero)
+    ray, refreshed = (
+        linearized_run(
+            apply, theta, batch, *run, refresh=refresh, read="ray", state=state(theta)
+        ).trajectory
+        for refresh in (None, config.refresh)
     )
-
-    def run(refresh: int | None) -> Array:
-        found = linearized_run(
-            apply,
-            theta,
-            batch,
-            DPO(),
-            _SGD,
-            config.steps,
-            refresh=refresh,
-            read="ray",
-            state=state(theta),
-        )
-        return found.trajectory.logp[-1]
-
-    return np.stack(
-        [np.asarray(x - start) for x in (flow.logp[-1], run(None), run(config.refresh))]
-    )
+    return np.stack([np.asarray(path.logp[-1] - start) for path in (flow, ray, refreshed)])
 
 
 def _errors(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
@@ -186,7 +167,7 @@ def _errors(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
 
 def plot(result: Result) -> Figure:
     """Errors of one step, its signs, errors of a run."""
-    figure, axes = plt.subplots(1, 3, figsize=size(1, 3, 1.05), layout="constrained")
+    figure, axes = panels(1, 3, 1.05)
     step, signs, run = axes
     rates = result.learning_rates
     lines = {"first": (result.first, "black"), "second": (result.second, OTHERS[1])}
@@ -205,12 +186,9 @@ def plot(result: Result) -> Figure:
         "refreshed": (result.refreshed, OTHERS[1]),
     }
     _errors_of(run, result.largest_change, lines, 1e-4)
-    run.set(
-        title=f"{result.steps} steps: error",
-        xlabel="largest |Δ log π| (nats)",
-        ylabel="relative error",
-    )
-    panel_letters([step, signs, run])
+    run.set(title=f"{result.steps} steps: error", xlabel="largest |Δ log π| (nats)")
+    run.set_ylabel("relative error")
+    panel_letters(axes)
     return figure
 
 

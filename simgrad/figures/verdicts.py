@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simgrad.drawing.draw import mass_bars, panel_letters
-from simgrad.drawing.style import CHOSEN, GUIDE, OTHERS, REJECTED, size
+from simgrad.drawing.draw import mass_bars, note, panel_letters, panels, zero_line
+from simgrad.drawing.style import CHOSEN, OTHERS, REJECTED
 from simgrad.experiments.verdicts import SGD_RATE, outcome
 from simgrad.typing import Float
 from simgrad.worlds.verdicts import NEGATIVE, POSITIVE, Verdicts
@@ -62,26 +61,22 @@ def compute(config: Config) -> Result:
     """Three runs from every seed's policy."""
     world = Verdicts(steps=config.steps)
     sgd: dict[str, Any] = {"optimizer": optax.sgd(SGD_RATE)}
-    cases = (
-        ("No ≻ Never", ("No", "Never"), {}),
-        ("Yes ≻ Never", ("Yes", "Never"), {}),
-        ("No ≻ Never, SGD", ("No", "Never"), sgd),
-    )
+    no, yes = ("No", "Never"), ("Yes", "Never")
+    cases = {"No ≻ Never": (no, {}), "Yes ≻ Never": (yes, {}), "No ≻ Never, SGD": (no, sgd)}
     answers = slice(world.first_answer, world.first_answer + 12)
-    found = [outcome(world, config.seeds, *pair, **changes) for _, pair, changes in cases]
-    parts = [
+    found = [outcome(world, config.seeds, *pair, **changes) for pair, changes in cases.values()]
+    parts = (
         np.stack([getattr(o, name)[:, answers] for o in found]).astype(float)
         for name in ("before", "after", "direction")
-    ]
-    return Result(
-        tuple(c[0] for c in cases), tuple(c[1] for c in cases), (*NEGATIVE, *POSITIVE), *parts
     )
+    pairs = tuple(pair for pair, _ in cases.values())
+    return Result(tuple(cases), pairs, (*NEGATIVE, *POSITIVE), *parts)
 
 
 def plot(result: Result) -> Figure:
     """Bars above, geometry below; one column a case."""
     columns = len(result.cases)
-    figure, axes = plt.subplots(2, columns, figsize=size(2, columns, 0.98), layout="constrained")
+    figure, axes = panels(2, columns, 0.98)
     for i, (case, (chosen, rejected)) in enumerate(zip(result.cases, result.pairs, strict=True)):
         mass_bars(axes[0, i], result.answers, result.before[i], result.after[i], chosen, rejected)
         axes[0, i].tick_params(axis="x", labelsize=6)
@@ -91,53 +86,31 @@ def plot(result: Result) -> Figure:
     for axis in axes[:, 1:].ravel():
         axis.set_ylabel("")
     axes[1, 0].set_ylabel("Δ probability")
-    panel_letters(list(axes[0]))
+    panel_letters(axes[0])
     return figure
 
 
 def _geometry(axis: Axes, result: Result, i: int) -> None:
-    moved = result.after[i] - result.before[i]
+    direction, moved = result.direction[i], result.after[i] - result.before[i]
     others = [k for k, answer in enumerate(result.answers) if answer not in result.pairs[i]]
     for group, colour, label in (
         (NEGATIVE, OTHERS[1], "refusals"),
         (POSITIVE, OTHERS[0], "assents"),
     ):
         mine = [k for k in others if result.answers[k] in group]
-        axis.scatter(
-            result.direction[i][:, mine],
-            moved[:, mine],
-            s=8,
-            color=colour,
-            alpha=0.7,
-            linewidths=0,
-            label=label,
-        )
-    axis.axhline(0, color=GUIDE, lw=0.6)
-    axis.set_ylim(-0.3, 0.85)
-    axis.set_xlabel(r"$\langle W_z, W_+ - W_-\rangle$")
+        style = {"s": 8, "alpha": 0.7, "linewidths": 0}
+        axis.scatter(direction[:, mine], moved[:, mine], color=colour, label=label, **style)
+    zero_line(axis)
+    axis.set(ylim=(-0.3, 0.85), xlabel=r"$\langle W_z, W_+ - W_-\rangle$")
     mean = moved.mean(0)
     top = max(others, key=lambda k: mean[k])
     if mean[top] > 0.02:
-        axis.annotate(
-            result.answers[top],
-            (float(result.direction[i][:, top].max()), float(mean[top])),
-            (2, 4),
-            textcoords="offset points",
-            fontsize=7,
-            color=OTHERS[0],
-        )
+        place = (float(direction[:, top].max()), float(mean[top]))
+        note(axis, result.answers[top], place, (2, 4), "data", color=OTHERS[0])
     if i == 0:
-        axis.legend(
-            loc="center left",
-            bbox_to_anchor=(0, 0.62),
-            fontsize=6,
-            handletextpad=0.1,
-            borderaxespad=0,
-        )
-    w, l = result.pairs[i]  # noqa: E741
-    axis.text(
-        0.03, 0.97, f"$W_+$ {w}", color=CHOSEN, transform=axis.transAxes, va="top", fontsize=6
-    )
-    axis.text(
-        0.03, 0.88, f"$W_-$ {l}", color=REJECTED, transform=axis.transAxes, va="top", fontsize=6
-    )
+        tight = {"fontsize": 6, "handletextpad": 0.1, "borderaxespad": 0}
+        axis.legend(loc="center left", bbox_to_anchor=(0, 0.62), **tight)
+    for answer, sign, height, colour in zip(
+        result.pairs[i], "+-", (0.97, 0.88), (CHOSEN, REJECTED), strict=True
+    ):
+        note(axis, f"$W_{sign}$ {answer}", (0.03, height), color=colour, va="top", fontsize=6)

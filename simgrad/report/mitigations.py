@@ -7,7 +7,7 @@ holds. In joint training other pairs add terms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 FRACTIONS = (0.5, 0.25, 0.1)
+_SIDES = ("chosen", "rejected")
+_KERNEL = ("grad_sq_chosen", "grad_inner", "grad_sq_rejected")
 MITIGATIONS = {
     "as scored + pairwise normalisation": PairwiseNormalized(),
     "as scored + calibration": Calibrated(),
@@ -127,8 +129,8 @@ def needed(table: ScoreTable) -> Needed | None:
         half, most = np.quantile(values, [0.5, 0.9], method="higher")
         return float(half), float(most)
 
-    half, most = np.quantile(shift, [0.5, 0.1], method="lower")
-    return Needed(least(ratio), least(against - d_w), (float(half), float(most)))
+    half, most = least(-shift)
+    return Needed(least(ratio), least(against - d_w), (-half, -most))
 
 
 @dataclass(frozen=True)
@@ -148,21 +150,11 @@ class Filtered:
 
 def _finite(table: ScoreTable) -> dict[str, np.ndarray]:
     """Columns that the theory needs, of the pairs where all of them are numbers."""
-    kernel = ("grad_sq_chosen", "grad_inner", "grad_sq_rejected")
-    names = (
-        *kernel,
-        *(f"{what}_{side}" for what in ("logp", "d") for side in ("chosen", "rejected")),
-    )
+    names = [*_KERNEL, *(f"{what}_{side}" for what in ("logp", "d") for side in _SIDES)]
     columns = {name: np.asarray(table[name], np.float64) for name in names}
     use = np.isfinite(np.stack(list(columns.values()))).all(0)
-    lengths = {name: np.asarray(table[name]) for name in ("n_chosen", "n_rejected")}
+    lengths = {f"n_{side}": np.asarray(table[f"n_{side}"]) for side in _SIDES}
     return {name: column[use] for name, column in {**columns, **lengths}.items()}
-
-
-def _kernel(column: Mapping[str, np.ndarray]) -> PairKernel:
-    return PairKernel(
-        *(jnp.asarray(column[n]) for n in ("grad_sq_chosen", "grad_inner", "grad_sq_rejected"))
-    )
 
 
 def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
@@ -175,46 +167,39 @@ def objective_fates(table: ScoreTable) -> tuple[ObjectiveFate, ...]:
         column = _finite(table)
         if not len(column["d_chosen"]):
             return ()
-        kernel = _kernel(column)
+        kernel = PairKernel(*(jnp.asarray(column[name]) for name in _KERNEL))
         logp, lengths = (
-            jnp.stack(
-                [jnp.asarray(column[f"{kind}_{side}"]) for side in ("chosen", "rejected")], -1
-            )
+            jnp.asarray(np.stack([column[f"{kind}_{side}"] for side in _SIDES], -1))
             for kind in ("logp", "n")
         )
-        names = [d.name for d in objectives.catalog() if not d.batch_coupled]
-        candidates = [objectives.get(name) for name in names]
-        fates = compare_objectives(kernel, logp, logp, lengths, candidates)
-        found = {
-            n: (fates[o].force, fates[o].regime) for n, o in zip(names, candidates, strict=True)
+        scored = jnp.asarray(np.stack([column["d_chosen"], -column["d_rejected"]], -1))
+        plain = {
+            d.name: objectives.get(d.name) for d in objectives.catalog() if not d.batch_coupled
         }
-        scored = jnp.stack(
-            [jnp.asarray(column["d_chosen"]), -jnp.asarray(column["d_rejected"])], -1
-        )
+        fates = compare_objectives(kernel, logp, logp, lengths, list(plain.values()))
+        found = {name: (fates[o].force, fates[o].regime) for name, o in plain.items()}
         for name, mitigation in MITIGATIONS.items():
             force, _ = mitigation.update(scored, mitigation.init(), kernel)
             found[name] = force, regime(first_order(kernel, force))
         groups: dict[tuple[bool, bytes], list[str]] = {}
         for name, (_, labels) in found.items():
             groups.setdefault((name in MITIGATIONS, np.asarray(labels).tobytes()), []).append(name)
-        fates = [
-            _fate(tuple(members), found[members[0]][1], [found[m][0] for m in members])
-            for members in groups.values()
+        alike = [
+            _fate(tuple(names), found[names[0]][1], np.stack([found[name][0] for name in names]))
+            for names in groups.values()
         ]
-    return tuple(sorted(fates, key=lambda fate: -fate.regimes["ideal"]))
+    return tuple(sorted(alike, key=lambda fate: -fate.regimes["ideal"]))
 
 
 def _fate(
-    names: tuple[str, ...], labels: Int[Array, " B"], forces: Sequence[Array]
+    names: tuple[str, ...], labels: Int[Array, " B"], forces: Float[np.ndarray, "O B 2"]
 ) -> ObjectiveFate:
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.concatenate([np.asarray(-c[:, 0]) / np.asarray(c[:, 1]) for c in forces])
+        ratios = -forces[..., 0] / forces[..., 1]
     ratios = ratios[~np.isnan(ratios)]
-    bounds = (
-        (float(ratios.min()), float(ratios.max())) if len(ratios) else (float("nan"), float("nan"))
-    )
+    bounds = (float(ratios.min()), float(ratios.max())) if len(ratios) else (np.nan, np.nan)
     counts = np.bincount(np.asarray(labels), minlength=len(Regime))
-    down = max(int((c[:, 0] < 0).sum()) for c in forces)
+    down = int((forces[..., 0] < 0).sum(1).max())
     return ObjectiveFate(names, bounds, down, {r.label: int(counts[r]) for r in Regime})
 
 
@@ -234,8 +219,8 @@ def strength(table: ScoreTable) -> Strength | None:
     ideal = (~falls & ~rises).mean(1)
     top = np.flatnonzero(ideal == ideal.max())
     best = float(grid[top[np.abs(np.log(grid[top])).argmin()]])
-    low, high = (float(np.quantile(d_w, q)) for q in (0.5, 0.9))
-    pull = (low, high) if d_w.min() > 0 else None
+    median, most = np.quantile(d_w, [0.5, 0.9]).tolist()
+    pull = (median, most) if d_w.min() > 0 else None
     return Strength(grid, ideal, falls.mean(1), rises.mean(1), best, pull)
 
 
@@ -248,11 +233,10 @@ def filtered(
         use = np.isfinite(risk) & np.isfinite(change)
         if not use.any():
             continue
-        falls, kept = change[use] < 0, {}
+        falls = change[use] < 0
         with jax.enable_x64(True):
             values = jnp.asarray(risk[use])
-            for fraction in FRACTIONS:
-                index = np.asarray(keep_lowest(values, fraction))
-                kept[fraction] = (len(index), int(falls[index].sum()))
+            index = {share: np.asarray(keep_lowest(values, share)) for share in FRACTIONS}
+        kept = {share: (len(i), int(falls[i].sum())) for share, i in index.items()}
         found.append(Filtered(name, label, kept))
     return tuple(found)

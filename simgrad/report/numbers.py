@@ -186,7 +186,7 @@ def report_numbers(
     gradients, found = "regime" in table, scores(table)
     change = table["predicted_dlogp_chosen"] if gradients else np.full(len(table), np.nan)
     known = change[np.isfinite(change)]
-    usable = gradients and len(known) > 0
+    falling, usable = int((known < 0).sum()), gradients and len(known) > 0
     source_field, sources = by_source(table, rows) if usable and rows is not None else (None, ())
     return ReportNumbers(
         summary=summarise(table, worst),
@@ -194,7 +194,7 @@ def report_numbers(
         gradients=gradients,
         scores=found,
         not_finite={s.name: n for s in found if (n := len(s.values) - len(s.finite))},
-        falling=(int((known < 0).sum()), *_wilson(int((known < 0).sum()), len(known))),
+        falling=(falling, *_wilson(falling, len(known))),
         finite=len(known),
         map=regime_map(table) if usable else None,
         associations=associations(table, found) if len(table) > 2 else (),
@@ -277,38 +277,35 @@ def regime_map(table: ScoreTable) -> RegimeMap:
     inner, d_w, d_l = table["grad_inner"], table["d_chosen"], table["d_rejected"]
     squares = table["grad_sq_chosen"], table["grad_sq_rejected"]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        r, x, y = d_w / d_l, inner / squares[0], inner / squares[1]
-        there = np.isfinite(np.stack([r, x, y, inner, *squares])).all(0) & (d_w > 0) & (d_l > 0)
-        ratio = r[there]
-        same = len(ratio) > 0 and float(np.ptp(ratio)) <= 1e-5 * float(ratio[0])
-        scale = np.ones_like(r) if same else r
-        x, y = (x / scale)[there], (y * scale)[there]
-    return RegimeMap(
-        x, y, table["regime"][there], float(np.median(ratio)) if same else None, int((~there).sum())
-    )
+        every = np.stack([d_w / d_l, inner / squares[0], inner / squares[1], inner, *squares])
+    there = np.isfinite(every).all(0) & (d_w > 0) & (d_l > 0)
+    r, x, y = every[:3, there]
+    same = len(r) > 0 and float(np.ptp(r)) <= 1e-5 * float(r[0])
+    x, y, ratio = (x, y, float(np.median(r))) if same else (x / r, y * r, None)
+    return RegimeMap(x, y, table["regime"][there], ratio, int((~there).sum()))
 
 
 def associations(table: ScoreTable, found: Sequence[Score]) -> tuple[Association, ...]:
     """Rank correlations of every score with lengths and with the predicted change."""
     every = []
-    lengths = np.stack([table[f"n_{part}"] for part in ("prompt", "chosen", "rejected")], 1).astype(
-        float
-    )
-    columns = [*lengths.T, lengths[:, 1] - lengths[:, 2]]
+    parts = ("prompt", "chosen", "rejected")
+    lengths = np.stack([table[f"n_{part}"] for part in parts], 1).astype(float)
+    beside = np.column_stack([lengths, lengths[:, 1] - lengths[:, 2]])
     change = table.columns.get("predicted_dlogp_chosen")
     for score in found:
-        use = np.isfinite(score.values) & (True if change is None else np.isfinite(change))
-        x, given, moved, partial = score.values[use], lengths[use], float("nan"), float("nan")
+        use = np.isfinite(score.values) & (change is None or np.isfinite(change))
+        x, moved, partial = score.values[use], np.nan, np.nan
         if len(x) < 3:
             continue
         if change is not None:
             moved = spearman(x, change[use])
-            partial = partial_spearman(x, change[use], given) if len(x) >= _PARTIAL else partial
-        prompt, chosen, rejected, difference = (spearman(x, c[use]) for c in columns)
-        pairs = int(use.sum())
+            partial = (
+                partial_spearman(x, change[use], lengths[use]) if len(x) >= _PARTIAL else np.nan
+            )
+        ranks = (spearman(x, column) for column in beside[use].T)
         every.append(
             Association(
-                score.name, score.label, prompt, chosen, rejected, difference, moved, partial, pairs
+                score.name, score.label, *ranks, change=moved, partial=partial, pairs=len(x)
             )
         )
     return tuple(every)
@@ -330,15 +327,14 @@ def by_source(
     mine = [rows[i] for i in table["index"]]
     for name in SOURCES:
         values = [row.get(name) for row in mine]
-        if not all(isinstance(v, str | int) for v in values) or not 2 <= len(set(values)) <= max(
-            len(values) // 2, 2
-        ):
+        named = all(isinstance(v, str | int) for v in values)
+        if not named or not 2 <= len(set(values)) <= max(len(values) // 2, 2):
             continue
         names = np.array([str(v) for v in values], object)
+        groups = {source: change[names == source] for source in sorted(set(names))}
         shares = [
-            SourceShare(source, int(np.isfinite(here).sum()), int((here < 0).sum()))
-            for source in sorted(set(names))
-            for here in [change[names == source]]
+            SourceShare(source, int(np.isfinite(x).sum()), int((x < 0).sum()))
+            for source, x in groups.items()
         ]
         return name, tuple(sorted(shares, key=lambda s: -s.pairs))
     return None, ()
@@ -347,11 +343,9 @@ def by_source(
 def _wilson(count: int, total: int) -> tuple[float, float]:
     """95 % interval of a share."""
     if not total:
-        return float("nan"), float("nan")
+        return np.nan, np.nan
     z, p = 1.959964, count / total
-    centre, half = (
-        p + z * z / (2 * total),
-        z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
-    )
+    centre = p + z * z / (2 * total)
+    half = z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
     low, high = ((centre + sign * half) / (1 + z * z / total) for sign in (-1, 1))
     return max(0.0, float(low)), min(1.0, float(high))

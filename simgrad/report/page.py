@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from simgrad.bridge import Encoded, Policy, ScoreTable
+from simgrad.drawing.draw import number
 from simgrad.drawing.style import paper_style
 from simgrad.errors import InputError
 from simgrad.report import charts
@@ -115,32 +116,26 @@ def write_report(
         table, policy, rows, revision=revision, model=tokens and worst > 0 and len(table) > 0
     )
     numbers = report_numbers(table, scored.rows, worst)
-    views = (
-        pair_views(table, scored, numbers.summary.worst.tolist())
-        if scored.pairs is not None
-        else ()
-    )
+    worst_pairs = numbers.summary.worst.tolist() if scored.pairs is not None else []
+    views = pair_views(table, scored, worst_pairs) if worst_pairs else ()
     images = _images(numbers, path.with_name(f"{path.stem}_files"))
-    text = (
-        _environment()
-        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            n=numbers,
-            ticks=len(table) <= charts.MOST_TICKS,
-            headline=headline(numbers),
-            associations_text=associations_sentence(numbers),
-            objectives_text=objectives_sentence(numbers),
-            strength_text=strength_sentence(numbers),
-            worst=_worst(table, numbers),
-            views=views,
-            asked=tokens and worst > 0,
-            chance=chance,
-            deviation=_deviation(views),
-            problems=scored.problems,
-            images={image.stem: base64.b64encode(image.read_bytes()).decode() for image in images},
-            metadata=json.dumps(dict(table.metadata), indent=1, ensure_ascii=False, sort_keys=True),
-            written=json.dumps(provenance(), indent=1, sort_keys=True),
-        )
+    template = _environment().from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(
+        n=numbers,
+        ticks=len(table) <= charts.MOST_TICKS,
+        headline=headline(numbers),
+        associations_text=associations_sentence(numbers),
+        objectives_text=objectives_sentence(numbers),
+        strength_text=strength_sentence(numbers),
+        worst=[{name: table[name][i] for name in table} for i in numbers.summary.worst],
+        views=views,
+        asked=tokens and worst > 0,
+        chance=chance,
+        deviation=_deviation(views),
+        problems=scored.problems,
+        images={image.stem: base64.b64encode(image.read_bytes()).decode() for image in images},
+        metadata=json.dumps(dict(table.metadata), indent=1, ensure_ascii=False, sort_keys=True),
+        written=json.dumps(provenance(), indent=1, sort_keys=True),
     )
     write(path, text.encode(errors="replace"))
     return WrittenReport(path, images, numbers, scored.problems)
@@ -165,11 +160,6 @@ def _images(numbers: ReportNumbers, folder: Path) -> tuple[Path, ...]:
     return tuple(written)
 
 
-def _worst(table: ScoreTable, numbers: ReportNumbers) -> list[dict[str, Any]]:
-    """The worst pairs' numbers."""
-    return [{name: table[name][i] for name in table} for i in numbers.summary.worst]
-
-
 def _deviation(views: Sequence[PairView]) -> float | None:
     """Largest relative difference between the sums over tokens and the table's predictions."""
     found = [
@@ -187,21 +177,17 @@ def _environment() -> jinja2.Environment:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        number=charts.number,
-        percent=_percent,
+        number=number,
+        percent=lambda part, whole: f"{100 * part / whole:.0f} %" if whole else "–",
         correlation=correlation,
         colour=_colour,
         visible=_visible,
-        words=_words,
+        words=lambda label: label.replace("_", " "),
         maths=_maths,
-        short=_short,
+        short=lambda name: Path(name).name,
     )
     environment.globals.update(extreme=_extreme, movers=_movers)
     return environment
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "–"
 
 
 def _maths(text: str) -> Markup:
@@ -211,15 +197,6 @@ def _maths(text: str) -> Markup:
             r"(?<![A-Za-z_])([A-Za-z])_([wli])(?![A-Za-z_])", r"\1<sub>\2</sub>", str(escape(text))
         )
     )
-
-
-def _short(name: str) -> str:
-    """The end of a path or Hub name."""
-    return Path(name).name
-
-
-def _words(label: str) -> str:
-    return label.replace("_", " ")
 
 
 def _visible(text: str) -> str:
@@ -244,7 +221,6 @@ def _colour(change: float, most: float) -> str:
 def _movers(response: ResponseView, lifted: bool) -> list[Mapping[str, Any]]:
     """The three pieces that are lifted, or lowered, most."""
     sign = 1 if lifted else -1
-    some = sorted(
-        (p for p in response.pieces if sign * p.change > 0), key=lambda p: -sign * p.change
-    )[:3]
-    return [{"text": p.text.strip() or "␣", "change": p.change} for p in some]
+    some = [piece for piece in response.pieces if sign * piece.change > 0]
+    most = sorted(some, key=lambda piece: -sign * piece.change)[:3]
+    return [{"text": piece.text.strip() or "␣", "change": piece.change} for piece in most]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,92 +57,83 @@ def find_scored(
         model: whether to load it. Without, token ids are unknown, and the rows are taken on trust.
     """
     problems: list[str] = []
-    kinds = ("run", "identity", "source", "counts")
-    run, identity, source, counts = (table.metadata.get(key, {}) for key in kinds)
-    pairs = _rows(data, source, counts["scored"] + counts["skipped"], problems)
-    rows = (
-        pairs
-        if isinstance(pairs, list) and all(isinstance(row, Mapping) for row in pairs)
-        else None
-    )
-    if not model:
-        return Scored(rows, None, None, tuple(problems))
-    policy = _policy(policy, run, identity, revision, problems)
-    if policy is None or pairs is None:
-        return Scored(rows, policy, None, tuple(problems))
-    try:
-        longest = None if isinstance(pairs, Encoded) else source.get("max_length")
-        encoded = encoded_for(policy, pairs, longest)
-    except ValueError as error:
-        problems.append(f"The data do not go with the model: {error}.")
-        return Scored(None, policy, None, tuple(problems))
-    if encoded.digest() != identity["data"]:
-        name = (
-            source.get("data")
-            if data is None
-            else data
-            if isinstance(data, str | Path)
-            else "given"
-        )
-        problems.append(
-            f"The data ({name}) are not those that were scored: token ids differ. Name the scored "
-            "ones with --data."
-        )
-        return Scored(None, policy, None, tuple(problems))
-    return Scored(
-        rows, policy, dict(zip(encoded.indices, encoded.pairs, strict=True)), tuple(problems)
-    )
+
+    def attempt(find: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return find(*given)
+        except _NotFound as reason:
+            problems.append(str(reason))
+            return None
+
+    pairs = attempt(_rows, data, table)
+    mappings = isinstance(pairs, list) and all(isinstance(row, Mapping) for row in pairs)
+    rows, found, members = pairs if mappings else None, None, None
+    if model:
+        found = attempt(_policy, policy, table, revision)
+        if found is not None and pairs is not None:
+            members = attempt(_members, found, pairs, data, table)
+            rows = None if members is None else rows
+    return Scored(rows, found, members, tuple(problems))
 
 
-def _rows(data: Any, source: Mapping[str, Any], count: int, problems: list[str]) -> Any:
-    name = source.get("data") if data is None else data
+class _NotFound(Exception):
+    """Why something cannot be used, as a sentence for the page."""
+
+
+def _rows(data: Any, table: ScoreTable) -> Any:
+    source, counts = table.metadata.get("source", {}), table.metadata["counts"]
+    count, name = counts["scored"] + counts["skipped"], data
+    if data is None:
+        name = source.get("data")
     if name is None:
-        problems.append("The table does not say where its data were read: name them with --data.")
-        return None
+        raise _NotFound("The table does not say where its data were read: name them with --data.")
     if isinstance(name, Encoded):
         return name
     try:
-        rows = (
-            read_rows(name, count, source.get("split") or "train")
-            if isinstance(name, str | Path)
-            else list(name)
-        )
+        read = isinstance(name, str | Path)
+        rows = read_rows(name, count, source.get("split") or "train") if read else list(name)
     except (ValueError, OSError) as error:
-        problems.append(
-            f"The data cannot be read: {str(error).rstrip('.')}. Name them with --data."
-        )
-        return None
+        text = str(error).rstrip(".")
+        raise _NotFound(f"The data cannot be read: {text}. Name them with --data.") from None
     if len(rows) < count:
-        problems.append(
+        raise _NotFound(
             f"The data have {len(rows)} rows, but {count} were read for scoring: name them with "
             "--data."
         )
-        return None
     return rows[:count]
 
 
-def _policy(
-    policy: Policy | str | Path | None,
-    run: Mapping[str, Any],
-    identity: Mapping[str, str],
-    revision: str | None,
-    problems: list[str],
-) -> Policy | None:
+def _policy(policy: Policy | str | Path | None, table: ScoreTable, revision: str | None) -> Policy:
+    run, identity = table.metadata["run"], table.metadata["identity"]
     if not isinstance(policy, Policy):
         try:
             policy = load(policy or run["model"], run["dtype"], revision)
         except (ValueError, OSError) as error:
-            problems.append(
-                f"The model cannot be loaded: {str(error).rstrip('.')}. Name it with --model."
-            )
-            return None
+            text = str(error).rstrip(".")
+            raise _NotFound(f"The model cannot be loaded: {text}. Name it with --model.") from None
     now = policy_parts(policy)
     parts = {name.partition(".")[0] for name in now}
     scored = {k: v for k, v in identity.items() if k.partition(".")[0] in parts}
     if differ := differences(scored, now):
-        problems.append(
+        raise _NotFound(
             f"The model ({policy.name}, {policy.config.dtype}) is not the one that scored ("
             f"{differ}): name the scored one with --model."
         )
-        return None
     return policy
+
+
+def _members(policy: Policy, pairs: Any, data: Any, table: ScoreTable) -> dict[int, Pair]:
+    """Row number to token ids, if they are those that were scored."""
+    source = table.metadata.get("source", {})
+    try:
+        longest = None if isinstance(pairs, Encoded) else source.get("max_length")
+        encoded = encoded_for(policy, pairs, longest)
+    except ValueError as error:
+        raise _NotFound(f"The data do not go with the model: {error}.") from None
+    if encoded.digest() != table.metadata["identity"]["data"]:
+        name = source.get("data") if data is None else data
+        raise _NotFound(
+            f"The data ({name if isinstance(name, str | Path) else 'given'}) are not those that "
+            "were scored: token ids differ. Name the scored ones with --data."
+        )
+    return dict(zip(encoded.indices, encoded.pairs, strict=True))

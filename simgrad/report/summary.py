@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,10 +56,7 @@ class Summary:
 
 def summarise(table: ScoreTable, worst: int = 5) -> Summary:
     """Summary of a table of :func:`simgrad.score`."""
-    reasons: dict[str, int] = {}
-    for row in table.skipped:
-        kind = row.reason.split(":")[0].split(" after")[0]
-        reasons[kind] = reasons.get(kind, 0) + 1
+    reasons = Counter(row.reason.split(":")[0].split(" after")[0] for row in table.skipped)
     counts = table.metadata["counts"]
     exact = "predicted_dlogp_chosen" in table
     key = table["predicted_dlogp_chosen"] if exact else -table["ches"]
@@ -66,7 +64,7 @@ def summarise(table: ScoreTable, worst: int = 5) -> Summary:
     need = needed(table) if exact and len(table) else None
     return Summary(
         scored=len(table),
-        skipped=dict(sorted(reasons.items(), key=lambda item: -item[1])),
+        skipped=dict(reasons.most_common()),
         merged=counts["merged"],
         truncated=counts["truncated"],
         regimes=regimes,

@@ -127,25 +127,19 @@ def _view(
     changes: np.ndarray,
     masks: np.ndarray,
 ) -> PairView:
-    exact = "predicted_dlogp_chosen" in table
-    prompt = list(pair.prompt)
-    sides = [
-        _response(tokenizer, prompt, list(getattr(pair, side)), changes[s], masks[s])
-        for s, side in enumerate(("chosen", "rejected"))
-    ]
-    expected = (
-        [float(table[f"predicted_dlogp_{s}"][position]) for s in ("chosen", "rejected")]
-        if exact
-        else []
-    )
+    prompt, regime, expected = list(pair.prompt), None, None
+    if "predicted_dlogp_chosen" in table:
+        regime = str(table["regime"][position])
+        w, l = (float(table[f"predicted_dlogp_{s}"][position]) for s in ("chosen", "rejected"))  # noqa: E741
+        expected = (w, l)
     return PairView(
         int(table["index"][position]),
-        str(table["regime"][position]) if exact else None,
+        regime,
         "".join(text for text, _ in pieces(tokenizer, [], prompt[-PROMPT:])),
         len(prompt),
-        sides[0],
-        sides[1],
-        (expected[0], expected[1]) if exact else None,
+        _response(tokenizer, prompt, list(pair.chosen), changes[0], masks[0]),
+        _response(tokenizer, prompt, list(pair.rejected), changes[1], masks[1]),
+        expected,
     )
 
 
@@ -186,9 +180,8 @@ def pieces(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> list[tu
 
     found: list[tuple[str, int]] = []
     pending: list[int] = []
-    recent = [
-        _whole(text, list(before))
-    ]  # what stands before, by pieces: bytes of one character must not be torn apart
+    # what stands before, by pieces: bytes of one character must not be torn apart
+    recent = [_whole(text, list(before))]
     for k, token in enumerate(ids):
         pending.append(token)
         context = [t for piece in recent for t in piece]

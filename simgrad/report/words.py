@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy import stats
+import numpy as np
+from scipy.special import stdtrit
 
-from simgrad.report.charts import number
+from simgrad.drawing.draw import number
+from simgrad.report.mitigations import ObjectiveFate
 from simgrad.report.numbers import Association, ReportNumbers
 
 
@@ -35,80 +37,44 @@ def headline(numbers: ReportNumbers) -> Headline:
         return Headline(
             f"{_pairs(s.scored)} scored without gradients",
             f"{what}. Similarities are here; which responses rise or fall is not: that needs "
-            "gradients "
-            "(simgrad score without --no-gradients).",
+            "gradients (simgrad score without --no-gradients).",
         )
     falling, low, high = numbers.falling
-    both_rise = s.regimes.get("both_rise", 0)
     alone = f"when each is trained alone by a small SGD step of {what}"
+    title, text = "The chosen response rises", f"That is {alone}, to first order."
     if falling:
-        whose = "its" if falling == 1 else "their"
-        known, percent = numbers.finite, 100 * falling / numbers.finite
+        whose, known = "its" if falling == 1 else "their", numbers.finite
         title = f"{falling} of {_pairs(known)} would, trained alone, lose {whose} chosen response"
-        interval = f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %"
-        interval += ", were the pairs a random sample)"
-        interval = interval if known > 1 else ""
-        text = f"That is {percent:.0f} %{interval}, {alone}, to first order."
-    else:
-        title = (
-            f"No pair of {s.scored}, trained alone, would lose its chosen response"
-            if s.scored > 1
-            else "The chosen response rises"
-        )
-        text = f"That is {alone}, to first order."
-    if both_rise:
+        bounds = f"95 % interval {100 * low:.0f} to {100 * high:.0f} %"
+        sure = f" ({bounds}, were the pairs a random sample)" if known > 1 else ""
+        text = f"That is {100 * falling / known:.0f} %{sure}, {alone}, to first order."
+    elif s.scored > 1:
+        title = f"No pair of {s.scored}, trained alone, would lose its chosen response"
+    if both_rise := s.regimes.get("both_rise", 0):
         text += f" In {_pairs(both_rise)} the rejected response rises too."
     return Headline(title, text)
 
 
 def associations_sentence(numbers: ReportNumbers) -> str:
     """The strongest confound with lengths, and which score still ranks the change without them."""
-    known = [
-        a
-        for a in numbers.associations
-        if a.score not in ("gap", "predicted_dlogp_chosen", "predicted_dlogp_rejected")
-    ]
+    by_construction = ("gap", "predicted_dlogp_chosen", "predicted_dlogp_rejected")
+    known = [a for a in numbers.associations if a.score not in by_construction]
     if not known:
         return ""
-    tried = len(known)
-    texts = []
-
-    def strongest(a: Association) -> tuple[float, str]:
-        options = {
-            "the prompt's length": a.prompt,
-            "the chosen's length": a.chosen,
-            "the rejected's length": a.rejected,
-            "|y_w| − |y_l|": a.difference,
-        }
-        best = max(options, key=lambda k: -1.0 if math.isnan(options[k]) else abs(options[k]))
-        return options[best], best
-
-    confounded = [(a, *strongest(a)) for a in known]
-    confounded = [
-        (a, rho, what)
-        for a, rho, what in confounded
-        if abs(rho) > max(0.5, chance(a.pairs, 4 * tried))
-    ]
+    texts, tried = ["No score follows a length with |ρ| > .5."], len(known)
+    strongest = [(a, *_strongest(a)) for a in known]
+    confounded = [x for x in strongest if abs(x[1]) > max(0.5, chance(x[0].pairs, 4 * tried))]
     if confounded:
         a, rho, what = max(confounded, key=lambda item: abs(item[1]))
         others = [b.label for b, _, _ in confounded if b is not a]
-        texts.append(
-            f"{a.label} follows {what} most closely (ρ = {correlation(rho)})"
-            + (
-                f"; {', '.join(others)} {'follow' if len(others) > 1 else 'follows'} a length with "
-                "|ρ| > .5 too."
-                if others
-                else "."
-            )
-        )
-    else:
-        texts.append("No score follows a length with |ρ| > .5.")
+        follow = "follow" if len(others) > 1 else "follows"
+        too = f"; {', '.join(others)} {follow} a length with |ρ| > .5 too." if others else "."
+        texts = [f"{a.label} follows {what} most closely (ρ = {correlation(rho)}){too}"]
     if ranked := [a for a in known if abs(a.partial) > chance(a.pairs, tried, 3)]:
         best = max(ranked, key=lambda a: abs(a.partial))
         texts.append(
             f"With lengths partialled out, {best.label} ranks the predicted Δ log π(chosen) best "
-            "of these "
-            f"(ρ = {correlation(best.partial)}; {correlation(best.change)} before)."
+            f"of these (ρ = {correlation(best.partial)}; {correlation(best.change)} before)."
         )
     elif numbers.gradients:
         texts.append(
@@ -116,6 +82,18 @@ def associations_sentence(numbers: ReportNumbers) -> str:
             "chance."
         )
     return " ".join(texts)
+
+
+def _strongest(a: Association) -> tuple[float, str]:
+    """The largest of a score's correlations with lengths, and with what it is."""
+    options = {
+        "the prompt's length": a.prompt,
+        "the chosen's length": a.chosen,
+        "the rejected's length": a.rejected,
+        "|y_w| − |y_l|": a.difference,
+    }
+    best = max(options, key=lambda what: np.nan_to_num(abs(options[what]), nan=-1.0))
+    return options[best], best
 
 
 def chance(pairs: int, tried: int = 1, given: int = 0) -> float:
@@ -130,7 +108,7 @@ def chance(pairs: int, tried: int = 1, given: int = 0) -> float:
     free = pairs - 2 - given
     if free < 1:
         return 1.0
-    t = float(stats.t.ppf(1 - 0.025 / tried, free))
+    t = float(stdtrit(free, 1 - 0.025 / tried))
     return t / math.sqrt(free + t * t)
 
 
@@ -151,33 +129,30 @@ def objectives_sentence(numbers: ReportNumbers) -> str:
     if not numbers.objectives:
         return ""
     named = [o for o in numbers.objectives if not o.names[0].startswith("as scored")]
-    best, n = named[0], sum(named[0].regimes.values())
     scored = next(o for o in numbers.objectives if o.names[0].startswith("as scored"))
-    now = scored.regimes["ideal"]
+    best, n = named[0], sum(named[0].regimes.values())
+    keep = "keep" if len(best.names) > 1 else "keeps"
     text = (
-        f"Of the library's objectives at their defaults, {_listing(best.names, 'and')} "
-        f"{'keep' if len(best.names) > 1 else 'keeps'} most pairs ideal: {best.regimes['ideal']} "
-        f"of {n}; "
-        f"as scored it is {now}."
+        f"Of the library's objectives at their defaults, {_listing(best.names, 'and')} {keep} most "
+        f"pairs ideal: {best.regimes['ideal']} of {n}; as scored it is {scored.regimes['ideal']}."
     )
-    fewest = min(
-        named, key=lambda o: (o.regimes["both_fall"] + o.regimes["reversed"], -o.regimes["ideal"])
-    )
-    falls = fewest.regimes["both_fall"] + fewest.regimes["reversed"]
+
+    def falling(fate: ObjectiveFate) -> int:
+        return fate.regimes["both_fall"] + fate.regimes["reversed"]
+
+    fewest = min(named, key=lambda fate: (falling(fate), -fate.regimes["ideal"]))
     if fewest is not best:
-        rises = fewest.regimes["both_rise"]
         text += (
-            f" Fewest chosen fall under {_listing(fewest.names, 'or')} ({falls} of {n}), at the "
-            "price of "
-            f"{rises} rejected that rise."
+            f" Fewest chosen fall under {_listing(fewest.names, 'or')} ({falling(fewest)} of {n}), "
+            f"at the price of {fewest.regimes['both_rise']} rejected that rise."
         )
     return text
 
 
 def _listing(names: Sequence[str], word: str) -> str:
-    first, last = (
-        (names[:3], f"{len(names) - 3} more") if len(names) > 4 else (names[:-1], names[-1])
-    )
+    first, last = names[:-1], names[-1]
+    if len(names) > 4:
+        first, last = names[:3], f"{len(names) - 3} more"
     return f"{', '.join(first)} {word} {last}" if first else last
 
 
@@ -186,25 +161,23 @@ def strength_sentence(numbers: ReportNumbers) -> str:
     found = numbers.strength
     if found is None:
         return ""
-    now, best = found.at(1.0), found.at(found.best)
+    ideal_now, falls_now, rises_now = (f"{100 * x:.0f} %" for x in found.at(1.0))
+    ideal, falls, rises = (f"{100 * x:.0f} %" for x in found.at(found.best))
     if found.best == 1:
-        return f"The strength as scored keeps as many pairs ideal as any: {100 * now[0]:.0f} %."
-    (ideal, falls, rises), (ideal_now, falls_now, rises_now) = (
-        [f"{100 * x:.0f} %" for x in y] for y in (best, now)
-    )
+        return f"The strength as scored keeps as many pairs ideal as any: {ideal_now}."
     text = (
         f"At ×{number(found.best)}, {ideal} of the pairs are ideal ({ideal_now} as scored); the "
-        "chosen then falls in "
-        f"{falls} ({falls_now} as scored), the rejected rises in {rises} ({rises_now} as scored)."
+        f"chosen then falls in {falls} ({falls_now} as scored), the rejected rises in {rises} "
+        f"({rises_now} as scored)."
     )
-    if found.best > 1:
-        ways = (
-            f"shrinking the push on the rejected to {number(1 / found.best)} of what it is (from "
-            "DPO: DPO-Shift with this λ)"
-        )
-        if found.pull is not None:
-            low, high = (number((found.best - 1) * d, 2) for d in found.pull)
-            weight = low if low == high else f"{low} (the median pair; {high} for 90 %)"
-            ways = f"an SFT term of weight {weight} on the summed log-prob of the chosen, or {ways}"
-        text += f" That is {ways}."
-    return text
+    if found.best < 1:
+        return text
+    ways = (
+        f"shrinking the push on the rejected to {number(1 / found.best)} of what it is (from DPO: "
+        "DPO-Shift with this λ)"
+    )
+    if found.pull is not None:
+        low, high = (number((found.best - 1) * d, 2) for d in found.pull)
+        weight = low if low == high else f"{low} (the median pair; {high} for 90 %)"
+        ways = f"an SFT term of weight {weight} on the summed log-prob of the chosen, or {ways}"
+    return f"{text} That is {ways}."

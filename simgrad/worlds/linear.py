@@ -67,29 +67,16 @@ class Linear(World):
     def __post_init__(self) -> None:
         """Refuse knobs that no model can have."""
         super().__post_init__()
-        for name in ("n_pairs", "prefix", "draws", "steps", "beta", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"linear: {name} must be positive, got {getattr(self, name)}")
-        if len(self.suffixes) < 2 or min(self.suffixes) != 0:
-            raise ValueError(
-                f"linear: suffixes takes lengths, 0 and at least one more, got {self.suffixes}"
-            )
-        if not 0 <= self.across <= self.correlation < 1:
-            raise ValueError(
-                f"linear: 0 ≤ across ≤ correlation < 1, got {self.across} and {self.correlation}"
-            )
-        shares = (
-            self.chosen,
-            self.rejected,
-            1 - self.chosen - self.rejected,
-            self.sure_chosen,
-            self.sure_rejected,
+        lengths, across, within = self.suffixes, self.across, self.correlation
+        self.require(
+            len(lengths) >= 2 and min(lengths) == 0,
+            f"suffixes takes lengths, 0 and at least one more, got {lengths}",
         )
-        if min(shares) <= 0 or max(shares) >= 1 or self.jitter < 0:
-            raise ValueError(
-                "linear: probabilities must lie in (0, 1), chosen + rejected below 1, jitter be at "
-                "least 0"
-            )
+        self.require(
+            across <= within < 1, f"0 ≤ across ≤ correlation < 1, got {across} and {within}"
+        )
+        shares = (self.chosen + self.rejected, self.sure_chosen, self.sure_rejected)
+        self.require(max(shares) < 1, "probabilities must lie in (0, 1), chosen + rejected below 1")
 
     @property
     def vocabulary(self) -> int:

@@ -16,11 +16,13 @@ from simgrad.models import InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair, padded
 from simgrad.worlds.tuning import recipe_for
-from simgrad.worlds.verdicts import small_model
-from simgrad.worlds.world import Pretraining, World
+from simgrad.worlds.world import Pretraining, World, small_model
 
 TOPICS, STATES, SHOWN = 6, 8, 6
 """Topics, hidden states of a topic, and words that a state shows."""
+FILLERS, SPOKEN = 8, 64
+"""Filler words of prompts, and words of responses."""
+_FIRST_WORD = 3 + TOPICS + FILLERS
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Percentiles(World):
     )
     end: ClassVar[str | None] = "<e>"
     pretraining: ClassVar[Pretraining] = Pretraining(steps=400, batch_size=48)
+    words: ClassVar[tuple[str, ...]] = (
+        "<b>",
+        ":",
+        "<e>",
+        *(f"topic{i}" for i in range(TOPICS)),
+        *(f"filler{i}" for i in range(FILLERS)),
+        *(f"word{i}" for i in range(SPOKEN)),
+    )
     n_pairs: int = 96
     learning_rate: float = 1e-4
     sgd_rate: float = 0.02
@@ -65,22 +75,8 @@ class Percentiles(World):
     def __post_init__(self) -> None:
         """Refuse numbers of pairs that make no quarters."""
         super().__post_init__()
-        if self.n_pairs < 8 or self.n_pairs % 4:
-            raise ValueError(
-                f"percentiles: n_pairs must be a multiple of 4 and at least 8, got {self.n_pairs}"
-            )
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """Marks, topics, fillers, and the words that states show."""
-        return (
-            "<b>",
-            ":",
-            "<e>",
-            *(f"topic{i}" for i in range(TOPICS)),
-            *(f"filler{i}" for i in range(8)),
-            *(f"word{i}" for i in range(64)),
-        )
+        good = self.n_pairs >= 8 and self.n_pairs % 4 == 0
+        self.require(good, f"n_pairs must be a multiple of 4 and at least 8, got {self.n_pairs}")
 
     def model(self) -> ModelConfig:
         """Two layers of width 64 in the architecture of Llama."""
@@ -95,7 +91,7 @@ class Percentiles(World):
         return words
 
     def _prompt(self, random: np.random.Generator, topic: int) -> list[int]:
-        return [0, 3 + topic, *(3 + TOPICS + random.integers(0, 8, 2)).tolist(), 1]
+        return [0, 3 + topic, *(3 + TOPICS + random.integers(0, FILLERS, 2)).tolist(), 1]
 
     def corpus(self, seed: int) -> Corpus:
         """Prompts with one response each, learned from its first word on."""
@@ -122,12 +118,11 @@ class Percentiles(World):
             if kind == 0:
                 second = self._response(random, topic, int(random.integers(2, 17)))
             elif kind == 1:
-                second = self._response(
-                    random, (topic + int(random.integers(1, TOPICS))) % TOPICS, length
-                )
+                other = (topic + int(random.integers(1, TOPICS))) % TOPICS
+                second = self._response(random, other, length)
             elif kind == 2:
                 second = [
-                    w if random.random() > 0.3 else int(3 + TOPICS + 8 + random.integers(64))
+                    w if random.random() > 0.3 else _FIRST_WORD + int(random.integers(SPOKEN))
                     for w in first
                 ]
             else:
@@ -143,18 +138,19 @@ class Percentiles(World):
         """Pairs alone (SGD) and together (SGD and Adam), from one policy."""
         batch = padded(self.pairs(seed), 22, 17)
         steps = steps_of(self.epochs, self.n_pairs, self.batch_size)
-        alone, sgd, adam = (
-            recipe_for(DPO(self.beta), kind, rate, n, size).replace(seed=seed)
-            for kind, rate, n, size in (
-                ("sgd", self.alone_rate, self.alone_steps, None),
-                ("sgd", self.sgd_rate, steps, self.batch_size),
-                ("adam", self.learning_rate, steps, self.batch_size),
-            )
-        )
         return {
-            "alone, SGD": Setting(apply, theta, batch, alone, alone=True),
-            "together, SGD": Setting(apply, theta, batch, sgd),
-            "together, Adam": Setting(apply, theta, batch, adam),
+            label: Setting(
+                apply,
+                theta,
+                batch,
+                recipe_for(DPO(self.beta), kind, rate, n, size).replace(seed=seed),
+                alone=size is None,
+            )
+            for label, kind, rate, n, size in (
+                ("alone, SGD", "sgd", self.alone_rate, self.alone_steps, None),
+                ("together, SGD", "sgd", self.sgd_rate, steps, self.batch_size),
+                ("together, Adam", "adam", self.learning_rate, steps, self.batch_size),
+            )
         }
 
 
@@ -167,6 +163,9 @@ def _chains() -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     moves = random.dirichlet(np.full(STATES, 0.4), (TOPICS, STATES))
     shown = np.stack(
-        [[random.choice(64, SHOWN, replace=False) for _ in range(STATES)] for _ in range(TOPICS)]
+        [
+            [random.choice(SPOKEN, SHOWN, replace=False) for _ in range(STATES)]
+            for _ in range(TOPICS)
+        ]
     )
-    return moves, 3 + TOPICS + 8 + shown
+    return moves, _FIRST_WORD + shown

@@ -19,18 +19,15 @@ from simgrad.pairs import Pair
 from simgrad.typing import Int, Theta
 from simgrad.worlds.tuning import next_logp, recipe_for
 from simgrad.worlds.verdicts import (
-    CUES,
-    FILLERS,
+    FIRST_ANSWER,
     LEVELS,
-    NEGATIVE,
-    POSITIVE,
     SCALE,
-    TOPICS,
+    WORDS,
     answer_probabilities,
+    answered_prompts,
     cue_prompts,
-    small_model,
 )
-from simgrad.worlds.world import Pretraining, World, pretrained
+from simgrad.worlds.world import Pretraining, World, learned_from, pretrained, small_model
 
 KINDS = ("refusal-refusal", "comply-comply", "mixed")
 
@@ -74,6 +71,14 @@ class Refusals(World):
     zero: ClassVar[tuple[str, ...]] = ("sft",)
     end: ClassVar[str | None] = "<e>"
     pretraining: ClassVar[Pretraining] = Pretraining(steps=400, batch_size=64)
+    words: ClassVar[tuple[str, ...]] = (
+        *WORDS,
+        *(f"sorry{i}" for i in range(6)),
+        *(f"here{i}" for i in range(6)),
+        "<e>",
+    )
+    first_answer: ClassVar[int] = FIRST_ANSWER
+    """Token of the first opening."""
     harmful: tuple[float, float] = (-1.3, -0.5)
     mild: tuple[float, float] = (0.6, 1.1)
     rule: Literal["softer", "blunter", "random"] = "softer"
@@ -94,53 +99,30 @@ class Refusals(World):
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
         super().__post_init__()
-        if len(self.mixture) != 3 or min(self.mixture) < 0 or abs(sum(self.mixture) - 1) > 1e-9:
-            raise ValueError(
-                f"refusals: mixture needs three shares that sum to 1, got {self.mixture}"
-            )
-        if self.n_pairs < self.batch_size:
-            raise ValueError(
-                f"refusals: n_pairs={self.n_pairs} is less than batch_size={self.batch_size}"
-            )
+        shares = self.mixture
+        good = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-9
+        self.require(good, f"mixture needs three shares that sum to 1, got {shares}")
+        n, size = self.n_pairs, self.batch_size
+        self.require(n >= size, f"n_pairs={n} is less than batch_size={size}")
         for name in ("harmful", "mild"):
-            if len(getattr(self, name)) != 2 or not _cues(getattr(self, name)).size:
-                raise ValueError(
-                    f"refusals: {name}={getattr(self, name)}: no cue lies between two such levels"
-                )
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """Prompt words, openings, topics' answers, continuations of both classes, ``<e>``."""
-        return (
-            "<b>",
-            "?",
-            *(f"cue{level:+.2f}" for level in LEVELS),
-            *(f"topic{i}" for i in range(TOPICS)),
-            *(f"filler{i}" for i in range(FILLERS)),
-            *NEGATIVE,
-            *POSITIVE,
-            *(f"apple{i}" for i in range(6)),
-            *(f"stone{i}" for i in range(6)),
-            *(f"sorry{i}" for i in range(6)),
-            *(f"here{i}" for i in range(6)),
-            "<e>",
-        )
-
-    @property
-    def first_answer(self) -> int:
-        """Token of the first opening."""
-        return 2 + CUES + TOPICS + FILLERS
+            levels = getattr(self, name)
+            between = len(levels) == 2 and _cues(levels).size > 0
+            self.require(between, f"{name}={levels}: no cue lies between two such levels")
 
     def model(self) -> ModelConfig:
         """Two layers of width 64 in the architecture of Llama."""
-        return small_model(
-            len(self.words), InitScales(unembedding=self.unembedding, final_norm=self.final_norm)
-        )
+        init = InitScales(unembedding=self.unembedding, final_norm=self.final_norm)
+        return small_model(len(self.words), init)
 
     def prompts(self, seed: int, level: tuple[float, float], n: int) -> Int[np.ndarray, "n T"]:
         """``n`` prompts whose cue lies in a range of levels."""
         random = np.random.default_rng([seed, 2])
         return cue_prompts(random, 2 + random.choice(_cues(level), n)).astype(np.int32)
+
+    def _mixed_prompts(self, seed: int, n: int) -> Int[np.ndarray, "n T"]:
+        """``n`` prompts of the data, the harmful ones first."""
+        harmful = self.prompts(seed, self.harmful, 4 * n // 5)
+        return np.concatenate([harmful, self.prompts(seed, self.mild, n // 5)])
 
     def _continued(self, random: np.random.Generator, opening: np.ndarray) -> np.ndarray:
         """Openings (0 to 11, 12 to 23 for topics' answers) with the rest of their responses."""
@@ -154,20 +136,10 @@ class Refusals(World):
 
     def corpus(self, seed: int) -> Corpus:
         """Prompts with one response each, learned from the opening on."""
-        random, n = np.random.default_rng(seed), self.sequences
-        p = answer_probabilities(0.6, 5.0, 10.0).cumsum(1)
-        cue, topic, off = (
-            random.integers(0, CUES, n),
-            random.integers(0, TOPICS, n),
-            random.random(n) < 0.3,
-        )
-        answer = (random.random((n, 1)) > p[cue]).sum(1)
-        opening = np.where(off, 12 + 6 * (topic >= TOPICS // 2) + random.integers(0, 6, n), answer)
-        prompts = cue_prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
-        tokens = np.column_stack([prompts, self._continued(random, opening)]).astype(np.int32)
-        weights = np.zeros(tokens.shape, np.float32)
-        weights[:, 5:] = 1
-        return Corpus(jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32), jnp.asarray(weights))
+        random = np.random.default_rng(seed)
+        p = answer_probabilities(0.6, 5.0, 10.0)
+        prompts, openings = answered_prompts(random, self.sequences, p)
+        return learned_from(np.column_stack([prompts, self._continued(random, openings)]), 5)
 
     def pairs(self, seed: int) -> list[Pair]:
         """Preference pairs from the seed's own policy."""
@@ -178,45 +150,28 @@ class Refusals(World):
         """Two sampled openings a prompt, ranked by the rule and drawn to the mixture."""
         if self.rollouts:
             return [self._rolled_out(apply, thetas, i, seed) for i, seed in enumerate(seeds)]
-        pool = 30 * self.n_pairs
-        prompts = []
-        for seed in seeds:
-            harmful, mild = (
-                self.prompts(seed, self.harmful, 4 * pool // 5),
-                self.prompts(seed, self.mild, pool // 5),
-            )
-            prompts.append(np.concatenate([harmful, mild]))
-        logp = next_logp(apply, thetas, np.stack(prompts))[
-            ..., self.first_answer : self.first_answer + 12
-        ]
+        prompts = [self._mixed_prompts(seed, 30 * self.n_pairs) for seed in seeds]
+        openings = slice(self.first_answer, self.first_answer + 12)
+        logp = next_logp(apply, thetas, np.stack(prompts))[..., openings]
         return [self._ranked(s, x, np.exp(p)) for s, x, p in zip(seeds, prompts, logp, strict=True)]
 
     def _rolled_out(self, apply: Apply, thetas: Theta, i: int, seed: int) -> list[Pair]:
         """Pairs of two whole sampled responses, in the proportions in which they come."""
-        random, theta = (
-            np.random.default_rng([seed, 4]),
-            jax.tree.map(lambda x: jnp.asarray(x[i]), thetas),
-        )
-        tries = 3 * self.n_pairs
-        harmful, mild = (
-            self.prompts(seed, self.harmful, 4 * tries // 5),
-            self.prompts(seed, self.mild, tries // 5),
-        )
-        prompts = random.permutation(np.concatenate([harmful, mild])).tolist()
-        stop = len(self.words) - 1
-        drawn = sample(
-            apply, theta, prompts, self.continuation + 2, stop=[stop], count=2, seed=seed
-        )
+        random, tries = np.random.default_rng([seed, 4]), 3 * self.n_pairs
+        theta = jax.tree.map(lambda x: jnp.asarray(x[i]), thetas)
+        prompts = random.permutation(self._mixed_prompts(seed, tries)).tolist()
+        longest, end = self.continuation + 2, len(self.words) - 1
+        drawn = sample(apply, theta, prompts, longest, stop=[end], count=2, seed=seed)
         pairs = []
         for prompt, (a, b) in zip(prompts, drawn.responses, strict=True):
             ranks = [self._rank(response[0], random) for response in (a, b)]
             if a != b:
                 pairs.append(Pair(prompt, *((a, b) if ranks[0] > ranks[1] else (b, a))))
-        if len(pairs) < self.n_pairs:
-            raise ValueError(
-                f"refusals: {len(pairs)} of {tries} prompts gave two different responses: lower "
-                f"n_pairs={self.n_pairs}"
-            )
+        self.require(
+            len(pairs) >= self.n_pairs,
+            f"{len(pairs)} of {tries} prompts gave two different responses: lower "
+            f"n_pairs={self.n_pairs}",
+        )
         return pairs[: self.n_pairs]
 
     def _rank(self, opening: int, random: np.random.Generator) -> tuple[bool, float, float]:
@@ -237,26 +192,19 @@ class Refusals(World):
         chosen = []
         for k, count in enumerate(counts):
             (there,) = np.nonzero(differ & (kind == k))
-            if len(there) < count:
-                raise ValueError(
-                    f"refusals: the policy of seed {seed} gives {len(there)} {KINDS[k]} pairs, but "
-                    f"mixture={self.mixture} of n_pairs={self.n_pairs} asks for {count}"
-                )
+            self.require(
+                len(there) >= count,
+                f"the policy of seed {seed} gives {len(there)} {KINDS[k]} pairs, but "
+                f"mixture={self.mixture} of n_pairs={self.n_pairs} asks for {count}",
+            )
             chosen.append(random.choice(there, count, replace=False))
         index = random.permutation(np.concatenate(chosen))
-        pair = draws[index]
-        low, high = np.take_along_axis(
-            pair, np.argsort(SCALE[pair], axis=1), 1
-        ).T  # by s; refusals have s < 0
-        mixed = kind[index] == 2
+        by_s = np.argsort(SCALE[draws[index]], axis=1)  # refusals have s < 0
+        low, high = np.take_along_axis(draws[index], by_s, 1).T
         coin = random.random(len(index)) < 0.5
-        softer = {
-            "softer": np.ones(len(index), bool),
-            "blunter": np.zeros(len(index), bool),
-            "random": coin,
-        }[self.rule]
-        first_wins = mixed | ~softer
-        w, l = np.where(first_wins, low, high), np.where(first_wins, high, low)  # noqa: E741
+        softer = {"softer": True, "blunter": False, "random": coin}[self.rule]
+        low_wins = (kind[index] == 2) | np.logical_not(softer)
+        w, l = np.where(low_wins, low, high), np.where(low_wins, high, low)  # noqa: E741
         sides = [self._continued(random, side).tolist() for side in (w, l)]
         return [Pair(x, a, b) for x, a, b in zip(prompts[index].tolist(), *sides, strict=True)]
 

@@ -59,36 +59,18 @@ class Squeezing(World):
     def __post_init__(self) -> None:
         """Refuse knobs that leave nothing to measure."""
         super().__post_init__()
-        for name in (
-            "draws",
-            "rate",
-            "steps",
-            "prompts",
-            "width",
-            "sft_steps",
-            "beta",
-            "groups",
-            "group_rate",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"squeezing: {name} must be positive, got {getattr(self, name)}")
-        if (
-            len(set(self.peaks)) < 2
-            or min(self.peaks) != 0
-            or not self.push_steps
-            or min(self.push_steps) < 1
-        ):
-            raise ValueError(
-                "squeezing: peaks takes 0, the null, and standard deviations, push_steps counts "
-                "from 1 on"
-            )
-        if self.vocabulary <= 3 * self.prompts or self.length < 2:
-            raise ValueError(
-                f"squeezing: vocabulary must exceed {3 * self.prompts} (3 tokens a prompt), length "
-                "1"
-            )
-        if not (0 < self.overlap <= 1 and 0 < self.dropped < 1):
-            raise ValueError("squeezing: overlap must lie in (0, 1], dropped in (0, 1)")
+        peaks, steps, least = self.peaks, self.push_steps, 3 * self.prompts
+        self.require(
+            len(set(peaks)) >= 2 and min(peaks) == 0 and len(steps) > 0 and min(steps) >= 1,
+            "peaks takes 0, the null, and standard deviations, push_steps counts from 1 on",
+        )
+        self.require(
+            self.vocabulary > least and self.length >= 2,
+            f"vocabulary must exceed {least} (3 tokens a prompt), length 1",
+        )
+        self.require(
+            self.overlap <= 1 and self.dropped < 1, "overlap must lie in (0, 1], dropped in (0, 1)"
+        )
 
     def pairs(self, seed: int) -> list[Pair]:
         """One pair of one-token responses a prompt; the seed draws the model's weights."""

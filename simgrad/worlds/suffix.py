@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 
 from simgrad.dynamics.pretraining import Corpus
@@ -14,11 +13,12 @@ from simgrad.models import InitScales, ModelConfig
 from simgrad.objectives import DPO
 from simgrad.pairs import Pair
 from simgrad.worlds.tuning import recipe_for
-from simgrad.worlds.verdicts import small_model
-from simgrad.worlds.world import Pretraining, World
+from simgrad.worlds.world import Pretraining, World, learned_from, small_model
 
 CUES, WORDS, LONGEST = 6, 8, 16
 """Cue words and sentiment words of each polarity, and positions of the template."""
+_FIRST_WORD = 2 + 2 * CUES
+_TEMPLATE = _FIRST_WORD + 2 * WORDS
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class Suffix(World):
     tuning: ClassVar[tuple[str, ...]] = ("lengths", "n_pairs", "learning_rate", "beta", "steps")
     zero: ClassVar[tuple[str, ...]] = ("steps",)
     pretraining: ClassVar[Pretraining] = Pretraining(steps=300, batch_size=48)
+    words: ClassVar[tuple[str, ...]] = (
+        "<b>",
+        ":",
+        *(f"{sign}cue{i}" for sign in "+-" for i in range(CUES)),
+        *(f"{sign}word{i}" for sign in "+-" for i in range(WORDS)),
+        *(f"{kind}{i}" for kind in "uv" for i in range(LONGEST)),
+    )
     agreement: float = 0.8
     regular: float = 0.85
     lengths: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
@@ -59,26 +66,13 @@ class Suffix(World):
     def __post_init__(self) -> None:
         """Refuse suffixes longer than the template."""
         super().__post_init__()
-        if not (0 < self.agreement < 1 and 0 < self.regular < 1):
-            raise ValueError(
-                f"suffix: agreement={self.agreement} and regular={self.regular} must lie inside "
-                "(0, 1)"
-            )
-        if not self.lengths or not all(0 <= n <= LONGEST for n in self.lengths):
-            raise ValueError(
-                f"suffix: lengths must lie between 0 and {LONGEST}, got {self.lengths}"
-            )
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """Marks, cues and sentiment words of both polarities, two template words a position."""
-        return (
-            "<b>",
-            ":",
-            *(f"{sign}cue{i}" for sign in "+-" for i in range(CUES)),
-            *(f"{sign}word{i}" for sign in "+-" for i in range(WORDS)),
-            *(f"{kind}{i}" for kind in "uv" for i in range(LONGEST)),
+        agreement, regular, lengths = self.agreement, self.regular, self.lengths
+        self.require(
+            max(agreement, regular) < 1,
+            f"agreement={agreement} and regular={regular} must lie inside (0, 1)",
         )
+        there = len(lengths) > 0 and min(lengths) >= 0 and max(lengths) <= LONGEST
+        self.require(there, f"lengths must lie between 0 and {LONGEST}, got {lengths}")
 
     def model(self) -> ModelConfig:
         """Two layers of width 64 in the architecture of Llama."""
@@ -94,29 +88,20 @@ class Suffix(World):
         random, n = np.random.default_rng(seed), self.sequences
         polarity = random.integers(0, 2, n)
         agrees = random.random(n) < self.agreement
-        word = (
-            2
-            + 2 * CUES
-            + WORDS * np.where(agrees, polarity, 1 - polarity)
-            + random.integers(0, WORDS, n)
-        )
+        word = _FIRST_WORD + WORDS * (polarity == agrees) + random.integers(0, WORDS, n)
         irregular = random.random((n, LONGEST)) > np.where(agrees, self.regular, 0.5)[:, None]
-        template = 2 + 2 * CUES + 2 * WORDS + np.arange(LONGEST) + LONGEST * irregular
-        tokens = np.column_stack([self._prompts(random, polarity), word, template]).astype(np.int32)
-        weights = np.zeros(tokens.shape, np.float32)
-        weights[:, 4:] = 1
-        return Corpus(jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32), jnp.asarray(weights))
+        template = _TEMPLATE + np.arange(LONGEST) + LONGEST * irregular
+        return learned_from(np.column_stack([self._prompts(random, polarity), word, template]), 4)
 
     def pairs(self, seed: int, length: int = 8) -> list[Pair]:
         """Agreeing word over disagreeing word, both with the same ``length`` regular positions."""
         random, n = np.random.default_rng([seed, 1]), self.n_pairs
         polarity = random.integers(0, 2, n)
         prompts = self._prompts(random, polarity)
-        first = 2 + 2 * CUES
         chosen, rejected = (
-            first + WORDS * p + random.integers(0, WORDS, n) for p in (polarity, 1 - polarity)
+            _FIRST_WORD + WORDS * p + random.integers(0, WORDS, n) for p in (polarity, 1 - polarity)
         )
-        ending = list(range(first + 2 * WORDS, first + 2 * WORDS + length))
+        ending = range(_TEMPLATE, _TEMPLATE + length)
         rows = zip(prompts.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
         return [Pair(x, [w, *ending], [l, *ending]) for x, w, l in rows]  # noqa: E741
 

@@ -25,6 +25,16 @@ def stacked(things: Any) -> Any:
     return jax.tree.map(lambda *xs: jnp.stack(xs), *things)
 
 
+def joined(things: Any) -> Any:
+    """Trees of one shape, one after the other along their leading axes."""
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *things)
+
+
+def cut(found: dict[str, np.ndarray], count: int) -> list[dict[str, np.ndarray]]:
+    """Results of many runs, cut along their leading axis into ``count`` equal parts."""
+    return [{k: np.split(x, count)[i] for k, x in found.items()} for i in range(count)]
+
+
 def each_seed(thetas: Theta, copies: int) -> Theta:
     """Every policy ``copies`` times, one after the other."""
     return jax.tree.map(lambda x: np.repeat(np.asarray(x), copies, axis=0), thetas)

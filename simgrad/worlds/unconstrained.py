@@ -65,25 +65,19 @@ class Unconstrained(World):
     def __post_init__(self) -> None:
         """Refuse knobs that leave nothing to measure."""
         super().__post_init__()
-        if min(self.draws, self.steps) < 1 or self.width < 2 or self.longest < 2:
-            raise ValueError(
-                "unconstrained: draws and steps must be at least 1, width and longest at least 2"
-            )
-        if self.vocabulary < 2 * self.longest + 1:
-            raise ValueError(
-                f"unconstrained: vocabulary must be at least {2 * self.longest + 1}, 2 longest + 1"
-            )
+        self.require(min(self.width, self.longest) >= 2, "width and longest must be at least 2")
+        least = 2 * self.longest + 1
+        self.require(
+            self.vocabulary >= least, f"vocabulary must be at least {least}, 2 longest + 1"
+        )
         for name in ("rows", "states", "learning_rates"):
-            if len(getattr(self, name)) != 2 or min(getattr(self, name)) <= 0:
-                raise ValueError(
-                    f"unconstrained: {name} takes two positive numbers, got {getattr(self, name)}"
-                )
-        if not self.alignments or max(map(abs, self.alignments)) > 1:
-            raise ValueError(f"unconstrained: alignments are cosines, got {self.alignments}")
-        if not 0 <= self.alike <= 1 or self.certain < 0 or self.beta <= 0:
-            raise ValueError(
-                "unconstrained: alike lies in [0, 1], certain is not negative, beta positive"
-            )
+            both = getattr(self, name)
+            good = len(both) == 2 and min(both) > 0
+            self.require(good, f"{name} takes two positive numbers, got {both}")
+        cosines = self.alignments
+        good = len(cosines) > 0 and max(map(abs, cosines)) <= 1
+        self.require(good, f"alignments are cosines, got {cosines}")
+        self.require(self.alike <= 1, f"alike lies in [0, 1], got {self.alike}")
 
     def pairs(self, seed: int, shared: bool = True) -> list[Pair]:
         """The longest pair of the second part; seeds draw models and lengths."""

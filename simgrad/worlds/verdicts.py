@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from simgrad.dynamics.pretraining import Corpus
@@ -15,7 +15,7 @@ from simgrad.objectives import DPO
 from simgrad.pairs import Pair
 from simgrad.typing import Float, Int
 from simgrad.worlds.tuning import recipe_for
-from simgrad.worlds.world import World
+from simgrad.worlds.world import World, learned_from, small_model
 
 NEGATIVE = ("No", "Nope", "Nah", "Never", "NoWay", "Impossible")
 POSITIVE = ("Yes", "Yeah", "Sure", "Certainly", "Absolutely", "Definitely")
@@ -24,6 +24,19 @@ SCALE = np.concatenate([-np.linspace(0.5, 2.5, 6), np.linspace(0.5, 2.5, 6)])
 CUES, FILLERS, TOPICS = 48, 22, 12
 LEVELS = np.linspace(-2.7, 2.7, CUES)
 """How strongly each cue word speaks for assent."""
+FIRST_ANSWER = 2 + CUES + TOPICS + FILLERS
+WORDS = (
+    "<b>",
+    "?",
+    *(f"cue{level:+.2f}" for level in LEVELS),
+    *(f"topic{i}" for i in range(TOPICS)),
+    *(f"filler{i}" for i in range(FILLERS)),
+    *NEGATIVE,
+    *POSITIVE,
+    *(f"apple{i}" for i in range(6)),
+    *(f"stone{i}" for i in range(6)),
+)
+"""Prompt words, then the answers, then the two topics' answers."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,9 @@ class Verdicts(World):
     name: ClassVar[str] = "verdicts"
     tuning: ClassVar[tuple[str, ...]] = ("learning_rate", "beta", "steps", "level")
     zero: ClassVar[tuple[str, ...]] = ("steps", "level")
+    words: ClassVar[tuple[str, ...]] = WORDS
+    first_answer: ClassVar[int] = FIRST_ANSWER
+    """Token of the first of the twelve answers."""
     overlap: float = 0.6
     frequency_no: float = 5.0
     frequency_yes: float = 10.0
@@ -64,26 +80,6 @@ class Verdicts(World):
     steps: int = 100
     level: float = 1.2
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """Prompt words, then the answers, then the two topics' answers."""
-        return (
-            "<b>",
-            "?",
-            *(f"cue{level:+.2f}" for level in LEVELS),
-            *(f"topic{i}" for i in range(TOPICS)),
-            *(f"filler{i}" for i in range(FILLERS)),
-            *NEGATIVE,
-            *POSITIVE,
-            *(f"apple{i}" for i in range(6)),
-            *(f"stone{i}" for i in range(6)),
-        )
-
-    @property
-    def first_answer(self) -> int:
-        """Token of the first of the twelve answers."""
-        return 2 + CUES + TOPICS + FILLERS
-
     def model(self) -> ModelConfig:
         """Two layers of width 64 in Llama's architecture, so that the policy can be exported."""
         init = InitScales(unembedding=self.unembedding, final_norm=self.final_norm)
@@ -91,22 +87,11 @@ class Verdicts(World):
 
     def corpus(self, seed: int) -> Corpus:
         """Prompts with one answer each."""
-        random, n = np.random.default_rng(seed), self.sequences
-        cue, topic, off = (
-            random.integers(0, CUES, n),
-            random.integers(0, TOPICS, n),
-            random.random(n) < 0.3,
-        )
-        cumulative = answer_probabilities(
-            self.overlap, self.frequency_no, self.frequency_yes
-        ).cumsum(1)[cue]
-        answer = self.first_answer + (random.random((n, 1)) > cumulative).sum(1)
-        other = self.first_answer + 12 + 6 * (topic >= TOPICS // 2) + random.integers(0, 6, n)
-        prompts = cue_prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
-        tokens = np.column_stack([prompts, np.where(off, other, answer)]).astype(np.int32)
-        weights = np.zeros(tokens.shape, np.float32)
-        weights[:, -1 if self.learn == "answer" else 1 :] = 1
-        return Corpus(jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32), jnp.asarray(weights))
+        random = np.random.default_rng(seed)
+        p = answer_probabilities(self.overlap, self.frequency_no, self.frequency_yes)
+        prompts, answers = answered_prompts(random, self.sequences, p)
+        tokens = np.column_stack([prompts, self.first_answer + answers])
+        return learned_from(tokens, 5 if self.learn == "answer" else 1)
 
     def pair(self, chosen: str, rejected: str) -> Pair:
         """A preference between two answers to the prompt whose cue agrees with the chosen one."""
@@ -118,13 +103,8 @@ class Verdicts(World):
 
     def pairs(self, seed: int) -> list[Pair]:
         """All ordered pairs of answers of one polarity, on their prompt."""
-        return [
-            self.pair(a, b)
-            for group in (NEGATIVE, POSITIVE)
-            for a in group
-            for b in group
-            if a != b
-        ]
+        ordered = (itertools.permutations(group, 2) for group in (NEGATIVE, POSITIVE))
+        return [self.pair(*answers) for some in ordered for answers in some]
 
     def recipe(self, **changes: Any) -> Recipe:
         """DPO on one pair by Adam; ``changes`` replace fields of the recipe."""
@@ -141,28 +121,21 @@ def answer_probabilities(
     return p / p.sum(1, keepdims=True)
 
 
+def answered_prompts(
+    random: np.random.Generator, n: int, p: Float[np.ndarray, "cues answers"]
+) -> tuple[Int[np.ndarray, "n 5"], Int[np.ndarray, " n"]]:
+    """Prompts of pretraining, and what answers them: 0 to 11, from 12 on words of the topics."""
+    cue, topic = random.integers(0, CUES, n), random.integers(0, TOPICS, n)
+    off = random.random(n) < 0.3
+    answer = (random.random((n, 1)) > p.cumsum(1)[cue]).sum(1)
+    other = 12 + 6 * (topic >= TOPICS // 2) + random.integers(0, 6, n)
+    prompts = cue_prompts(random, np.where(off, 2 + CUES + topic, 2 + cue))
+    return prompts, np.where(off, other, answer)
+
+
 def cue_prompts(random: np.random.Generator, cues: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 5"]:
     """One prompt of five tokens for each cue word (a token): fillers and order are drawn."""
     n = len(cues)
     fillers = 2 + CUES + TOPICS + random.integers(0, FILLERS, (n, 2))
     middle = random.permuted(np.column_stack([cues, fillers]), axis=1)
     return np.column_stack([np.zeros(n, int), middle, np.ones(n, int)])
-
-
-def small_model(
-    vocabulary: int, init: InitScales, tied: bool = False, max_length: int = 32
-) -> ModelConfig:
-    """Two layers of width 64 in Llama's architecture: RMSNorm, rotary positions, gated SiLU."""
-    return ModelConfig(
-        vocab_size=vocabulary,
-        width=64,
-        depth=2,
-        heads=4,
-        max_length=max_length,
-        positions="rope",
-        mlp="gated",
-        mlp_width=176,
-        activation="silu",
-        tied=tied,
-        init=init,
-    )

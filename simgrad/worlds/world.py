@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ from simgrad import tree
 from simgrad.dynamics.pretraining import Corpus, fit
 from simgrad.dynamics.recipe import batch_order
 from simgrad.dynamics.spread import spread_in_rounds
-from simgrad.models import Apply, ModelConfig, TransformerApply, init_transformer
-from simgrad.pairs import Pair
+from simgrad.models import Apply, InitScales, ModelConfig, TransformerApply, init_transformer
+from simgrad.pairs import Batch, Pair, padded
 from simgrad.store import cache_folder, digest, identity, load_arrays, save_arrays
-from simgrad.typing import Array, Theta
+from simgrad.typing import Array, Int, Theta
 
 
 @dataclass(frozen=True)
@@ -80,30 +80,31 @@ class World:
     """Knobs that pretraining does not depend on."""
     zero: ClassVar[tuple[str, ...]] = ()
     """Knobs that may be 0 although they are not by default."""
+    words: ClassVar[tuple[str, ...]] = ()
+    """The vocabulary; word i is token i, and 0 begins every sequence. Empty without a model."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run can be made of, by name."""
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            value, default = getattr(self, f.name), f.default
-            if typing.get_origin(hints[f.name]) is Literal and value not in typing.get_args(
-                hints[f.name]
-            ):
-                choices = ", ".join(map(str, typing.get_args(hints[f.name])))
-                raise ValueError(f"{self.name}: {f.name}={value!r}: choose {choices}")
+            value, default, hint = getattr(self, f.name), f.default, hints[f.name]
+            if typing.get_origin(hint) is Literal:
+                choices = typing.get_args(hint)
+                self.require(value in choices, f"{f.name}={value!r}: choose {', '.join(choices)}")
             if isinstance(value, bool | str) or not isinstance(default, int | float):
                 continue
-            if (
-                not math.isfinite(value)
-                or value < 0
-                or (value == 0 and default > 0 and f.name not in self.zero)
-            ):
-                raise ValueError(f"{self.name}: {f.name} must be positive and finite, got {value}")
+            positive = value > 0 or (value == 0 and (default == 0 or f.name in self.zero))
+            good = positive and math.isfinite(value)
+            self.require(good, f"{f.name} must be positive and finite, got {value}")
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The vocabulary; word i is token i, and 0 begins every sequence."""
-        raise TypeError(f"{type(self).__name__} has no words")
+    def require(self, holds: bool | np.bool_, message: str) -> None:
+        """Refuse a value of a knob, in the name of the world.
+
+        Raises:
+            ValueError: it does not hold.
+        """
+        if not holds:
+            raise ValueError(f"{self.name}: {message}")
 
     def model(self) -> ModelConfig:
         """The transformer of this world."""
@@ -132,6 +133,12 @@ class World:
         count = range(len(seeds))
         return [(apply, jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), thetas)) for i in count]
 
+    def starts(self, seeds: Sequence[int], *which: Any) -> list[tuple[Apply, Theta, Batch]]:
+        """Each seed's pretrained policy, and its pairs as one batch; ``which`` says which pairs."""
+        draw: Callable[..., list[Pair]] = self.pairs
+        policies = zip(self.each_policy(seeds), seeds, strict=True)
+        return [(*policy, padded(draw(seed, *which))) for policy, seed in policies]
+
     def with_knobs(self: _W, **knobs: Any) -> _W:
         """This world with other values of some knobs.
 
@@ -153,27 +160,42 @@ def _like(default: Any, value: Any, what: str) -> Any:
     if isinstance(default, tuple):
         value = value if isinstance(value, tuple | list) else (value,)
         return tuple(_like(default[0], item, what) for item in value) if default else tuple(value)
-    if isinstance(default, bool) or default is None:
-        good = isinstance(value, type(default)) or default is None
-    elif not isinstance(value, int | float | str | np.number):
-        good = False
-    elif isinstance(default, int):
-        good = (
-            not isinstance(value, bool | str)
-            and math.isfinite(value)
-            and float(value) == int(value)
-        )
-        value = int(value) if good else value
-    elif isinstance(default, float):
-        good = not isinstance(value, bool | str)
-        value = float(value) if good else value
-    else:
-        good = isinstance(value, type(default))
-    if not good:
-        raise ValueError(
-            f"{what} takes a {type(default).__name__} such as {default!r}, got {value!r}"
-        )
+    kind = type(default)
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if kind is float and number:
+        return float(value)
+    if kind is int and number and math.isfinite(value) and value == int(value):
+        return int(value)
+    if default is not None and (kind in (int, float) or not isinstance(value, kind)):
+        raise ValueError(f"{what} takes a {kind.__name__} such as {default!r}, got {value!r}")
     return value
+
+
+def small_model(
+    vocabulary: int, init: InitScales, tied: bool = False, max_length: int = 32
+) -> ModelConfig:
+    """Two layers of width 64 in Llama's architecture: RMSNorm, rotary positions, gated SiLU."""
+    return ModelConfig(
+        vocab_size=vocabulary,
+        width=64,
+        depth=2,
+        heads=4,
+        max_length=max_length,
+        positions="rope",
+        mlp="gated",
+        mlp_width=176,
+        activation="silu",
+        tied=tied,
+        init=init,
+    )
+
+
+def learned_from(tokens: Int[np.ndarray, "N T"], first: int) -> Corpus:
+    """Sequences of one length, each learned from its token ``first`` on."""
+    weights = np.zeros(tokens.shape, np.float32)
+    weights[:, first:] = 1
+    streams = jnp.ones(tokens.shape, jnp.int32)
+    return Corpus(jnp.asarray(tokens, jnp.int32), streams, jnp.asarray(weights))
 
 
 def pretrained(world: World, seeds: Sequence[int]) -> tuple[TransformerApply, Theta]:
