@@ -96,13 +96,12 @@ def _shared(world: Linear, seeds: Sequence[int]) -> Table:
             rows.append({**setting, "seed": seed, **_row(run, found["alone"]["first"][i])})
     return Table.of(
         "shared",
-        "Mean cosine and gap ⟨g_w,g_l⟩ - ‖g_w‖²; Δ log π after the run (nats), of whole "
-        "responses and of the sentiment token; shares of chosen and of both that fall; share "
-        "of pairs whose chosen's direction the pair's own kernel, and the kernel of all "
-        "trained pairs, get right to first order; R² and largest error (nats) of kernel flow, "
-        "share of responses that end below it, R² of the first step times their number. Suffix "
-        "0, 1, 5 are 1t, short-suffix, long-suffix. Orthogonal features are the null: no "
-        "suffix token pulls on another.",
+        "Mean cosine and gap ⟨g_w,g_l⟩ - ‖g_w‖²; Δ log π after the run (nats), of whole responses "
+        "and of the sentiment token; shares of chosen and of both that fall; share of pairs whose "
+        "chosen's direction the pair's own kernel, and the kernel of all trained pairs, get right "
+        "to first order; R² and largest error (nats) of kernel flow, share of responses that end "
+        "below it, R² of the first step times their number. Suffix 0, 1, 5 are 1t, short-suffix, "
+        "long-suffix. Orthogonal features are the null: no suffix token pulls on another.",
         ("features", "prefix", "suffix", "trained"),
         rows,
     )

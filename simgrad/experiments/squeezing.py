@@ -55,10 +55,9 @@ def _squeeze(world: Squeezing, seeds: Sequence[int]) -> Table:
         "squeeze",
         f"{world.steps} steps z ← z - {world.rate} (e_y - π), by what y was at the start: "
         "probability of y, and of the likeliest other token before and after; how many tokens "
-        "rise; the likeliest's gain over the mass y lost, and over all gains; mass that all "
-        "other tokens (bystanders) lost; its lead in Δ log π over the one that falls most "
-        "(nats). Peak 0, a uniform start, is the null: the others rise alike, nothing is "
-        "squeezed.",
+        "rise; the likeliest's gain over the mass y lost, and over all gains; mass that all other "
+        "tokens (bystanders) lost; its lead in Δ log π over the one that falls most (nats). Peak "
+        "0, a uniform start, is the null: the others rise alike, nothing is squeezed.",
         ("pushed", "peak"),
         rows,
     )

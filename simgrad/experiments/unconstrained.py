@@ -71,12 +71,11 @@ def _single(world: Unconstrained, seeds: Sequence[int]) -> Table:
         )
     return Table.of(
         "single",
-        "One-token pairs. d/dt log π(y⁺) per unit of c (nats per unit of time) by the closed "
-        f"form and by one DPO step of {SMALL:g}, worst relative error; share of models whose "
-        "chosen token falls at once, with features frozen (the null: none can), and after "
-        f"{world.steps} steps (Δ in nats). Of tokens outside the pair: rank correlation of "
-        "⟨W_z, W₊ - W₋⟩ at the start with Δ log π(z) of that run, and how often the top one "
-        "agrees (chance: 1 in V - 2).",
+        "One-token pairs. d/dt log π(y⁺) per unit of c (nats per unit of time) by the closed form "
+        f"and by one DPO step of {SMALL:g}, worst relative error; share of models whose chosen "
+        f"token falls at once, with features frozen (the null: none can), and after {world.steps} "
+        "steps (Δ in nats). Of tokens outside the pair: rank correlation of ⟨W_z, W₊ - W₋⟩ at the "
+        "start with Δ log π(z) of that run, and how often the top one agrees (chance: 1 in V - 2).",
         ("alignment",),
         rows,
     )

@@ -101,9 +101,8 @@ def _leaves(policy: Policy) -> dict[str, np.ndarray]:
     ):
         raise InputError(
             "the parameters hold adapters, which a checkpoint has no place for: merge them first "
-            "with "
-            "simgrad.models.merge_lora(apply, theta), and save the base model's apply with the "
-            "result"
+            "with simgrad.models.merge_lora(apply, theta), and save the base model's apply with "
+            "the result"
         )
     if not isinstance(apply, TransformerApply):
         raise UnsupportedCheckpointError(
@@ -213,10 +212,8 @@ def _check_tokenizer(tokenizer: Any, kind: str, config: str) -> None:
     if type(again) is not type(tokenizer) and not same:
         raise UnsupportedCheckpointError(
             f"transformers reads every tokenizer of a {kind} checkpoint as {type(again).__name__}, "
-            "which does not "
-            f"do what this {type(tokenizer).__name__} does: save the policy without it, or with "
-            "the attributes of "
-            "another family"
+            f"which does not do what this {type(tokenizer).__name__} does: save the policy without "
+            "it, or with the attributes of another family"
         )
 
 

@@ -73,15 +73,13 @@ _ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.item
 # attributes that change neither logits nor hidden states in evaluation mode
 _WITHOUT_EFFECT = frozenset(
     "architectures attention_dropout attn_pdrop bos_token_id chunk_size_feed_forward dtype "
-    "embd_pdrop "
-    "eos_token_id gradient_checkpointing id2label initializer_range is_llama_config label2id "
-    "max_window_layers model_type n_ctx name_or_path output_attentions output_hidden_states "
-    "output_past "
-    "pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict "
-    "return_dict_in_generate summary_activation summary_first_dropout summary_proj_to_labels "
-    "summary_type "
-    "summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version "
-    "torchscript unk_token_id use_bfloat16 use_cache".split()
+    "embd_pdrop eos_token_id gradient_checkpointing id2label initializer_range is_llama_config "
+    "label2id max_window_layers model_type n_ctx name_or_path output_attentions "
+    "output_hidden_states output_past pad_token_id pretraining_tp problem_type "
+    "reorder_and_upcast_attn resid_pdrop return_dict return_dict_in_generate summary_activation "
+    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj "
+    "task_specific_params torch_dtype transformers.js_config transformers_version torchscript "
+    "unk_token_id use_bfloat16 use_cache".split()
 )
 _REQUIRED = {
     "is_encoder_decoder": False,
@@ -224,8 +222,7 @@ def _mistral(attributes: Mapping[str, Any]) -> dict[str, Any]:
     if attributes.get("sliding_window") is not None:
         raise UnsupportedCheckpointError(
             f"sliding_window={attributes['sliding_window']} is not supported; if your sequences "
-            "are shorter "
-            "than the window, set it to null in config.json"
+            "are shorter than the window, set it to null in config.json"
         )
     return _llama_like(attributes)
 
@@ -340,8 +337,7 @@ def _llama_sources(config: ModelConfig) -> dict[str, Source]:
 _LLAMA_USED = frozenset(
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings rope_parameters rms_norm_eps intermediate_size hidden_act "
-    "tie_word_embeddings "
-    "layer_types".split()
+    "tie_word_embeddings layer_types".split()
 )
 _GPT2_USED = frozenset(
     "vocab_size n_embd n_layer n_head n_positions layer_norm_epsilon n_inner activation_function "
@@ -400,8 +396,7 @@ def family_of(attributes: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         if name not in required:
             raise UnsupportedCheckpointError(
                 f"{kind} configuration has an unknown attribute {name}={value!r}: simgrad cannot "
-                "tell whether it "
-                "changes the model. If it does not, remove it from config.json"
+                "tell whether it changes the model. If it does not, remove it from config.json"
             )
         allowed = required[name] if isinstance(required[name], tuple) else (required[name],)
         if value not in allowed:
