@@ -56,6 +56,11 @@ def load(folder, case=LLAMA, dtype="float64", **changes):
             {"rope_parameters": {"rope_type": "yarn", "factor": None, "rope_theta": 1e4}},
             "'yarn' lack factor",
         ),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "linear", "factor": "two", "rope_theta": 1e4}},
+            "factor must be a number, got 'two'",
+        ),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved=True"),
         (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (LLAMA, {"num_local_experts": 8}, "num_local_experts=8"),
@@ -240,6 +245,8 @@ def test_truncated_weights_are_refused_by_name(tmp_path, kept):
     [
         ("model.safetensors.index.json", "{", r"index\.json is damaged .*: download or copy it"),
         ("model.safetensors.index.json", '{"weight_map": 3}', r"index\.json is damaged"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}', r"index\.json is damaged"),
+        ("config.json", '{"a":' * 9999 + "1" + "}" * 9999, r"cannot read .*config\.json"),
         ("tokenizer.json", "{", "cannot read the tokenizer in .*: download or copy it again"),
         ("config.json", "{", r"cannot read .*config\.json"),
         ("config.json", "\udcff", r"cannot read .*config\.json"),

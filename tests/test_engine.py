@@ -271,7 +271,7 @@ def test_every_part_of_the_identity_counts(policy, tmp_path, monkeypatch):
     with pytest.raises(RunMismatchError, match=r"another run \(weights: "):
         simgrad.score(nearly, ROWS, out=out)
     with monkeypatch.context() as other, pytest.raises(RunMismatchError, match=r"run \(code: "):
-        other.setattr(naming, "code", lambda module: "other")
+        other.setattr(naming, "code", lambda *modules: "other")
         simgrad.score(policy, ROWS, out=out)
     installed = naming.metadata.version
     with monkeypatch.context() as other, pytest.raises(RunMismatchError, match=r"run \(optax: "):
@@ -337,6 +337,26 @@ def test_empty_result(policy):
     nothing = simgrad.score(policy, Encoded())
     assert len(nothing) == 0
     assert summarise(nothing).advice == ("No pair could be scored: see the reasons above.",)
+
+
+@pytest.mark.parametrize("budget", [512, 1000, 1024, 2047])
+def test_a_smaller_budget_takes_fewer_pairs_at_once_but_more_than_one(budget):
+    works = plan([Pair([1] * 40, [2] * 8, [3] * 8)] * 64, True, budget, 512)
+    assert max(len(work.members) for work in works) == budget // 64
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"batch_tokens": 0}, "batch_tokens=0"),
+        ({"limit": -1}, "limit=-1"),
+    ],
+)
+def test_numbers_that_make_no_scores_are_refused_before_any(policy, given, message):
+    with pytest.raises(InputError, match=message):
+        simgrad.score(policy, [Pair([1, 2], [3], [4])], **given)
 
 
 @pytest.mark.parametrize("packed", [True, False])

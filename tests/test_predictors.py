@@ -80,6 +80,11 @@ def test_second_moments_of_other_kinds_are_refused():
         optax.adamax(1e-3),
         optax.rmsprop(1e-3, centered=True),
         optax.adabelief(1e-3),
+        optax.adafactor(1e-3),
+        optax.adagrad(1e-3),
+        optax.adadelta(1e-3),
+        optax.lion(1e-3),
+        optax.MultiSteps(optax.adamw(1e-3), 2).gradient_transformation(),
     ):
         with pytest.raises(ValueError, match=r"known for SGD, momentum, Adam, AdamW and RMSProp"):
             run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=1))
@@ -219,6 +224,49 @@ def test_rmsprop_of_some_parameters_behind_clipping_has_a_direction():
 
     found = run_direction(apply, theta, BATCH, recipe)
     close(found, jax.tree.map_with_path(move, mean, square), scale=1e4)
+
+
+@pytest.mark.parametrize("l2", [1e-3, 0.05, 0.5])
+def test_adam_behind_an_l2_term_keeps_its_digits_in_float32(l2):
+    """What the moments see is read off the optimizer; an L2 term is far larger than a probe."""
+    parts = optax.clip_by_global_norm(CLIP), optax.add_decayed_weights(l2), optax.adam(PEAK)
+    recipe = Recipe(DPO(), optax.chain(*parts), steps=4, batch_size=2)
+    wide, theta = model(KIND)
+    narrow, _ = model(KIND, "float32")
+    exact = run_direction(wide, theta, BATCH, recipe)
+    near = run_direction(narrow, jax.tree.map(lambda x: x.astype("float32"), theta), BATCH, recipe)
+    miss = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)), exact, near)
+    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(exact))
+    assert max(float(x.max()) for x in jax.tree.leaves(miss)) < 0.01 * size
+    kernels = [m.mean() for m in jax.tree.leaves(miss)]
+    assert max(kernels) < 1e-3 * size
+
+
+def test_a_gradient_that_cannot_be_read_is_no_silent_nan():
+    apply, theta = model(KIND)
+    optimizer = optax.chain(optax.centralize(), optax.adam(1e-3))
+    with pytest.raises(ValueError, match="direction of this run is not finite"):
+        run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=1))
+
+
+def test_adam_masked_by_shape_has_a_direction():
+    apply, theta = model(KIND)
+    matrices = optax.masked(optax.adam(1e-3), lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+    chosen = jax.tree.map(lambda x: x.ndim > 1, theta)
+    named = optax.masked(optax.adam(1e-3), chosen)
+    found = [
+        run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=2, batch_size=2))
+        for optimizer in (matrices, named)
+    ]
+    close(*found)
+
+
+def test_accumulation_does_not_bind_the_sample_of_a_direction():
+    apply, theta = model(KIND)
+    recipe = Recipe(DPO(), optax.sgd(0.1), steps=2, batch_size=4, accumulate=4)
+    batch = padded(PAIRS * 3)
+    found = directional_score(apply, theta, batch, recipe, sample=len(PAIRS) * 2 + 2)
+    assert np.isfinite(found.change).all()
 
 
 def test_rmsprop_behind_an_l2_term_is_refused():

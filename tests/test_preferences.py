@@ -55,6 +55,7 @@ def test_every_file_kind_gives_the_same_rows(tmp_path):
         ("d.parquet", "nonsense", "not a parquet file"),
         ("d.txt", "nonsense", "unknown ending '.txt'"),
         ("d.jsonl", "\n", "no rows"),
+        ("n.jsonl", '{"a": ' + "9" * 5000 + "}", r"n\.jsonl, line 1: not JSON that can be read"),
         ("d.json", "[" * 100_000 + "]" * 100_000, r"d\.json: nested too deeply"),
         ("d.jsonl", '{"a": ' * 9999 + "1" + "}" * 9999, r"d\.jsonl, line 1: nested too deeply"),
     ],

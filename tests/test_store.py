@@ -147,6 +147,47 @@ def test_what_a_user_wrote_counts_down_to_what_it_calls_by_name(monkeypatch):
     assert store.identity("simgrad.tree", objective=get("dpo"))["objective"] == "DPO(beta=0.1)"
 
 
+DEEPER = {
+    "lambda": "def f(x):\n    return (lambda y: helper(y))(x)\n",
+    "comprehension": "def f(x):\n    return [helper(y) for y in x]\n",
+    "inherited": "class Base:\n    def go(self, x):\n        return helper(x)\n"
+    "class Own(Base):\n    pass\nf = Own()\n",
+    "static": "class Own:\n    @staticmethod\n    def go(x):\n        return helper(x)\n"
+    "f = Own()\n",
+    "property": "class Own:\n    @property\n    def go(self):\n        return helper(1)\n"
+    "f = Own()\n",
+    "class": "class Own:\n    def go(self, x):\n        return helper(x)\n"
+    "def f(x):\n    return Own().go(x)\n",
+}
+
+
+@pytest.mark.parametrize("way", DEEPER)
+def test_a_users_helper_counts_however_it_is_reached(monkeypatch, way):
+    def named(body):
+        module = types.ModuleType("a_notebook")
+        module.__file__ = "/home/user/a_notebook.py"
+        monkeypatch.setitem(sys.modules, "a_notebook", module)
+        exec(f"def helper(x):\n    return {body}\n{DEEPER[way]}", vars(module))
+        return store.digest(module.f)
+
+    assert named("x") == named("x") != named("2 * x")
+
+
+def test_a_users_module_counts_by_its_text(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "users_helpers.py").write_text("def h(x):\n    return x\n")
+    import users_helpers
+
+    module = types.ModuleType("a_notebook")
+    module.__file__ = "/home/user/a_notebook.py"
+    monkeypatch.setitem(sys.modules, "a_notebook", module)
+    exec("import users_helpers\ndef f(x):\n    return users_helpers.h(x)\n", vars(module))
+    first = store.digest(module.f)
+    (tmp_path / "users_helpers.py").write_text("def h(x):\n    return 2 * x\n")
+    assert store.digest(module.f) != first
+    assert users_helpers.h(1) == 1
+
+
 def test_digests_are_the_same_in_every_process():
     program = """
         import optax, numpy as np

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from simgrad.cli.parsing import assignments, mesh_axes
+from simgrad.errors import InputError
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Predict:
     sample: int | None = None
     """Pairs drawn at random for the direction, with the resulting error reported (default: all)."""
     check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Train as well, and compare every predictor with what happened."""
+    """Train as well, and compare every predictor with what happened; this begins anew each time."""
     limit: int | None = None
     """Read only the first rows."""
     split: str = "train"
@@ -73,6 +74,8 @@ class Predict:
                 batch_size=self.batch_size,
             )
             rows = read_rows(self.data, self.limit, self.split)
+            if self.check and len(rows) < 2:
+                raise InputError("--check compares pairs with each other: give at least two")
             policy = load(self.model, mesh=mesh)
         given = {"epochs": self.epochs, "max_length": self.max_length}
         with progress_bar(console, "Predicting") as progress:

@@ -114,7 +114,9 @@ def _configs(world: World, texts: tuple[str, ...]) -> list[RunConfig]:
         parts = [value_of(part) for part in value.split(",")] if isinstance(value, str) else value
         values[name] = list(parts) if isinstance(parts, list | tuple) else [parts]
     if "include" in values:
-        values["include"] = [x if x is None else tuple(x.split("+")) for x in values["include"]]
+        values["include"] = [
+            x if x is None else tuple(str(x).split("+")) for x in values["include"]
+        ]
     recipe = getattr(world, "recipe", None)
     usual = {
         name: getattr(recipe() if recipe else world, name, None) for name in ("steps", "batch_size")

@@ -48,16 +48,17 @@ def run_direction(
         D = Σ_{t < steps} optimizer_t(ḡ),        ḡ = mean gradient of all pairs at θ
 
     Schedules and momentum run as they do, decay acts at θ. For Adam, AdamW and RMSProp the second
-    moment is held at the mean squared minibatch gradient of one epoch, so that the preconditioner
-    is P = 1/(√v + ε) as it is after the first steps, and the first moment at the mean; both are of
+    moment v is set before every update to the mean squared minibatch gradient of one epoch, and the
+    first to the mean, so that the preconditioner is P = 1/(√v' + ε), v' = β₂ v + (1 - β₂) ḡ², about
+    what it is after the first steps; both are of
     gradients as these transformations see them, behind clipping and whatever else stands before
     them in a chain. Without second moments clipping sees ḡ, whose norm is below a minibatch's. It
     costs one epoch of gradients (and one batch more where batches do not divide the pairs).
 
     Raises:
         ValueError: what :class:`Recipe` or the batch do not allow; mitigations and masks, which
-            change the gradient with the policy; adaptive optimizers other than these, whose moments
-            are not known here.
+            change the gradient with the policy; optimizers other than these, whose moments are not
+            known here; a direction that is not finite.
     """
     if recipe.mitigation is not None or recipe.mask is not None:
         raise ValueError(
@@ -69,7 +70,14 @@ def run_direction(
     require_shape("reference", start, (batch.size, 2))
     require_settling(recipe.optimizer, bind(apply, theta).trained)
     fixed = (recipe.objective, recipe.optimizer, recipe.steps)
-    return _direction(apply, theta, batch, *fixed, start, order)
+    found = _direction(apply, theta, batch, *fixed, start, order)
+    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found)):
+        raise ValueError(
+            "the direction of this run is not finite: parameters or gradients are not, or the "
+            "optimizer changes gradients in a way that cannot be read here: use linearized_run, or "
+            "train"
+        )
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "objective", "optimizer", "steps"))
@@ -230,7 +238,9 @@ def directions(
 
     def seen(index: np.ndarray) -> Theta:
         size = None if recipe.batch_size is None else min(recipe.batch_size, len(index))
-        return run_direction(apply, theta, batch.take(index), recipe.replace(batch_size=size))
+        return run_direction(
+            apply, theta, batch.take(index), recipe.replace(batch_size=size, accumulate=1)
+        )
 
     drawn = np.random.default_rng(seed).permutation(batch.size)[:sample]
     each = sample // groups

@@ -21,7 +21,26 @@ from simgrad.typing import Array, Theta
 
 def adapts(optimizer: optax.GradientTransformation, trained: Theta) -> bool:
     """Whether the optimizer divides by the size of past gradients."""
-    return bool(_moments(jax.eval_shape(lambda t: begun(optimizer, t), trained)))
+    state = jax.eval_shape(lambda t: begun(optimizer, t), trained)
+    return bool(_moments(state) or _unknown(state)) or not _is_proportional(optimizer)
+
+
+_KNOWN = (
+    "EmptyState TraceState ScaleByAdamState ScaleByRmsState ScaleByScheduleState MaskedState "
+    "InjectHyperparamsState InjectStatefulHyperparamsState WrappedScheduleState PartitionState "
+    "MaskedNode".split()
+)
+"""Parts of an optimizer's state whose role in a direction is known."""
+
+
+def _unknown(state: Any) -> list[str]:
+    """Names of the other parts of a state."""
+    inside = state.values() if isinstance(state, dict) else state if type(state) is tuple else ()
+    own = []
+    if hasattr(state, "_fields"):
+        inside = tuple(state)
+        own = [type(state).__name__] if type(state).__name__ not in _KNOWN else []
+    return own + [name for part in inside for name in _unknown(part)]
 
 
 def _holds_moments(node: Any) -> bool:
@@ -44,7 +63,8 @@ def met_by_moments(
     """The gradient as the optimizer's moments see it: clipped, decayed, scaled.
 
     One update from zero moments leaves (1 - β₁) g in the first one, or (1 - β₂) g² in the second;
-    the factor is read off a gradient that is too small to be clipped. Parameters that have no
+    the factor is read off the derivative of the first at a gradient of zero, where nothing is
+    clipped, or off a tiny gradient. Parameters that have no
     moments, while others have, keep the share of their gradient that clipping left to the others.
     """
     if not (kept := _moments(state)):
@@ -70,19 +90,23 @@ def met_by_moments(
         return by_leaf(trace, gradient, _moments(after))
 
     has_moments = by_leaf(lambda _, moment: moment is not None, trained, kept)
-    nothing = traces(zero)
-    probe = traces(jax.tree.map(lambda x: jnp.full_like(x, TINY), trained))
+    nothing, one = traces(zero), jax.tree.map(jnp.ones_like, trained)
+    if name == "mu":  # exact even behind an L2 term, in which a small gradient would drown
+        factor = jax.jvp(traces, (zero,), (one,))[1]
+    else:
+        tiny = traces(jax.tree.map(lambda x: TINY * x, one))
+        factor = jax.tree.map(lambda x: x / TINY, tiny)
 
-    def unscaled(has: bool, x: Array, p: Array, n: Array) -> Array:
-        return x * TINY / (p - n).reshape(-1)[0] if has else x
+    def unscaled(has: bool, x: Array, factor: Array) -> Array:
+        return x / factor.reshape(-1)[0] if has else x
 
     def met(gradient: Theta) -> Theta:
         here = traces(gradient)
-        seen = jax.tree.map(unscaled, has_moments, here, probe, nothing)
+        seen = jax.tree.map(unscaled, has_moments, here, factor)
         if all(jax.tree.leaves(has_moments)):
             return seen
         change = jax.tree.map(jnp.subtract, here, nothing)
-        clipped = jax.tree.map(unscaled, has_moments, change, probe, nothing)
+        clipped = jax.tree.map(unscaled, has_moments, change, factor)
         before = jax.tree.map(lambda has, g: g if has else jnp.zeros_like(g), has_moments, gradient)
         square = tree.inner(before, before)
         share = tree.inner(before, clipped) / jnp.where(square > 0, square, 1.0)
@@ -106,20 +130,23 @@ def _unmasked(moment: Theta, like: Theta) -> Theta:
 
 def require_settling(optimizer: optax.GradientTransformation, trained: Theta) -> None:
     """Refuse moments other than Adam's or RMSProp's, and Adams that do not normalise at once."""
-    moments = _moments(jax.eval_shape(lambda t: begun(optimizer, t), trained))
+    state = jax.eval_shape(lambda t: begun(optimizer, t), trained)
+    moments, unknown = _moments(state), _unknown(state)
     if moments and _read_from(moments) == "nu" and _sees_parameters(optimizer):
         raise ValueError(
             "the direction of a run is not known for RMSProp behind an L2 term, whose square alone "
             "is kept: decay after it, as AdamW does, or use linearized_run, or train"
         )
-    for node in moments:
-        known = isinstance(node, optax.ScaleByAdamState | optax.ScaleByRmsState)
-        if not known or not _normalises(optimizer):
-            raise ValueError(
-                "the direction of a run is known for SGD, momentum, Adam, AdamW and RMSProp, with "
-                "clipping, decay and schedules; this optimizer keeps second moments otherwise "
-                f"({type(node).__name__}): use linearized_run, or train"
-            )
+    usual = _normalises(optimizer) if moments else _is_proportional(optimizer)
+    if usual and not unknown:
+        return
+    parts = ", ".join(dict.fromkeys(unknown or [type(node).__name__ for node in moments]))
+    what = f"keeps {parts}" if parts else "takes steps that are not in proportion to gradients"
+    raise ValueError(
+        "the direction of a run is known for SGD, momentum, Adam, AdamW and RMSProp, with "
+        f"clipping, decay and schedules; this optimizer is another one ({what}): use "
+        "linearized_run, or train; for micro-batches give Recipe.accumulate"
+    )
 
 
 def _sees_parameters(optimizer: optax.GradientTransformation) -> bool:
@@ -148,11 +175,25 @@ def _normalises(optimizer: optax.GradientTransformation) -> bool:
             return True  # made for the parameters' own tree: what its state holds is believed
 
 
+def _is_proportional(optimizer: optax.GradientTransformation) -> bool:
+    """Whether a small gradient of twice the size gives steps of twice the size."""
+    probe = {"w": jnp.array([0.3, -0.7], jnp.float32)}
+    with jax.ensure_compile_time_eval():
+        try:
+            once, twice = (_few_steps(optimizer, probe, 2.0**k)[0] for k in (-21, -20))
+        except (ValueError, KeyError, TypeError):
+            return True  # made for the parameters' own tree
+    return bool(np.allclose(2 * once, twice, rtol=1e-2, atol=0))
+
+
 def _divides(optimizer: optax.GradientTransformation, size: float) -> bool:
     probe = {"w": jnp.array([0.3, -0.7], jnp.float32)}
     (a, once), (b, twice) = (_few_steps(optimizer, probe, x) for x in (size, 2 * size))
-    moments = [np.concatenate([np.ravel(n.nu["w"]) for n in some]) for some in (once, twice)]
-    untouched = np.allclose(4 * moments[0], moments[1], rtol=1e-2, atol=0)
+    squares = [[n.nu["w"] for n in some if not _masked(n.nu["w"])] for some in (once, twice)]
+    if not squares[0]:
+        raise ValueError("the probe is masked by its shape, which is not that of the parameters")
+    moments = [np.concatenate([np.ravel(x) for x in some]) for some in squares]
+    untouched = moments[0].any() and np.allclose(4 * moments[0], moments[1], rtol=1e-2, atol=0)
     return bool(untouched and np.abs(b).sum() <= 1.5 * np.abs(a).sum())
 
 

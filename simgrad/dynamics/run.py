@@ -129,8 +129,7 @@ class DivergedError(FloatingPointError):
     def __init__(self, step: int, trajectory: Trajectory) -> None:
         super().__init__(
             f"step {step} (counted from 0) met or left log-probs that are not finite: lower the "
-            "learning rate or clip gradients, and begin anew; the records so far are in this "
-            "error's .trajectory"
+            "learning rate or clip gradients, and begin anew"
         )
         self.step, self.trajectory = step, trajectory
 

@@ -76,8 +76,10 @@ def sweep(
     thetas, pairs = jax.tree.map(np.asarray, thetas), batches.tokens.shape[-3]
     groups = _groups(apply, thetas, batches, configs, seeds)
     arrays = {name: np.asarray(x) for name, x in vars(batches).items()}
+    most = at_once or _at_once(apply, thetas)
     run = identity(
         "simgrad.dynamics.sweep",
+        vectorised=(most, jax.local_device_count()),
         configs=[repr(config) for config in configs],
         seeds=seeds,
         model=apply,
@@ -90,7 +92,6 @@ def sweep(
             order = np.stack([common.recipe(seed).order(pairs) for seed in seeds])
             runs = np.concatenate([np.arange(len(seeds)) + c * len(seeds) for c in members])
             each = math.ceil(len(runs) / jax.local_device_count())
-            most = at_once or _at_once(apply, thetas)
             size = math.ceil(each / math.ceil(each / most))
             todo = runs[~found.done[runs]]
             # whole groups only: what is vectorised together then does not depend on where a call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from simgrad.store import (
     differences,
     identity,
     load_arrays,
+    locked,
     provenance,
     require_same,
     save_arrays,
@@ -74,6 +76,7 @@ def train(
     Raises:
         DivergedError: a loss or log-prob that is not finite; it holds the step and the records so
             far, and ``out`` keeps the last finite record before it.
+        RunMismatchError: ``out`` holds, or is being written by, another run.
         ValueError: parameters below float32 (small steps would be rounded away), shapes that do not
             fit, pairs that the model knows nothing of, a run to continue that began with other
             arguments.
@@ -102,15 +105,6 @@ def train(
         nothing = jnp.zeros((0, 0), seen["logp"].dtype)
         return seen | {"watched": next_token_logp(apply, whole, watch) if len(watch) else nothing}
 
-    if out is not None and Path(out).exists():
-        resume = _read(Path(out), state, bind(apply, theta), run)
-    elif resume is not None:
-        _require_begun_alike(resume.trajectory, run)
-    if resume is None:
-        records = [(0, observe(state))]
-        _require_start(records[0][1])
-    else:
-        state, records = _continued(resume, recipe.steps)
     made_by = provenance()
 
     def result(state: State, records: Records) -> Training:
@@ -123,17 +117,22 @@ def train(
             header = {"kind": "training", "config": dict(training.trajectory.config)}
             save_arrays(out, {**to_arrays(training.trajectory), **leaves}, header)
 
-    keep(result(state, records))
-    return follow(
-        lambda state, until: advance(apply, theta, recipe, data, state, order, until),
-        state,
-        [stop for stop in stops if stop > int(state.step)],
-        observe,
-        result,
-        records,
-        keep,
-        progress,
-    )
+    def go_on(state: State, until: int) -> State:
+        return advance(apply, theta, recipe, data, state, order, until)
+
+    with nullcontext() if out is None else locked(out):
+        if out is not None and Path(out).exists():
+            resume = _read(Path(out), state, bind(apply, theta), run)
+        elif resume is not None:
+            _require_begun_alike(resume.trajectory, run)
+        if resume is None:
+            records = [(0, observe(state))]
+            _require_start(records[0][1])
+        else:
+            state, records = _continued(resume, recipe.steps)
+        keep(result(state, records))
+        stops = [stop for stop in stops if stop > int(state.step)]
+        return follow(go_on, state, stops, observe, result, records, keep, progress)
 
 
 def prepare(

@@ -78,7 +78,8 @@ def compare(setting: Setting, predictors: Sequence[str] | None = None) -> Compar
 
 CAPTION = (
     "Agreement with the measured Δlog π of the chosen responses: Spearman, the same with lengths "
-    "partialled out, R² in nats, precision at the ten that fall most, share of signs."
+    "partialled out, R² in nats, precision at the ten that fall most (of fewer than 20 pairs, at "
+    "the worse half), share of signs."
 )
 
 

@@ -16,7 +16,7 @@ from simgrad.store.naming import (
     provenance,
     require_same,
 )
-from simgrad.store.rows import RowStore
+from simgrad.store.rows import RowStore, locked
 from simgrad.store.source import code
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "digest",
     "identity",
     "load_arrays",
+    "locked",
     "provenance",
     "require_same",
     "save_arrays",

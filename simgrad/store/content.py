@@ -71,33 +71,61 @@ def _content(leaf: Any, within: tuple[int, ...]) -> str:
         return _array_digest(leaf)
     if isinstance(leaf, str | bytes | int | float | complex | np.generic | None):
         return repr(leaf)
-    if isinstance(leaf, type | types.ModuleType | types.BuiltinFunctionType | np.ufunc | np.dtype):
-        return f"{getattr(leaf, '__module__', '')}.{getattr(leaf, '__name__', leaf)}"
     if id(leaf) in within:
         return f"cycle {within.index(id(leaf))}"
     inside = (*within, id(leaf))
+    if isinstance(leaf, type | types.ModuleType | types.BuiltinFunctionType | np.ufunc | np.dtype):
+        return f"{getattr(leaf, '__module__', '')}.{getattr(leaf, '__name__', leaf)}" + (
+            _digest(_written(leaf), inside) if isinstance(leaf, type | types.ModuleType) else ""
+        )
     if isinstance(leaf, types.CodeType):
         return f"{leaf.co_code!r}{leaf.co_names}{_digest(leaf.co_consts, inside)}"
     if isinstance(leaf, functools.partial):
         parts: Any = (leaf.func, leaf.args, leaf.keywords)
     elif is_record(leaf):
-        fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
-        methods = {n: f for n, f in vars(type(leaf)).items() if inspect.isfunction(f)}
-        parts = (fields, methods) if is_users(leaf) else fields
+        parts = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
     elif callable(leaf) and hasattr(inspect.unwrap(leaf), "__code__"):
         f: Any = inspect.unwrap(leaf)
         cells = [cell.cell_contents for cell in f.__closure__ or ()]
         bound = getattr(f, "__self__", None)
         known = f.__globals__ if is_users(f) else {}
-        named = {name: known[name] for name in f.__code__.co_names if name in known}
-        parts = (f.__code__, f.__defaults__, f.__kwdefaults__, cells, bound, named)
+        called = {name: known[name] for name in sorted(_names(f.__code__)) if name in known}
+        parts = (f.__code__, f.__defaults__, f.__kwdefaults__, cells, bound, called)
         return f"{f.__module__}.{f.__qualname__}{_digest(parts, inside)}"
     elif isinstance(leaf, set | frozenset):
         parts = sorted(_content(x, inside) for x in leaf)
     else:
         text = repr(leaf)
         parts = text if " at 0x" not in text else vars(leaf) if hasattr(leaf, "__dict__") else ()
-    return f"{type(leaf).__module__}.{type(leaf).__qualname__}{_digest(parts, inside)}"
+    kind = type(leaf)
+    return f"{kind.__module__}.{kind.__qualname__}{_digest((parts, _written(kind)), inside)}"
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names that a function's code reads from its module, those of functions within it included."""
+    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _written(thing: type | types.ModuleType) -> Any:
+    """What a user wrote in a class and the classes it extends, or in a module; () of others."""
+    if isinstance(thing, types.ModuleType):
+        file = getattr(thing, "__file__", None)
+        there = _is_users(thing.__name__) and file is not None and Path(file).is_file()
+        return Path(file).read_bytes() if there and file is not None else ()
+    own = [kind for kind in thing.__mro__ if is_users(kind)]
+    return [{n: _plain(x) for n, x in sorted(vars(kind).items()) if _is_code(x)} for kind in own]
+
+
+def _is_code(x: Any) -> bool:
+    return inspect.isfunction(x) or isinstance(x, staticmethod | classmethod | property)
+
+
+def _plain(x: Any) -> Any:
+    """The functions in what a class holds."""
+    if isinstance(x, property):
+        return (x.fget, x.fset)
+    return x.__func__ if isinstance(x, staticmethod | classmethod) else x
 
 
 _KNOWN: dict[int, tuple[weakref.ref, str]] = {}

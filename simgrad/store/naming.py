@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ class RunMismatchError(InputError):
     """Results of another run are in the way."""
 
 
-def identity(computed_by: str, **parts: Any) -> dict[str, str]:
+def identity(computed_by: str | Sequence[str], **parts: Any) -> dict[str, str]:
     """What names a result: each part that makes it, the code that computes it, and versions.
 
     A part that is short is kept as readable text. A configuration that is long is split by its
     fields, and everything else stands as the :func:`digest` of its full content.
 
     Args:
-        computed_by: module whose code makes the result, see :func:`code`.
+        computed_by: module or modules whose code makes the result, see :func:`code`.
         parts: what goes into it: configuration, weights, data, recipe ...
 
     >>> found = identity("simgrad.tree", learning_rate=0.1, data=jax.numpy.zeros(3))
@@ -41,9 +41,10 @@ def identity(computed_by: str, **parts: Any) -> dict[str, str]:
     'code data device jax jaxlib learning_rate numpy optax scipy simgrad x64'
     """
     where = provenance()
+    modules = [computed_by] if isinstance(computed_by, str) else computed_by
     return {
         **described(**parts),
-        "code": code(computed_by),
+        "code": code(*modules),
         **{name: str(where[name]) for name in ("simgrad", *_LIBRARIES, "device", "x64")},
     }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,28 @@ from filelock import FileLock, Timeout
 
 from simgrad.store.files import load_arrays, save_arrays
 from simgrad.store.naming import RunMismatchError, require_same
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep a file, whose folder is made if need be, to this process.
+
+    Raises:
+        RunMismatchError: another process is writing it.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunMismatchError(f"{path} is in use by another process") from error
+    try:
+        yield
+    finally:
+        # while the lock is still held, so that nobody locks a file that is about to go
+        if os.name == "posix":
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 class RowStore:
@@ -35,7 +58,7 @@ class RowStore:
         self.columns: dict[str, np.ndarray] = {}
         self.done = np.zeros(rows, bool)
         self._kept, self._cost, self._waiting = 0.0, 0.0, False
-        self._lock = FileLock(f"{path}.lock")
+        self._held = ExitStack()
 
     def __enter__(self) -> RowStore:
         """Lock the file and read it.
@@ -47,12 +70,8 @@ class RowStore:
         """
         if self.path is None:
             return self
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunMismatchError(f"{self.path} is in use by another process") from error
-        try:
+        with ExitStack() as held:
+            held.enter_context(locked(self.path))
             if self.path.exists():
                 arrays, header = load_arrays(self.path)
                 if "__done__" not in arrays:
@@ -60,17 +79,14 @@ class RowStore:
                 require_same(self.path, header.get("identity", {}), self.identity)
                 self.done = arrays.pop("__done__")
                 self.columns = arrays
-        except BaseException:
-            self._unlock()
-            raise
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Write what is not yet written, and unlock the file; it stays until :meth:`remove`."""
-        if self.path is not None:
-            if self._waiting:
+        with self._held:
+            if self.path is not None and self._waiting:
                 self.keep()
-            self._unlock()
 
     def add(self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         """Take finished rows: ``columns[name][k]`` belongs to row ``rows[k]``."""
@@ -99,9 +115,3 @@ class RowStore:
         self._waiting = False
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-    def _unlock(self) -> None:
-        # while the lock is still held, so that nobody locks a file that is about to go
-        if os.name == "posix":
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()

@@ -10,8 +10,8 @@ from simgrad.store.content import PACKAGE, digest
 
 
 @functools.cache
-def code(module: str) -> str:
-    """Name of the source of a module of simgrad and of every one it imports, transitively.
+def code(*modules: str) -> str:
+    """Name of the source of modules of simgrad and of every one they import, transitively.
 
     Imports are found in the source, without running it. What is imported for type checking only
     does not count, nor do comments, docstrings and layout. Of a package, only the modules count
@@ -21,7 +21,7 @@ def code(module: str) -> str:
     False
     """
     found: dict[str, str] = {}
-    todo = [module]
+    todo = list(modules)
     while todo:
         name = todo.pop()
         if name not in found:

@@ -151,6 +151,10 @@ def _rope(parameters: Mapping[str, Any] | None) -> Rope:
             f"rope_parameters of type {kind!r} lack {', '.join(missing)}"
         )
     given = {fields[k]: v for k, v in parameters.items() if k in fields and v is not None}
+    if texts := sorted(k for k, v in given.items() if not isinstance(v, int | float)):
+        raise UnsupportedCheckpointError(
+            f"rope_parameters: {texts[0]} must be a number, got {given[texts[0]]!r}"
+        )
     return Rope(kind=kind, **given)
 
 

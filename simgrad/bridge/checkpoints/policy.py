@@ -91,7 +91,14 @@ def load(
         )
     try:
         attributes = AutoConfig.from_pretrained(folder).to_dict()
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+        RecursionError,
+        StrictDataclassError,
+    ) as error:
         raise UnsupportedCheckpointError(
             f"transformers cannot read {folder / 'config.json'}: {error}"
         ) from error

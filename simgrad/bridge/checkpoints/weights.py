@@ -105,11 +105,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            files = [folder / shard for shard in shards]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UnsupportedCheckpointError(
                 f"{index} is damaged ({error}): download or copy it again"
             ) from error
-        files = [folder / shard for shard in shards]
     else:
         files = [folder / "model.safetensors"]
     for file in files:

@@ -85,7 +85,7 @@ def plan(pairs: Sequence[Pair], packed: bool, budget: int, vocab_size: int = 0) 
         members = [i for n in grid[first:end] for i in by_length[n]]
         length, rows = grid[end - 1], _round(max(longest[n] for n in grid[first:end]))
         logits = (
-            _LOGITS * (budget // _LOGITS_SHARE) // (2 * rows * vocab_size)
+            _LOGITS * budget // (_LOGITS_SHARE * 2 * rows * vocab_size)
             if vocab_size
             else len(members)
         )

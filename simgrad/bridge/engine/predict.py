@@ -26,9 +26,14 @@ from simgrad.errors import InputError
 from simgrad.experiments.comparison import Comparison, compare
 from simgrad.models import only, sequence_logp
 from simgrad.pairs import Batch, Pair, padded
-from simgrad.store import described, provenance, write_parquet
+from simgrad.store import described, provenance, require_same, write_parquet
 from simgrad.typing import Array
 
+_COMPUTED_BY = (
+    "simgrad.dynamics.directional",
+    "simgrad.bridge.engine.columns",
+    "simgrad.bridge.engine.plan",
+)
 _GROUPS = 4  # parts of a sample whose separate directions give the error
 
 
@@ -109,7 +114,7 @@ def predict(
     task = Task(
         kind="prediction",
         columns=PREDICTION_COLUMNS,
-        identity=named("simgrad.dynamics.directional", policy, encoded, **settings),
+        identity=named(policy, encoded, *_COMPUTED_BY, groups=_GROUPS, **settings),
         run={
             **_readable(run),
             "sample": sample,
@@ -148,11 +153,15 @@ def check(
     Raises:
         DivergedError: training does not stay finite.
         InputError: fewer than two pairs.
+        RunMismatchError: ``out`` holds another comparison.
     """
     encoded = _usable(encoded_for(policy, pairs, max_length))
     if len(encoded.pairs) < 2:
         raise InputError("pairs are compared with each other: at least two are needed")
     run = _for_epochs(recipe, epochs, len(encoded.pairs))
+    identity = named(policy, encoded, "simgrad.experiments.comparison", recipe=run)
+    if out is not None and Path(out).exists():
+        require_same(out, ScoreTable.load(out).metadata.get("identity", {}), identity)
     policy, made = _made(policy, run)
     found = compare(Setting(policy.apply, policy.theta, padded(encoded.pairs), made))
     if out is not None:
@@ -164,7 +173,7 @@ def check(
         header = {
             "kind": "check",
             "run": _readable(run) | {"model": policy.name, "dtype": policy.config.dtype},
-            "identity": named("simgrad.experiments.comparison", policy, encoded, recipe=run),
+            "identity": identity,
             "predictors": found.rows(f"{made.steps} steps"),
             "provenance": provenance(),
         }

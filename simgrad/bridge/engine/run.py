@@ -62,8 +62,8 @@ def policy_parts(policy: Policy) -> dict[str, str]:
     return described(model=policy.apply, weights=digest(policy.theta), tokenizer=digest(tokenizer))
 
 
-def named(computed_by: str, policy: Policy, encoded: Encoded, **settings: Any) -> dict[str, str]:
-    """Identity of a task: policy, data, settings, mesh, and the module whose code computes it."""
+def named(policy: Policy, encoded: Encoded, *computed_by: str, **settings: Any) -> dict[str, str]:
+    """Identity of a task: policy, data, settings, mesh, and the modules whose code computes it."""
     mesh = mesh_name(policy.theta)
     parts = identity(
         computed_by, data=encoded.digest(), pairs=len(encoded.pairs), mesh=mesh, **settings
@@ -74,6 +74,8 @@ def named(computed_by: str, policy: Policy, encoded: Encoded, **settings: Any) -
 def default_budget(batch_tokens: int | None) -> int:
     """Token positions evaluated at once, by device unless given."""
     if batch_tokens is not None:
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens={batch_tokens}: at least one position is needed")
         return batch_tokens
     return 1024 if jax.default_backend() == "cpu" else 16384
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +17,13 @@ from simgrad.bridge.engine.run import Progress, Task, carry_out, default_budget,
 from simgrad.bridge.engine.table import ScoreTable
 from simgrad.bridge.preferences.encoding import Encoded
 from simgrad.bridge.preferences.inputs import encoded_for
+from simgrad.errors import InputError
 from simgrad.objectives import Objective
 from simgrad.pairs import Batch, Pair
 from simgrad.theory.kernel.cost import Shapes
 from simgrad.typing import Array
 
+_COMPUTED_BY = ("simgrad.bridge.engine.columns", "simgrad.bridge.engine.plan")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -84,10 +87,12 @@ def score(
         RunMismatchError: ``out`` holds, or is being written by, another run (it names the parts
             that differ: the model's configuration, weights, data, code, versions ...); processes
             with different arguments.
-        InputError: ``max_length`` beyond the model's; unknown objective; ``out`` that is no
-            .parquet.
+        InputError: ``max_length`` beyond the model's; unknown objective; a learning rate that is
+            not positive and finite; ``out`` that is no .parquet.
     """
     objective = objectives.get(objective) if isinstance(objective, str) else objective
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise InputError(f"learning_rate={learning_rate}: a positive, finite number is needed")
     encoded = on_all(lambda: encoded_for(policy, pairs, max_length, limit, split))
     settings = {
         "objective": objective,
@@ -111,7 +116,7 @@ def score(
     task = Task(
         kind="score",
         columns=score_columns(gradients),
-        identity=named("simgrad.bridge.engine.columns", policy, encoded, **settings),
+        identity=named(policy, encoded, *_COMPUTED_BY, **settings),
         run={
             **settings,
             "objective": repr(objective),

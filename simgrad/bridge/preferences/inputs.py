@@ -31,6 +31,8 @@ def encoded_for(
         raise InputError(
             f"max_length={max_length} is out of range: the model reads 1 to {longest} tokens"
         )
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: at least one row is needed")
     most, words = max_length or longest, policy.config.vocab_size
     if isinstance(pairs, Encoded):
         if limit is not None:

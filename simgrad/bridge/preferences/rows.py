@@ -46,6 +46,8 @@ def read_rows(source: str | Path, limit: int | None = None, split: str = "train"
     Raises:
         PreferenceDataError: names the file and line, or what the Hub answered.
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: at least one row is needed")
     if str(source).startswith(PREFIX):
         return Rows(world_rows(str(source), limit), str(source), split)
     path = Path(source)
@@ -86,10 +88,14 @@ def _parsed(where: str, text: str) -> Any:
     """JSON; ``where`` names the text in errors."""
     try:
         return json.loads(text)
+    except json.JSONDecodeError:
+        raise
     except RecursionError as error:
         raise PreferenceDataError(
             f"{where}: nested too deeply for a preference row: keep prompt, chosen and rejected"
         ) from error
+    except ValueError as error:  # a number with thousands of digits
+        raise PreferenceDataError(f"{where}: not JSON that can be read ({error})") from error
 
 
 def _jsonl(path: Path) -> Iterator[dict]:
