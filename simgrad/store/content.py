@@ -62,7 +62,7 @@ def _is_users(module: str) -> bool:
 
 def is_users(thing: Any) -> bool:
     """Whether a user wrote this function, or the class of this object."""
-    return _is_users(getattr(thing, "__module__", ""))
+    return _is_users(getattr(thing, "__module__", None) or "")  # of some builtins it is None
 
 
 def _content(leaf: Any, within: tuple[int, ...]) -> str:
