@@ -1,5 +1,6 @@
 """Execute notebooks in place, to the same bytes every time: ``python notebooks/execute.py [NAMES]``."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,9 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+os.environ.setdefault(
+    "TRANSFORMERS_VERBOSITY", "error"
+)  # it warns where torch is not installed
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 

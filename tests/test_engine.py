@@ -322,6 +322,18 @@ def test_table_survives_saving(table, tmp_path):
         table["chess"]
 
 
+def test_a_damaged_table_is_named(table, tmp_path):
+    table.save(tmp_path / "t.parquet")
+    (tmp_path / "t.skipped.jsonl").write_text("garbage")
+    with pytest.raises(InputError, match=r"t\.skipped\.jsonl is damaged"):
+        ScoreTable.load(tmp_path / "t.parquet")
+
+
+def test_a_table_shows_itself_in_a_line(table):
+    assert repr(table).startswith("<score table of 12 pairs, 2 skipped: index, n_prompt, ")
+    assert "\n" not in repr(table)
+
+
 def test_summary_counts_and_advises(table):
     s = summarise(table, worst=3)
     assert s.scored == 12

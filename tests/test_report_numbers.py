@@ -14,6 +14,9 @@ from simgrad.objectives import get
 from simgrad.report.mitigations import filtered, needed, objective_fates, strength
 from simgrad.report.numbers import associations, by_source, regime_map, report_numbers, scores
 from simgrad.report.summary import summarise
+from simgrad.report.words import objectives_sentence, strength_sentence
+
+SIDES = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,53 @@ def test_what_falling_pairs_need_keeps_them_from_falling(low):
     assert f"λ of at least {need.sft[0]:.3g} keeps half, and {need.sft[1]:.3g} keeps 90 %" in said
     if need.shift[0] > 0:
         assert f"to {need.shift[0]:.3g} of what it is keeps half of them" in said
+
+
+def pulled_up(pairs=40):
+    """d_w = d_l < 0: chosen pushed down, rejected pulled up, as by DiscoPOP at the start."""
+    table = invent(pairs)
+    change = {"d_chosen": -table["d_chosen"], "d_rejected": -table["d_rejected"]}
+    change |= {f"predicted_dlogp_{k}": -table[f"predicted_dlogp_{k}"] for k in SIDES}
+    return dataclasses.replace(table, columns=table.columns | change)
+
+
+def test_no_ratio_is_asked_for_where_the_rejected_is_pulled_up():
+    table = pulled_up()
+    need, c = needed(table), table.columns
+    assert need is not None
+    assert need.ratio is None
+    assert "a ratio of at least" not in " ".join(summarise(table).advice)
+    falls = c["predicted_dlogp_chosen"] < 0
+    for k, share in enumerate((0.5, 0.9)):
+        rate = (c["d_chosen"] + need.sft[k]) * c["grad_sq_chosen"]
+        rate = (rate - c["d_rejected"] * c["grad_inner"])[falls]
+        assert share <= np.mean(rate >= -1e-12) <= share + 0.2
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_factor_on_the_push_is_dpo_shifts_only_from_equal_forces(equal):
+    """DPO-Shift starts from d_w = d_l: from other forces its λ is another number."""
+    table = invent(ratio=lambda rng, n: np.ones(n) if equal else np.full(n, 0.8))
+    numbers = report_numbers(table)
+    assert numbers.equal_forces == equal
+    said = " ".join(summarise(table).advice)
+    assert "shrink the push on the rejected" in said
+    assert ("DPO-Shift" in said) == equal
+    assert ("DPO-Shift" in strength_sentence(numbers)) == (equal and numbers.strength.best > 1)
+    assert ("gap" in numbers.by_construction) == equal
+    filters = {f.score: f.kept[0.5][1] for f in numbers.filters}
+    best = min(filters.values())
+    assert all(filters[name] == best for name in numbers.by_construction)
+
+
+def test_as_scored_means_the_scored_objective():
+    table = invent(ratio=lambda rng, n: np.full(n, 0.8))
+    numbers = report_numbers(table)
+    ideal = int((table["regime"] == "ideal").sum())
+    assert 0 < ideal < len(table)
+    assert f"as scored it is {ideal}." in objectives_sentence(numbers)
+    calibrated = next(o for o in numbers.objectives if "as scored + calibration" in o.names)
+    assert calibrated.regimes["ideal"] > ideal
 
 
 def test_nothing_is_needed_where_nothing_falls():

@@ -93,6 +93,8 @@ def summary(console: Console, table: ScoreTable, out: Path, worst: int) -> None:
             )
     if len(s.worst):
         console.print(_rows(table, f"Worst pairs: {s.order}", s.columns, s.worst))
+        if s.regimes and table.metadata["run"].get("learning_rate") is None:
+            console.print("Δ log π is per unit learning rate (--lr gives nats).", style="dim")
     for line in s.advice:
         console.print(f"• {line}", highlight=False)
     if len(table):

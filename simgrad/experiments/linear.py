@@ -143,6 +143,10 @@ def _measuring(apply: Apply, recipe: Recipe, pairs: tuple[Pair, ...]) -> Any:
 
 def _row(found: dict[str, np.ndarray], own: np.ndarray) -> dict[str, float]:
     change, flow, first = found["change"], found["flow"], found["first"]
+    if not np.isfinite(change).all():
+        raise FloatingPointError(
+            "a run did not stay finite: lower the learning rate, the steps or the jitter"
+        )
     total = np.square(change - change.mean()).sum()
     return {
         "cosine": found["cosine"].mean(),

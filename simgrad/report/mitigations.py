@@ -97,7 +97,8 @@ class Needed:
     The chosen of a pair does not fall where d_w ‖g_w‖² ≥ d_l ⟨g_w,g_l⟩. With ρ = ⟨g_w,g_l⟩/‖g_w‖²:
 
     Attributes:
-        ratio: the least d_w/d_l, which is ρ.
+        ratio: the least d_w/d_l, which is ρ; None where the rejected of a falling pair is pulled
+            up (d_l < 0), since the inequality then turns round.
         sft: the least weight λ of an SFT term on the summed log-prob of the chosen, which adds λ to
             d_w: λ = ρ d_l - d_w.
         shift: the largest factor on the push d_l: d_w / (ρ d_l). From DPO, where d_w = d_l, this is
@@ -106,7 +107,7 @@ class Needed:
     Source: Yuan et al., arXiv 2410.13828, Sec. 3, solved for each mitigation.
     """
 
-    ratio: tuple[float, float]
+    ratio: tuple[float, float] | None
     sft: tuple[float, float]
     shift: tuple[float, float]
 
@@ -130,7 +131,8 @@ def needed(table: ScoreTable) -> Needed | None:
         return float(half), float(most)
 
     half, most = least(-shift)
-    return Needed(least(ratio), least(against - d_w), (-half, -most))
+    pushed = (d_l > 0).all()
+    return Needed(least(ratio) if pushed else None, least(against - d_w), (-half, -most))
 
 
 @dataclass(frozen=True)

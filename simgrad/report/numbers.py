@@ -5,6 +5,7 @@ Values that are not finite are left out of every number, and counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from simgrad.bridge.engine.columns import PER_RATE, RISKS, score_columns
+from simgrad.bridge.engine.columns import PER_RATE, RISKS, SCORE_COLUMNS, score_columns
 from simgrad.bridge.engine.table import ScoreTable
 from simgrad.dynamics.agreement import partial_spearman, spearman
 from simgrad.errors import InputError
@@ -45,7 +46,6 @@ __all__ = [
 SOURCES = tuple("source behavior subset category dataset domain task type topic split".split())
 """Fields of a row that may say where it comes from, the first that tells rows apart is taken."""
 _PARTIAL = 8  # pairs: with fewer, three lengths explain nearly everything
-_NEEDED = [column.name for column in score_columns(gradients=False)]
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,17 @@ class ReportNumbers:
     filters: tuple[Filtered, ...]
     metadata: Mapping[str, Any]
 
+    @property
+    def equal_forces(self) -> bool:
+        """Whether d_w = d_l for all pairs."""
+        ratio = None if self.map is None else self.map.ratio
+        return ratio is not None and math.isclose(ratio, 1.0, rel_tol=1e-4)
+
+    @property
+    def by_construction(self) -> tuple[str, ...]:
+        """Scores whose sign is what falling is defined by."""
+        return ("gap", "predicted_dlogp_chosen")[0 if self.equal_forces else 1 :]
+
 
 def report_numbers(
     table: ScoreTable, rows: Sequence[Mapping[str, Any]] | None = None, worst: int = 5
@@ -236,7 +247,8 @@ def require_score_table(table: ScoreTable) -> None:
     Raises:
         InputError: names what is missing.
     """
-    missing = [name for name in _NEEDED if name not in table]
+    gradients = any(c.name in table for c in SCORE_COLUMNS if c.needs == "gradients")
+    missing = [c.name for c in score_columns(gradients) if c.name not in table]
     missing += [name for name in ("run", "identity", "counts") if name not in table.metadata]
     if missing:
         raise InputError(f"not a table of simgrad score: it has no {', '.join(missing)}")

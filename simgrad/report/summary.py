@@ -17,6 +17,7 @@ _PAIR = "index n_chosen n_rejected logp_chosen"
 _EXACT = f"{_PAIR} ln_ches grad_cosine predicted_dlogp_chosen regime"
 _FORWARD = f"{_PAIR} ln_ches ches head_gap"
 _PREDICTED = "index logp_chosen predicted_dlogp_chosen error_chosen predicted_dlogp_rejected"
+_SIDES = ("chosen", "rejected")
 _MEANINGLESS = 12  # nats, beyond which sizes that a direction predicts mean little
 
 
@@ -107,7 +108,13 @@ def summarise_prediction(table: ScoreTable, worst: int = 5) -> PredictionSummary
         ]
         if np.abs(change).max() > _MEANINGLESS:
             lines.append(
-                f"Beyond about {_MEANINGLESS} nats sizes mean little, only the order does."
+                f"Beyond about {_MEANINGLESS} nats sizes mean little, and the order is less sure."
+            )
+        above = [(table[f"logp_{s}"] + table[f"predicted_dlogp_{s}"] > 0).sum() for s in _SIDES]
+        if sum(above):
+            lines.append(
+                f"{sum(above)} predicted log-probs are above 0: the run leaves the range in which "
+                "this prediction holds."
             )
     names = _PREDICTED if run["sample"] else _PREDICTED.replace("error_chosen ", "")
     return PredictionSummary(
@@ -127,26 +134,30 @@ def _advice(table: ScoreTable, need: Needed | None, exact: bool) -> tuple[str, .
             "signs and sizes.",
         )
     shared = (
-        "These are each pair's own effect; in joint training the other pairs of a batch add theirs."
+        "All this is about each pair trained alone; in joint training the other pairs add their "
+        "own effect, often the larger one: see simgrad predict."
     )
     if need is None:
         return ("No pair lowers its own chosen response to first order.", shared)
-    advice = [
-        "Pull harder on the chosen, relative to the push on the rejected (d_w/d_l): a ratio of at "
-        f"least {_both(need.ratio)} of the falling pairs from falling.",
+    advice = [shared]
+    if need.ratio is not None:
+        advice.append(
+            "Pull harder on the chosen, relative to the push on the rejected (d_w/d_l): a ratio of "
+            f"at least {_both(need.ratio)} of the falling pairs from falling."
+        )
+    advice.append(
         "An SFT term of weight λ on the summed log-prob adds λ to d_w: λ of at least "
-        f"{_both(need.sft)} of them from falling.",
-    ]
+        f"{_both(need.sft)} of the falling pairs from falling."
+    )
     half, most = need.shift
     if half > 0:
         enough = f"{half:.3g} of what it is keeps half of them from falling" + (
             f", to {most:.3g} 90 %" if most > 0 else "; no factor keeps 90 %"
         )
-        advice.append(
-            f"Or shrink the push on the rejected: to {enough} (from DPO: DPO-Shift with this λ)."
-        )
-    advice.append("Or drop the worst pairs, those with predicted_dlogp_chosen < 0.")
-    return (*advice, shared)
+        equal = np.allclose(table["d_chosen"], table["d_rejected"], rtol=1e-4)
+        by = " (from DPO: DPO-Shift with this λ)" if equal else ""
+        advice.append(f"Or shrink the push on the rejected: to {enough}{by}.")
+    return (*advice, "Or drop the worst pairs, those with predicted_dlogp_chosen < 0.")
 
 
 def _both(values: tuple[float, float]) -> str:

@@ -57,7 +57,7 @@ def headline(numbers: ReportNumbers) -> Headline:
 
 def associations_sentence(numbers: ReportNumbers) -> str:
     """The strongest confound with lengths, and which score still ranks the change without them."""
-    by_construction = ("gap", "predicted_dlogp_chosen", "predicted_dlogp_rejected")
+    by_construction = (*numbers.by_construction, "predicted_dlogp_rejected")
     known = [a for a in numbers.associations if a.score not in by_construction]
     if not known:
         return ""
@@ -129,12 +129,12 @@ def objectives_sentence(numbers: ReportNumbers) -> str:
     if not numbers.objectives:
         return ""
     named = [o for o in numbers.objectives if not o.names[0].startswith("as scored")]
-    scored = next(o for o in numbers.objectives if o.names[0].startswith("as scored"))
     best, n = named[0], sum(named[0].regimes.values())
     keep = "keep" if len(best.names) > 1 else "keeps"
     text = (
         f"Of the library's objectives at their defaults, {_listing(best.names, 'and')} {keep} most "
-        f"pairs ideal: {best.regimes['ideal']} of {n}; as scored it is {scored.regimes['ideal']}."
+        f"pairs ideal: {best.regimes['ideal']} of {n}; as scored it is "
+        f"{numbers.summary.regimes['ideal']}."
     )
 
     def falling(fate: ObjectiveFate) -> int:
@@ -172,10 +172,8 @@ def strength_sentence(numbers: ReportNumbers) -> str:
     )
     if found.best < 1:
         return text
-    ways = (
-        f"shrinking the push on the rejected to {number(1 / found.best)} of what it is (from DPO: "
-        "DPO-Shift with this λ)"
-    )
+    ways = f"shrinking the push on the rejected to {number(1 / found.best)} of what it is"
+    ways += " (from DPO: DPO-Shift with this λ)" if numbers.equal_forces else ""
     if found.pull is not None:
         low, high = (number((found.best - 1) * d, 2) for d in found.pull)
         weight = low if low == high else f"{low} (the median pair; {high} for 90 %)"

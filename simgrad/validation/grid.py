@@ -120,6 +120,7 @@ class Grid:
             (self.optimizers, "no optimizers: name at least one"),
             (self.rates or self.learning_rates, "no learning rates: give rates or learning_rates"),
             (self.pairs > 1 and self.probes > 0, f"pairs must be at least 2 {few}"),
+            (self.seed >= 0, f"seed must not be negative, got {self.seed}"),
         ):
             if not there:
                 raise ValueError(problem)

@@ -15,7 +15,7 @@ from simgrad.store import Columns, write, write_parquet
 _KEY = b"simgrad"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScoreTable(Columns):
     """Scores as arrays: ``table["ches"]``.
 
@@ -54,9 +54,20 @@ class ScoreTable(Columns):
         try:
             table = pq.read_table(path)
             metadata = json.loads((table.schema.metadata or {})[_KEY])
-        except (pa.ArrowInvalid, KeyError) as error:
+            if not isinstance(metadata, dict):
+                raise KeyError(_KEY)
+        except (pa.ArrowInvalid, KeyError, ValueError) as error:
             raise InputError(f"{path} is not a score table of simgrad") from error
         columns = {name: table[name].to_numpy() for name in table.column_names}
         skipped = path.with_name(f"{path.stem}.skipped.jsonl")
-        lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else []
-        return cls(columns, tuple(Skipped(**json.loads(line)) for line in lines), metadata)
+        try:
+            lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else []
+            reasons = tuple(Skipped(**json.loads(line)) for line in lines)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{skipped} is damaged ({error}): delete it") from error
+        return cls(columns, reasons, metadata)
+
+    def __repr__(self) -> str:
+        kind = self.metadata.get("kind", "score")
+        names = ", ".join(self.columns)
+        return f"<{kind} table of {len(self)} pairs, {len(self.skipped)} skipped: {names}>"
