@@ -377,6 +377,29 @@ def test_an_interrupt_that_falls_into_garbage_collection_is_not_lost():
     assert "Traceback" not in done.stderr
 
 
+def test_an_interrupt_that_c_code_turns_into_an_error_is_still_one():
+    """As NumPy's import does: it prints the interrupt, and raises an ImportError of its own."""
+    code = (
+        "import sys\n"
+        "import simgrad.cli.commands as commands\n"
+        "from simgrad.cli import main\n"
+        "class Parsed:\n"
+        "    def run(self):\n"
+        "        try:\n"
+        "            raise KeyboardInterrupt\n"
+        "        except KeyboardInterrupt:\n"
+        "            sys.excepthook(*sys.exc_info())\n"
+        "        raise ImportError('numpy._core.multiarray failed to import') from None\n"
+        "commands.parsed = Parsed\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_worlds_are_listed_with_their_knobs_measured_and_saved(tmp_path):
     from simgrad import worlds
 
