@@ -249,6 +249,13 @@ def test_a_gradient_that_cannot_be_read_is_no_silent_nan():
         run_direction(apply, theta, BATCH, Recipe(DPO(), optimizer, steps=1))
 
 
+def test_a_direction_can_be_compiled_with_what_reads_it():
+    apply, theta = model(KIND)
+    recipe = Recipe(DPO(), optax.adam(1e-3), steps=2, batch_size=2)
+    compiled = jax.jit(lambda t: directional_score(apply, t, BATCH, recipe).change)
+    close(compiled(theta), directional_score(apply, theta, BATCH, recipe).change, scale=1e4)
+
+
 def test_adam_masked_by_shape_has_a_direction():
     apply, theta = model(KIND)
     matrices = optax.masked(optax.adam(1e-3), lambda p: jax.tree.map(lambda x: x.ndim > 1, p))

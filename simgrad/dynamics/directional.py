@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from simgrad.dynamics.moments import met_by_moments, require_settling, settled
 from simgrad.dynamics.recipe import Recipe
@@ -71,7 +72,8 @@ def run_direction(
     require_settling(recipe.optimizer, bind(apply, theta).trained)
     fixed = (recipe.objective, recipe.optimizer, recipe.steps)
     found = _direction(apply, theta, batch, *fixed, start, order)
-    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found)):
+    leaves = [x for x in jax.tree.leaves(found) if not isinstance(x, Tracer)]
+    if not all(bool(jnp.isfinite(x).all()) for x in leaves):
         raise ValueError(
             "the direction of this run is not finite: parameters or gradients are not, or the "
             "optimizer changes gradients in a way that cannot be read here: use linearized_run, or "
