@@ -354,50 +354,49 @@ def test_an_interrupt_while_starting_up_is_answered_in_one_line(
     assert done.stderr.strip().splitlines()[-1].startswith("Interrupted.")
 
 
-def test_an_interrupt_that_falls_into_garbage_collection_is_not_lost():
+def assert_interrupted(imports, body):
+    """A command whose run() is this body ends as interrupted, in one line."""
     code = (
-        "import gc, os, signal, time\n"
-        "import simgrad.cli.commands as commands\n"
-        "from simgrad.cli import main\n"
-        "class Parsed:\n"
-        "    def run(self):\n"
-        "        def collect(phase, info):\n"
-        "            gc.callbacks.clear()\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
-        "        gc.callbacks.append(collect)\n"
-        "        gc.collect()\n"
-        "        time.sleep(60)\n"
-        "commands.parsed = Parsed\n"
-        "main()"
+        f"import {imports}\nimport simgrad.cli.commands as commands\n"
+        f"from simgrad.cli import main\nclass Parsed:\n    def run(self):\n{body}"
+        "commands.parsed = Parsed\nmain()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50
     )
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.strip().startswith("Interrupted.")
+
+
+def test_an_interrupt_that_falls_into_garbage_collection_is_not_lost():
+    imports, body = (
+        "gc, os, signal, time",
+        (
+            "        def collect(phase, info):\n"
+            "            gc.callbacks.clear()\n"
+            "            os.kill(os.getpid(), signal.SIGINT)\n"
+            "        gc.callbacks.append(collect)\n"
+            "        gc.collect()\n"
+            "        time.sleep(60)\n"
+        ),
+    )
+    assert_interrupted(imports, body)
 
 
 def test_an_interrupt_that_c_code_turns_into_an_error_is_still_one():
     """As NumPy's import does: it prints the interrupt, and raises an ImportError of its own."""
-    code = (
-        "import sys\n"
-        "import simgrad.cli.commands as commands\n"
-        "from simgrad.cli import main\n"
-        "class Parsed:\n"
-        "    def run(self):\n"
-        "        try:\n"
-        "            raise KeyboardInterrupt\n"
-        "        except KeyboardInterrupt:\n"
-        "            sys.excepthook(*sys.exc_info())\n"
-        "        raise ImportError('numpy._core.multiarray failed to import') from None\n"
-        "commands.parsed = Parsed\n"
-        "main()"
+    imports, body = (
+        "sys",
+        (
+            "        try:\n"
+            "            raise KeyboardInterrupt\n"
+            "        except KeyboardInterrupt:\n"
+            "            sys.excepthook(*sys.exc_info())\n"
+            "        raise ImportError('numpy._core.multiarray failed to import') from None\n"
+        ),
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50
-    )
-    assert done.returncode == 130, done.stderr
-    assert "Traceback" not in done.stderr
+    assert_interrupted(imports, body)
 
 
 def test_worlds_are_listed_with_their_knobs_measured_and_saved(tmp_path):

@@ -114,11 +114,7 @@ _ROPE_FIELDS = {
     "yarn": {
         "factor": "factor",
         "original_max_position_embeddings": "original_max_length",
-        "attention_factor": "attention_factor",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
+        **{n: n for n in "attention_factor beta_fast beta_slow mscale mscale_all_dim".split()},
         "truncate": "truncate",
     },
 }
@@ -354,15 +350,8 @@ def _llama_family(
     attributes: Callable[[ModelConfig], dict[str, Any]],
     *used: str,
 ) -> Family:
-    return Family(
-        config,
-        attributes,
-        _LLAMA_USED | set(used),
-        {},
-        _llama_sources,
-        "model.",
-        ("rotary_emb.inv_freq",),
-    )
+    reads, ignorable = _LLAMA_USED | set(used), ("rotary_emb.inv_freq",)
+    return Family(config, attributes, reads, {}, _llama_sources, "model.", ignorable)
 
 
 FAMILIES = {

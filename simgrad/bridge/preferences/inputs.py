@@ -8,7 +8,7 @@ from typing import Any
 
 from simgrad.bridge.checkpoints.policy import Policy
 from simgrad.bridge.preferences.encoding import Encoded, Skipped, encode, outside
-from simgrad.bridge.preferences.rows import Rows, read_rows
+from simgrad.bridge.preferences.rows import Rows, read_rows, require_limit
 from simgrad.errors import InputError
 from simgrad.pairs import Pair
 
@@ -31,8 +31,7 @@ def encoded_for(
         raise InputError(
             f"max_length={max_length} is out of range: the model reads 1 to {longest} tokens"
         )
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit}: at least one row is needed")
+    require_limit(limit)
     most, words = max_length or longest, policy.config.vocab_size
     if isinstance(pairs, Encoded):
         if limit is not None:

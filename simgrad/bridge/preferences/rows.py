@@ -46,8 +46,7 @@ def read_rows(source: str | Path, limit: int | None = None, split: str = "train"
     Raises:
         PreferenceDataError: names the file and line, or what the Hub answered.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit}: at least one row is needed")
+    require_limit(limit)
     if str(source).startswith(PREFIX):
         return Rows(world_rows(str(source), limit), str(source), split)
     path = Path(source)
@@ -65,6 +64,12 @@ def read_rows(source: str | Path, limit: int | None = None, split: str = "train"
     if not rows:
         raise PreferenceDataError(f"{source}: no rows")
     return Rows(rows, str(source), split)
+
+
+def require_limit(limit: int | None) -> None:
+    """Refuse to read less than one row."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: at least one row is needed")
 
 
 def _read(path: Path, reader: Callable[[Path], Iterator[dict]], limit: int | None) -> list[dict]:
